@@ -1,0 +1,63 @@
+"""Which method has which name: the one table of methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_lora.adapters.adapter import Adapter
+from keras_lora.adapters.dora import DoRA
+from keras_lora.adapters.lora import LoRA
+
+TABLE: dict[str, type[Adapter]] = {
+    "dora": DoRA,
+    "lora": LoRA,
+}
+
+
+def get(adapter: str | dict[str, Any] | Adapter, **arguments: Any) -> Adapter:
+    """An adapter from its name, its config or itself, as `keras.optimizers.get` does.
+
+    Args:
+        adapter: `"lora"`, an instance, or a config written by `keras.saving.serialize_keras_object`.
+        **arguments: Arguments of the method, such as `rank`; only beside a name. Those that are `None` are left out.
+
+    Raises:
+        ValueError: The name is unknown, or arguments came beside an instance.
+        TypeError: `adapter` is none of the three.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if isinstance(adapter, str):
+        if adapter.lower() not in TABLE:
+            raise ValueError(
+                f"There is no adapter method called '{adapter}'. Expected one of {sorted(TABLE)}, or an instance such as "
+                f"keras_lora.LoRA(rank=8). Received: adapter={adapter!r}."
+            )
+        return TABLE[adapter.lower()](**given)
+    if isinstance(adapter, dict):
+        adapter = keras.saving.deserialize_keras_object(adapter)
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"`adapter` must be a name ({', '.join(sorted(TABLE))}), an instance or a config. Received: {adapter!r} of type "
+            f"{type(adapter).__name__}."
+        )
+    if given:
+        words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(
+            f"An adapter instance says its own arguments. Received: {words} beside {type(adapter).__name__}. Write "
+            f"{type(adapter).__name__}({words}) instead."
+        )
+    return adapter
+
+
+def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
+    """A new adapter with the same config and no weights, `changed` in the place of the same arguments."""
+    config = adapter.get_config()
+    unknown = sorted(set(changed) - set(config))
+    if unknown:
+        raise ValueError(f"{type(adapter).__name__} has no argument {unknown}. Expected some of {sorted(config)}.")
+    return type(adapter).from_config({**config, **changed})
+
+
+__all__ = ["TABLE", "Adapter", "DoRA", "LoRA", "copy_of", "get"]

@@ -1,0 +1,85 @@
+"""The adapter: a change of a linear map. One subclass per method, each in a file of its own beside this one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora import keras_internals
+
+
+class Adapter(keras.layers.Layer):
+    """What a method must say. A new method writes `start`, `parameter_count` and `delta_kernel`; the rest has a default
+    that is right.
+
+    An adapter is a Keras layer, so it owns weights, seeds and a config. It never sees the layer it changes, only that
+    layer as a linear map (`keras_lora.linear_map.LinearMap`, passed as `linear`).
+
+    Its weights are float32 whatever the policy of the model, and are cast to the dtype of the computation where they are
+    used: in bfloat16 an optimizer step of the usual size rounds to nothing.
+    """
+
+    #: Names of weights that are computed from the base and so are not saved.
+    derived: tuple[str, ...] = ()
+
+    def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
+        # A fixed name: Keras's automatic one counts up through a process, and variable paths with it.
+        super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)
+
+    def start(self, linear: Any) -> None:
+        """Create the weights for `linear` at the method's starting point, where the change is zero."""
+        raise TypeError(f"{type(self).__name__} does not define `start(linear)`, which creates the adapter's weights.")
+
+    def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
+        """How many numbers train for a matrix of this shape."""
+        raise TypeError(f"{type(self).__name__} does not define `parameter_count(matrix_shape)`.")
+
+    def delta_kernel(self, matrix: Any) -> Any:
+        """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
+        raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
+
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool = False) -> Any:
+        """`apply(x, W + ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
+
+        This default computes the definition. A method with a cheaper way overrides it; the law test holds it to this one.
+        """
+        delta = ops.cast(self.delta_kernel(linear.matrix), y.dtype)
+        return ops.add(y, linear.apply(x, delta))
+
+    def base_changed(self, linear: Any) -> None:
+        """Called when other values were loaded into the kernel: bring what was computed from it up to date."""
+
+    def add_factor(self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True) -> keras.Variable:
+        """Add a float32 weight. `name` is also its key in files."""
+        return self.add_weight(
+            shape=shape, initializer=initializer, name=name, dtype="float32", trainable=trainable, autocast=False
+        )
+
+    @property
+    def saved_weights(self) -> dict[str, keras.Variable]:
+        """The weights that a file holds, by key, those of adapters inside this one included."""
+        return {v.name: v for v in self.weights if v.name not in self.derived}
+
+    @property
+    def _own_saved_weights(self) -> dict[str, keras.Variable]:
+        return {v.name: v for v in keras_internals.own_variables(self) if v.name not in self.derived}
+
+    def save_own_variables(self, store: Any) -> None:
+        for key, variable in self._own_saved_weights.items():
+            store[key] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        if not store.keys():  # a file of the base alone: the adapter keeps its values
+            return
+        weights = self._own_saved_weights
+        missing = sorted(set(weights) - set(store.keys()))
+        unexpected = sorted(set(store.keys()) - set(weights))
+        if missing or unexpected:
+            raise ValueError(
+                f"The file does not fit adapter '{self.path}'. Expected the weights {sorted(weights)}. "
+                f"Received: missing {missing}, unexpected {unexpected}. Load it into a model adapted with the same method."
+            )
+        for key, variable in weights.items():
+            variable.assign(store[key])

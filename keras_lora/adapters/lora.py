@@ -1,0 +1,123 @@
+"""LoRA: a low-rank change added to the kernel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora.adapters.adapter import Adapter
+
+
+@keras.saving.register_keras_serializable("keras_lora")
+class LoRA(Adapter):
+    """Low-rank adaptation: `W' = W + scale · A B`.
+
+    `A` is `(in_dim, rank)`, `B` is `(rank, out_dim)`; a kernel with groups has one pair for each group. `ΔW` is never
+    formed in training or inference: the output is `y + (x A)(scale · B)`.
+
+    Args:
+        rank: Positive integer. 8 is a good start; 1 is often enough.
+        alpha: Positive number. The scale is `alpha / rank`, so that the best learning rate changes little with the rank.
+        dropout: Number in `[0, 1)`, the share of the entries of `x` dropped on the way to `A` in training.
+        rank_stabilized: Use the scale `alpha / sqrt(rank)`, for ranks of 64 and more.
+        a_initializer, b_initializer: Keras initializers. By default `A ~ U(±1/sqrt(in_dim))` and `B = 0`, as PEFT has
+            it. For an embedding, whose inputs pick one row of `A`, `A = 0` and `B ~ N(0, 1)`.
+        seed: Integer, for the initial values and the dropout. Each layer is given its own stream of it.
+        **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
+
+    Raises:
+        ValueError: An argument is outside its range.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model, keras_lora.LoRA(rank=4, alpha=8))
+    >>> sum(v.shape[0] * v.shape[1] for v in model.trainable_variables)
+    192
+
+    References:
+        - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+        - [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732), for `rank_stabilized`
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        a_initializer: Any = None,
+        b_initializer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"`rank` must be a positive integer. Received: rank={rank!r}.")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
+            raise ValueError(f"`alpha` must be a positive finite number. Received: alpha={alpha!r}.")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not (0 <= dropout < 1):
+            raise ValueError(f"`dropout` must be a number in [0, 1). Received: dropout={dropout!r}.")
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.rank_stabilized = rank_stabilized
+        self.a_initializer = keras.initializers.get(a_initializer)
+        self.b_initializer = keras.initializers.get(b_initializer)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `A B`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def start(self, linear: Any) -> None:
+        if self.dropout and linear.picks_rows:
+            raise ValueError(
+                "`dropout` acts on the input of the adapted layer, and the input of an embedding is token ids. Expected "
+                f"dropout=0 for layer '{linear.layer.name}'. Received: dropout={self.dropout}. Leave the embedding out of "
+                "`targets`, or use dropout=0."
+            )
+        *groups, in_dim, out_dim = linear.matrix_shape
+        a_default = keras.initializers.RandomUniform(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim), seed=self.seed)
+        b_default: Any = "zeros"
+        if linear.picks_rows:
+            a_default, b_default = "zeros", keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)
+        self.lora_a = self.add_factor("lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default)
+        self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default)
+        self.built = True
+
+    def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
+        *groups, in_dim, out_dim = matrix_shape
+        return math.prod(groups) * self.rank * (in_dim + out_dim)
+
+    def delta_kernel(self, matrix: Any) -> Any:
+        # Hu et al., section 4.1: ΔW = scale · A B.
+        return self.scale * ops.matmul(self.lora_a, self.lora_b)
+
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool = False) -> Any:
+        return ops.add(y, self.low_rank_output(x, y.dtype, linear, training))
+
+    def low_rank_output(self, x: Any, dtype: Any, linear: Any, training: bool) -> Any:
+        """`apply(x, ΔW)` as `(x A)(scale · B)`: the scale is folded into the rank-sized side."""
+        if training and self.seed_generator is not None:
+            x = keras.random.dropout(x, self.dropout, seed=self.seed_generator)
+        h = linear.contract(x, ops.cast(self.lora_a, dtype))
+        return linear.expand(h, ops.cast(self.scale * self.lora_b, dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "rank_stabilized": self.rank_stabilized,
+            "a_initializer": keras.initializers.serialize(self.a_initializer) if self.a_initializer else None,
+            "b_initializer": keras.initializers.serialize(self.b_initializer) if self.b_initializer else None,
+            "seed": self.seed,
+        }

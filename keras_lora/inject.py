@@ -1,0 +1,183 @@
+"""`apply_lora` and `remove_lora`: a plain model becomes an adapted one, in place, and a plain one again."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+
+from keras_lora import adapters, keras_internals, training
+from keras_lora.adapted import (
+    ADAPTED_CLASSES,
+    Owner,
+    adapted_layers,
+    set_adapter,
+    set_owners,
+    set_plain,
+    start_adapter,
+)
+from keras_lora.structure import walk
+from keras_lora.targets import Pattern, Patterns, list_targets
+
+
+def apply_lora(
+    model: Any,
+    adapter: str | dict[str, Any] | adapters.Adapter = "lora",
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    targets: Patterns | None = None,
+    exclude: Patterns | None = None,
+    head: Patterns | str | None = "auto",
+    train: Patterns | None = None,
+    bias: str = "none",
+    rank_pattern: Mapping[Pattern, int] | None = None,
+    alpha_pattern: Mapping[Pattern, float] | None = None,
+    input_shape: Any = None,
+) -> Any:
+    """Freeze a model and add adapters to its linear layers, in place.
+
+    The layers stay the same objects with the same names, and the outputs stay the same numbers until training moves them.
+    Only the adapters, and what `train` and `bias` name, are in `model.trainable_variables` afterwards. Call `compile`
+    after it, as after every change of what trains.
+
+    Args:
+        model: A built Keras model or layer of any kind.
+        adapter: The method: `"lora"`, `"dora"`, an instance such as `keras_lora.LoRA(rank=8, dropout=0.1)`, or a config.
+        rank, alpha: Arguments of the method where `adapter` is a name. `alpha` does not follow the rank: it is 16 unless
+            said otherwise.
+        targets: Which layers get an adapter: one pattern or several. A pattern is a name or path of names (of a layer, or
+            of a block, meaning the layers in it), a glob over paths (`"*/query"`), a compiled regular expression that
+            matches the whole path, a layer class, a function from a layer to a bool, or a layer. By default all linear
+            layers (`Dense`, `EinsumDense`, convolutions) but the output head; an `Embedding` only when it is named.
+        exclude: Patterns of layers that get none.
+        head: What the default targets leave out: `"auto"` finds the head (see `keras_lora.targets.find_head`), patterns
+            name it, `None` leaves nothing out.
+        train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head.
+        bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
+        rank_pattern, alpha_pattern: Other ranks and alphas by pattern; of several that match the first counts.
+        input_shape: Builds an unbuilt model first.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: Nothing to adapt, a pattern that matches nothing (with the nearest names), a model that is adapted
+            already or not built, or a layer that cannot be adapted. The model is then as it was.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2, name="head")])
+    >>> model = keras_lora.apply_lora(model, rank=4, train="head")
+    >>> [v.path.split("/")[-1] for v in model.trainable_variables]
+    ['lora_a', 'lora_b', 'kernel', 'bias']
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
+    method = adapters.get(adapter, rank=rank, alpha=alpha)
+    if input_shape is not None and not model.built:
+        model.build(input_shape)
+    rows = list_targets(
+        model,
+        method,
+        targets=targets,
+        exclude=exclude,
+        head=head,
+        train=train,
+        bias=bias,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    started = [(row.layer, _started(row.layer, row.path, row.adapter)) for row in rows.of("adapt")]
+    inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
+    return model
+
+
+def remove_lora(model: Any) -> Any:
+    """Take every adapter out of a model, in place: classes, flags, variables and outputs are as `apply_lora` found them.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+
+    Returns:
+        `model` itself. Call `compile` after it.
+
+    Raises:
+        ValueError: The model is not adapted.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.remove_lora(keras_lora.apply_lora(model))
+    >>> len(model.trainable_variables)
+    4
+    """
+    require_adapted(model, "remove_lora")
+    training.restore_found(model)
+    for place in walk(model):
+        set_plain(place.layer)
+    _forget_traces(model)
+    return model
+
+
+def inject(
+    model: keras.layers.Layer,
+    adapted: Iterable[tuple[keras.layers.Layer, adapters.Adapter]],
+    trained: Iterable[keras.layers.Layer] = (),
+    bias: str = "none",
+) -> None:
+    """Put started adapters on layers of a plain model, and freeze the rest."""
+    pairs = list(adapted)
+    for layer, adapter in pairs:
+        set_adapter(layer, adapter)
+    places = walk(model)
+    methods = [place.layer for place in places if isinstance(place.layer, adapters.Adapter)]
+    training.freeze(places, [layer for layer, _ in pairs], [*trained, *methods], bias)
+    set_owners(model)
+    _forget_traces(model)
+
+
+def require_adapted(model: Any, function: str) -> dict[str, Any]:
+    """The adapted layers of `model` by address; an error where there are none."""
+    layers = adapted_layers(model) if isinstance(model, keras.layers.Layer) else {}
+    if not layers:
+        name = getattr(model, "name", model)
+        raise ValueError(
+            f"`{function}()` found no adapter in '{name}'. Expected a model that `keras_lora.apply_lora` adapted."
+        )
+    return layers
+
+
+def _started(layer: keras.layers.Layer, path: str, adapter: Any) -> adapters.Adapter:
+    """`adapter` with weights for `layer`, and with a stream of random numbers of its own where a seed was given."""
+    if adapter.get_config().get("seed") is not None:
+        seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode())
+        adapter = adapters.copy_of(adapter, seed=seed)
+    start_adapter(layer, ADAPTED_CLASSES[type(layer)].linear_map_class(layer), adapter)
+    return adapter
+
+
+def _forget_traces(model: keras.layers.Layer) -> None:
+    """Drop compiled functions and the compiled state: both belong to the variables of before."""
+    keras_internals.drop_compiled_functions(model)
+    keras_internals.track_torch_parameters(model)
+    compiled = [place.layer for place in walk(model) if getattr(place.layer, "compiled", False)]
+    for each in compiled:
+        each.compiled = False
+    if compiled:
+        names = ", ".join(f"'{each.name}'" for each in compiled)
+        warnings.warn(
+            f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`.",
+            stacklevel=4,
+        )
+
+
+__all__ = ["Owner", "apply_lora", "inject", "remove_lora", "require_adapted"]

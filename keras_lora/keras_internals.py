@@ -1,0 +1,154 @@
+"""Every use of a Keras private name, one named function each.
+
+Each says why no public way serves. All were checked on Keras 3.12 to 3.15; `tests/test_keras_internals.py` fails first
+when Keras changes one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+
+def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers that `layer` tracks, in its own order (`Model.layers` is public, but only models have it)."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables `layer` itself owns, without those of its sublayers, trainable ones first."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The own variables that were created trainable, frozen since or not (BatchNormalization's statistics are not)."""
+    return list(layer._trainable_variables)
+
+
+def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
+    """Set the flag of one layer; the public setter also sets every layer and variable below it."""
+    layer._trainable = value
+
+
+@contextlib.contextmanager
+def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Let `layer` take a new sublayer: Keras locks a built layer; its own `enable_lora` unlocks it the same way."""
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._tracker.lock()
+
+
+def forget_sublayer(layer: keras.layers.Layer, name: str) -> None:
+    """Delete the sublayer `name`; plain `del` leaves it among the tracked layers."""
+    sublayer = getattr(layer, name)
+    with unlocked(layer):
+        layer._tracker.untrack(sublayer)
+        delattr(layer, name)
+
+
+def forget_call_signature(layer: keras.layers.Layer) -> None:
+    """Read the signature of `call` again: Keras reads it once, in the constructor, before the class was swapped."""
+    layer._call_signature = inspect.signature(layer.call)
+    layer.call_signature_parameters = list(layer._call_signature.parameters)
+    layer._call_has_training_arg = "training" in layer.call_signature_parameters
+    layer._call_has_mask_arg = "mask" in layer.call_signature_parameters
+    if hasattr(layer, "_call_has_context_arg"):  # Keras 3.11 and later
+        layer._call_has_context_arg = {
+            name: name in layer.call_signature_parameters for name in layer._call_context_args
+        }
+
+
+def track_torch_parameters(layer: keras.layers.Layer) -> None:
+    """On torch, make `parameters()` and `state_dict()` list the variables of today, as `Model.quantize` does."""
+    if keras.backend.backend() == "torch":
+        for each in layer._flatten_layers():
+            each._track_variables()
+
+
+def when_built(layer: keras.layers.Layer, then: Callable[[], None]) -> None:
+    """Run `then` once `layer` is built: now, or right after its `build`, which Keras keeps on the instance."""
+    if layer.built:
+        then()
+        return
+    build = layer.build
+    waiting = [then]
+
+    @functools.wraps(build)
+    def build_then(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        while waiting:
+            waiting.pop()()
+
+    vars(layer)["build"] = build_then
+
+
+def public_name(cls: type) -> dict[str, str | None]:
+    """How a `.keras` file names `cls`: the words `serialize_keras_object` would write for an instance of it."""
+    from keras.src.api_export import get_name_from_symbol
+
+    exported = get_name_from_symbol(cls)
+    if exported is not None:
+        module, _, class_name = exported.rpartition(".")
+        return {"module": module, "class_name": class_name, "registered_name": None}
+    return {
+        "module": None if cls.__module__ == "__main__" else cls.__module__,
+        "class_name": cls.__name__,
+        "registered_name": keras.saving.get_registered_name(cls),
+    }
+
+
+def model_to_bytes(model: keras.layers.Layer) -> bytes:
+    """A whole `.keras` file in memory; the public saver takes a path, and only models."""
+    from keras.src.saving import saving_lib
+
+    buffer = io.BytesIO()
+    saving_lib._save_model_to_fileobj(model, buffer, "h5")
+    return buffer.getvalue()
+
+
+def model_from_bytes(data: bytes) -> Any:
+    """The inverse of `model_to_bytes`. Like Keras's own unpickling it trusts the data."""
+    from keras.src.saving import saving_lib
+
+    return saving_lib._load_model_from_fileobj(io.BytesIO(data), custom_objects=None, compile=True, safe_mode=False)
+
+
+def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[keras.KerasTensor]]:
+    """The operation that made a symbolic tensor, and the tensors it was made from (Keras shows the graph nowhere else)."""
+    operation, node_index, _ = tensor._keras_history
+    return operation, list(operation._inbound_nodes[node_index].input_tensors)
+
+
+def overrides_compile(model: keras.Model) -> bool:
+    """Whether the class of `model` has a `compile` of its own: Keras then does not compile it again on loading."""
+    return type(model).compile is not keras.Model.compile
+
+
+def dequantize_groups(values: Any, scale: Any, zero: Any, group: Any, axis: int) -> Any:
+    """Float values of an int4 tensor that was quantised in groups (Keras exports the quantiser, not its inverse)."""
+    from keras.src.quantizers import dequantize_with_sz_map
+
+    return dequantize_with_sz_map(values, scale, zero, group, group_axis=axis)
+
+
+def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
+    """The int8 scale of an EinsumDense, laid out to divide its kernel (it is stored to divide the output)."""
+    return layer._adjust_scale_for_dequant(scale)
+
+
+def drop_compiled_functions(model: keras.layers.Layer) -> None:
+    """Forget what was traced: Keras traces these once, and a trace made before a change would run unchanged."""
+    for layer in model._flatten_layers():
+        for name in ("train_function", "test_function", "predict_function", "generate_function"):
+            if isinstance(layer, keras.Model) and hasattr(layer, name):
+                setattr(layer, name, None)

@@ -1,0 +1,179 @@
+"""`Conv1D`, `Conv2D`, `Conv3D`: the sum over a window and its channels.
+
+The matrix is `(window · channels in, filters)`. A change of rank r is the same convolution to r channels, then a 1×1
+convolution to the filters. A grouped convolution is one matrix per group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora.adapted import AdaptedLayer
+from keras_lora.linear_map import LinearMap
+
+
+class ConvMap(LinearMap):
+    """Kernel `(*window, in / groups, filters)`; the filters of a group are next to each other."""
+
+    held_out = {"use_bias": False, "activation": None}
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return () if self.layer.groups == 1 else (self.layer.groups,)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        window, filters = self.kernel_shape[:-1], self.kernel_shape[-1]
+        return (*self.groups, math.prod(window), filters // self.layer.groups)
+
+    def as_matrix(self, kernel: Any) -> Any:
+        *groups, in_dim, out_dim = self.matrix_shape
+        if not groups:
+            return ops.reshape(kernel, (in_dim, out_dim))
+        return ops.transpose(ops.reshape(kernel, (in_dim, *groups, out_dim)), (1, 0, 2))
+
+    def as_kernel(self, matrix: Any) -> Any:
+        if self.groups:
+            matrix = ops.transpose(matrix, (1, 0, 2))
+        return ops.reshape(matrix, (*self.kernel_shape[:-1], -1))
+
+    def contract(self, x: Any, m: Any) -> Any:
+        """`(batch, *positions, *groups, k)`, or `(batch, *groups, k, *positions)` where channels come first."""
+        h = self._call_with(x, self.as_kernel(m))
+        if not self.groups:
+            return h
+        shape = ops.shape(h)
+        if self._channels_last:
+            return ops.reshape(h, (*shape[:-1], *self.groups, m.shape[-1]))
+        return ops.reshape(h, (shape[0], *self.groups, m.shape[-1], *shape[2:]))
+
+    def expand(self, h: Any, m: Any) -> Any:
+        if self._channels_last:
+            if not self.groups:
+                return ops.matmul(h, m)
+            y = ops.einsum("...gk,gko->...go", h, m)
+            return ops.reshape(y, (*ops.shape(y)[:-2], self.layer.filters))
+        if not self.groups:
+            return ops.einsum("bk...,ko->bo...", h, m)
+        y = ops.einsum("bgk...,gko->bgo...", h, m)
+        return ops.reshape(y, (ops.shape(y)[0], self.layer.filters, *ops.shape(y)[3:]))
+
+    def along_outputs(self, v: Any, y: Any) -> Any:
+        v = ops.reshape(v, (-1,))
+        return v if self._channels_last else ops.reshape(v, (1, -1, *(1,) * self.layer.rank))
+
+    def finish(self, y: Any) -> Any:
+        if self.layer.use_bias:
+            y = ops.add(y, self.along_outputs(self.layer.bias, y))
+        if self.layer.activation is not None:
+            y = self.layer.activation(y)
+        return y
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.layer.data_format == "channels_last"
+
+
+class Conv1DMap(ConvMap):
+    """`Conv1D`, causal padding included."""
+
+    layer_class = keras.layers.Conv1D
+
+
+class Conv2DMap(ConvMap):
+    """`Conv2D`."""
+
+    layer_class = keras.layers.Conv2D
+
+
+class Conv3DMap(ConvMap):
+    """`Conv3D`."""
+
+    layer_class = keras.layers.Conv3D
+
+
+class LoRAConv1D(AdaptedLayer, keras.layers.Conv1D):
+    """A `Conv1D` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        filters, kernel_size: As for `keras.layers.Conv1D`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. With `groups > 1` every group has factors of this rank.
+        **kwargs: The other arguments of `keras.layers.Conv1D`.
+
+    Input shape:
+        `(batch, steps, channels)`, or `(batch, channels, steps)` with `data_format="channels_first"`.
+
+    Output shape:
+        `(batch, new steps, filters)`, or `(batch, filters, new steps)`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> keras_lora.LoRAConv1D(8, 3, rank=2)(keras.ops.ones((1, 10, 4))).shape
+    (1, 8, 8)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_map_class = Conv1DMap
+
+
+class LoRAConv2D(AdaptedLayer, keras.layers.Conv2D):
+    """A `Conv2D` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        filters, kernel_size: As for `keras.layers.Conv2D`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. With `groups > 1` every group has factors of this rank.
+        **kwargs: The other arguments of `keras.layers.Conv2D`.
+
+    Input shape:
+        `(batch, height, width, channels)`, or `(batch, channels, height, width)` with `data_format="channels_first"`.
+
+    Output shape:
+        `(batch, new height, new width, filters)`, or `(batch, filters, new height, new width)`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRAConv2D(8, 3, rank=2, data_format="channels_last")
+    >>> layer(keras.ops.ones((1, 10, 10, 4))).shape
+    (1, 8, 8, 8)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_map_class = Conv2DMap
+
+
+class LoRAConv3D(AdaptedLayer, keras.layers.Conv3D):
+    """A `Conv3D` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        filters, kernel_size: As for `keras.layers.Conv3D`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. With `groups > 1` every group has factors of this rank.
+        **kwargs: The other arguments of `keras.layers.Conv3D`.
+
+    Input shape:
+        `(batch, depth, height, width, channels)`, or channels second with `data_format="channels_first"`.
+
+    Output shape:
+        `(batch, new depth, new height, new width, filters)`, or filters second.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRAConv3D(8, 3, rank=2, data_format="channels_last")
+    >>> layer(keras.ops.ones((1, 5, 5, 5, 4))).shape
+    (1, 3, 3, 3, 8)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_map_class = Conv3DMap

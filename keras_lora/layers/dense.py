@@ -1,0 +1,49 @@
+"""`Dense`: `y = x @ kernel`, the linear map in its plainest form."""
+
+from __future__ import annotations
+
+import keras
+
+from keras_lora.adapted import AdaptedLayer
+from keras_lora.linear_map import LinearMap
+
+
+class DenseMap(LinearMap):
+    """Kernel `(in, units)`; the defaults of `LinearMap` are written for it."""
+
+    layer_class = keras.layers.Dense
+
+
+class LoRADense(AdaptedLayer, keras.layers.Dense):
+    """A `Dense` layer with a frozen kernel and a trainable low-rank change of it.
+
+    This is what `apply_lora` turns a `keras.layers.Dense` into, and a layer you can put into a new model yourself.
+
+    Args:
+        units: Positive integer, size of the output.
+        rank: Positive integer, the rank of the change. Defaults to the method's own.
+        alpha: Number; the change is scaled by `alpha / rank`. Defaults to the method's own.
+        adapter: The method: `"lora"` (the default), `"dora"`, or an instance such as
+            `keras_lora.LoRA(rank=8, dropout=0.1)`, which then says rank and alpha itself.
+        **kwargs: The other arguments of `keras.layers.Dense`.
+
+    Input shape:
+        `(batch, ..., in)`.
+
+    Output shape:
+        `(batch, ..., units)`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRADense(64, rank=4)
+    >>> layer(keras.ops.ones((2, 32))).shape
+    (2, 64)
+    >>> [(v.name, tuple(v.shape)) for v in layer.trainable_variables]
+    [('lora_a', (32, 4)), ('lora_b', (4, 64))]
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_map_class = DenseMap

@@ -1,0 +1,156 @@
+"""`EinsumDense`, and so the projections inside `MultiHeadAttention` and `GroupedQueryAttention`.
+
+The matrix is *all contracted axes × all free axes*, flattened in kernel order. A query kernel `(embed, heads, head)` is
+`(embed, heads · head)`: the textbook matrix, which a PEFT file holds too. Keras's own `enable_lora` factors the last axis
+only, which costs `heads` times the parameters for one rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora.adapted import AdaptedLayer
+from keras_lora.linear_map import LinearMap
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What each letter of an einsum equation does. Every field is a string of letters."""
+
+    inputs: str
+    kernel: str
+    outputs: str
+    groups: str  # in the input, the kernel and the output
+    contracted: str  # in the input and the kernel
+    free: str  # in the kernel and the output
+    passed: str  # in the input and the output ("..." included)
+    rank: str  # a letter that the equation does not use
+
+    @property
+    def matrix_order(self) -> str:
+        return self.groups + self.contracted + self.free
+
+
+@functools.cache
+def axes_of(equation: str) -> Axes:
+    """Read an equation such as `"abc,cde->abde"`.
+
+    Raises:
+        ValueError: An axis of the kernel is in neither the input nor the output.
+    """
+    left, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = left.split(",")
+    letters = set(equation) - set(" ,->.")
+    lost = [axis for axis in kernel if axis not in inputs and axis not in outputs]
+    if lost:
+        raise ValueError(
+            f"An EinsumDense with equation '{equation}' cannot be adapted: axis {', '.join(lost)} of its kernel is summed "
+            "on its own. Expected every axis of the kernel to be in the input or in the output. Exclude this layer."
+        )
+    passed = [axis for axis in outputs.replace("...", "") if axis in inputs and axis not in kernel]
+    return Axes(
+        inputs=inputs,
+        kernel=kernel,
+        outputs=outputs,
+        groups="".join(axis for axis in kernel if axis in inputs and axis in outputs),
+        contracted="".join(axis for axis in kernel if axis in inputs and axis not in outputs),
+        free="".join(axis for axis in kernel if axis not in inputs),
+        passed=("..." if "..." in outputs else "") + "".join(passed),
+        rank=next(chr(code) for code in range(ord("A"), ord("z")) if chr(code).isalpha() and chr(code) not in letters),
+    )
+
+
+class EinsumDenseMap(LinearMap):
+    """Kernel of any shape; the equation says which of its axes are inputs and which are outputs."""
+
+    layer_class = keras.layers.EinsumDense
+
+    @property
+    def axes(self) -> Axes:
+        return axes_of(self.layer.equation)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        if getattr(self.layer, "original_kernel_shape", None):  # int4 keeps a flat kernel
+            return tuple(self.layer.original_kernel_shape)
+        return tuple(self.layer.kernel.shape)
+
+    def _sizes(self, letters: str) -> tuple[int, ...]:
+        sizes = dict(zip(self.axes.kernel, self.kernel_shape, strict=True))
+        return tuple(sizes[axis] for axis in letters)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        axes = self.axes
+        groups = (math.prod(self._sizes(axes.groups)),) if axes.groups else ()
+        return (*groups, math.prod(self._sizes(axes.contracted)), math.prod(self._sizes(axes.free)))
+
+    def as_matrix(self, kernel: Any) -> Any:
+        axes = self.axes
+        if axes.kernel != axes.matrix_order:
+            kernel = ops.transpose(kernel, [axes.kernel.index(axis) for axis in axes.matrix_order])
+        return ops.reshape(kernel, self.matrix_shape)
+
+    def as_kernel(self, matrix: Any) -> Any:
+        axes = self.axes
+        kernel = ops.reshape(matrix, self._sizes(axes.matrix_order))
+        if axes.kernel != axes.matrix_order:
+            kernel = ops.transpose(kernel, [axes.matrix_order.index(axis) for axis in axes.kernel])
+        return kernel
+
+    def contract(self, x: Any, m: Any) -> Any:
+        axes = self.axes
+        m = ops.reshape(m, (*self._sizes(axes.groups + axes.contracted), m.shape[-1]))
+        factor = axes.groups + axes.contracted + axes.rank
+        return ops.einsum(f"{axes.inputs},{factor}->{axes.passed}{axes.groups}{axes.rank}", x, m)
+
+    def expand(self, h: Any, m: Any) -> Any:
+        axes = self.axes
+        m = ops.reshape(m, (*self._sizes(axes.groups), m.shape[-2], *self._sizes(axes.free)))
+        factor = axes.groups + axes.rank + axes.free
+        return ops.einsum(f"{axes.passed}{axes.groups}{axes.rank},{factor}->{axes.outputs}", h, m)
+
+    def along_outputs(self, v: Any, y: Any) -> Any:
+        axes = self.axes
+        stored = axes.groups + axes.free
+        v = ops.reshape(v, self._sizes(stored))
+        placed = [axis for axis in axes.outputs if axis in stored]
+        v = ops.transpose(v, [stored.index(axis) for axis in placed])
+        hidden = len(y.shape) - len(axes.outputs.replace("...", ""))  # how many axes "..." stands for
+        letters = axes.outputs.replace("...", "." * hidden)
+        sizes = dict(zip(placed, v.shape, strict=True))
+        return ops.reshape(v, [sizes.get(axis, 1) for axis in letters])
+
+
+class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
+    """An `EinsumDense` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        equation, output_shape: As for `keras.layers.EinsumDense`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. An axis that is in the input, the kernel and the output
+            (experts, say) gets a pair of factors of this rank for each of its entries.
+        **kwargs: The other arguments of `keras.layers.EinsumDense`.
+
+    Input shape, output shape:
+        As the equation says.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> query = keras_lora.LoRAEinsumDense("abc,cde->abde", output_shape=(None, 4, 8), rank=2)
+    >>> query(keras.ops.ones((1, 5, 32))).shape
+    (1, 5, 4, 8)
+    >>> [(v.name, tuple(v.shape)) for v in query.trainable_variables]
+    [('lora_a', (32, 2)), ('lora_b', (2, 32))]
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_map_class = EinsumDenseMap

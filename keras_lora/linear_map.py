@@ -1,0 +1,134 @@
+"""READ FIRST. The linear map: what an adaptable layer is, whatever the shape of its kernel.
+
+A layer type answers "how am I a linear map?" and a method (LoRA, DoRA) answers "how do I change one?". Neither knows the
+other, so there is one room per layer type in `layers/`, one room per method in `adapters/`, and no class for a pair.
+
+Words, always these:
+
+- **kernel**: the layer's weight in the layer's own shape. **matrix**: the same numbers as `(in_dim, out_dim)`, or
+  `(groups, in_dim, out_dim)` where the kernel shares an axis with both its input and its output (grouped convolutions,
+  experts).
+- `y = apply(x, W)` is the layer's linear part: its output before bias and activation.
+
+**The law**, held by `tests/test_law.py` for every layer type, every method and every backend:
+
+    adapter.adapted_output(x, apply(x, W)) == apply(x, W + adapter.delta_kernel(W))
+
+The right side is the definition, as in the paper. The left side is what runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora import quantization
+
+
+def seen_with(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
+    """A shallow copy of `layer`, of class `cls`, that has `attributes` in the place of its own.
+
+    It shares every other attribute and every weight. Running the copy is how a layer's own code is reused with another
+    kernel or without its bias; `layer` is not written to, so this is safe across threads and traces.
+    """
+    view = object.__new__(cls)
+    vars(view).update(vars(layer), **attributes)
+    return view
+
+
+class LinearMap:
+    """A built layer seen as a linear map. Each layer type has a subclass in `keras_lora/layers/`.
+
+    A subclass states `layer_class`, and overrides what differs from a layer that computes `x @ kernel` on the last axis.
+    `groups` is `()` or `(number of groups,)`, the leading axes of the matrix.
+    """
+
+    layer_class: type[keras.layers.Layer]
+    kernel_name = "kernel"
+    #: What is left out of the layer's own `call` to get its linear part.
+    held_out: dict[str, Any] = {"bias": None, "activation": None}
+    #: True where an input picks one row of the matrix (an embedding) and does not sum over rows.
+    picks_rows = False
+
+    def __init__(self, layer: keras.layers.Layer):
+        self.layer = layer
+
+    # The kernel.
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the float kernel."""
+        return tuple(getattr(self.layer, self.kernel_name).shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """`(*groups, in_dim, out_dim)`."""
+        return (math.prod(self.kernel_shape[:-1]), self.kernel_shape[-1])
+
+    @property
+    def kernel(self) -> Any:
+        """The float kernel, in the layer's own shape, dequantised if need be."""
+        return quantization.float_kernel(self.layer, self.kernel_name)
+
+    @property
+    def kernel_variable(self) -> keras.Variable:
+        """The variable that stores the kernel of a float layer."""
+        return getattr(self.layer, self.kernel_name)
+
+    @property
+    def constraint(self) -> Any:
+        """The constraint put on the kernel, or `None`."""
+        return getattr(self.layer, f"{self.kernel_name}_constraint", None)
+
+    @property
+    def matrix(self) -> Any:
+        """The kernel as `(*groups, in_dim, out_dim)`."""
+        return self.as_matrix(self.kernel)
+
+    def as_matrix(self, kernel: Any) -> Any:
+        """From the kernel's own shape to `(*groups, in_dim, out_dim)`."""
+        return ops.reshape(kernel, self.matrix_shape)
+
+    def as_kernel(self, matrix: Any) -> Any:
+        """From `(*groups, in_dim, k)` to the kernel's own shape, `k` in the place of `out_dim`."""
+        return ops.reshape(matrix, (*self.kernel_shape[:-1], -1))
+
+    # The layer's sum.
+
+    def base_output(self, x: Any) -> Any:
+        """The layer's own linear part, float or quantised: `apply(x, W)`."""
+        view = seen_with(self.layer, self.layer_class, **self.held_out)
+        return view.call(x) if quantization.mode_of(self.layer) is None else view.quantized_call(x)
+
+    def apply(self, x: Any, matrix: Any) -> Any:
+        """The layer's linear part with `matrix` in the place of its own, in the layout of the layer's output."""
+        return self._call_with(x, self.as_kernel(matrix))
+
+    def contract(self, x: Any, m: Any) -> Any:
+        """The layer's sum over its inputs, with `m (*groups, in_dim, k)` in the kernel's place: `(..., *groups, k)`."""
+        return ops.matmul(x, m)
+
+    def expand(self, h: Any, m: Any) -> Any:
+        """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""
+        return ops.matmul(h, m)
+
+    def along_outputs(self, v: Any, y: Any) -> Any:
+        """One number per output unit, `v (*groups, out_dim)`, shaped to broadcast against the layer's output `y`."""
+        return ops.reshape(v, (-1,))
+
+    def finish(self, y: Any) -> Any:
+        """What the layer does after its sum: bias, then activation."""
+        if self.layer.bias is not None:
+            y = ops.add(y, self.layer.bias)
+        if self.layer.activation is not None:
+            y = self.layer.activation(y)
+        return y
+
+    def _call_with(self, x: Any, kernel: Any) -> Any:
+        """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
+        policy = keras.DTypePolicy(keras.backend.standardize_dtype(self.layer.compute_dtype))
+        attributes = {**self.held_out, f"_{self.kernel_name}": kernel, "_dtype_policy": policy}
+        return seen_with(self.layer, self.layer_class, **attributes).call(x)

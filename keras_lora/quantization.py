@@ -1,0 +1,66 @@
+"""The float kernel of a quantised layer. The only file that names a quantisation mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora import keras_internals
+
+SUPPORTED_MODES = (None, "int8", "int4")
+
+
+def mode_of(layer: keras.layers.Layer) -> str | None:
+    """`None` for a float layer, else the name of its quantisation mode."""
+    return getattr(layer, "quantization_mode", None)
+
+
+def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
+    """The kernel of `layer` as a float tensor in the kernel's own shape.
+
+    Args:
+        layer: A built Dense, EinsumDense, Embedding or convolution.
+        name: The attribute that holds the kernel: `"kernel"` or `"embeddings"`.
+    """
+    mode = mode_of(layer)
+    stored = getattr(layer, name)  # Keras unpacks int4 here
+    if mode is None:
+        return ops.convert_to_tensor(stored)
+    scale = getattr(layer, f"{name}_scale")
+    is_table = name == "embeddings"
+    block_size = getattr(layer, "_int4_block_size", None)
+    if mode == "int4" and block_size not in (None, -1):
+        zero = getattr(layer, f"{name}_zero")
+        rows = stored if is_table else ops.reshape(stored, (ops.shape(layer.g_idx)[0], -1))
+        values = keras_internals.dequantize_groups(
+            ops.cast(rows, layer.compute_dtype), scale, zero, layer.g_idx, -1 if is_table else 0
+        )
+        return ops.cast(ops.reshape(values, ops.shape(stored)), layer.compute_dtype)
+    values = ops.cast(stored, layer.compute_dtype)
+    if is_table:
+        return ops.divide(values, ops.expand_dims(scale, -1))
+    if isinstance(layer, keras.layers.EinsumDense):
+        if mode == "int4":  # one scale for each column of the packed (rows, columns) matrix
+            columns = ops.shape(scale)[-1]
+            return ops.reshape(ops.divide(ops.reshape(values, (-1, columns)), scale), ops.shape(stored))
+        scale = keras_internals.scale_in_kernel_layout(layer, scale)
+    return ops.divide(values, scale)
+
+
+def describe(layer: keras.layers.Layer) -> dict[str, Any] | None:
+    """What `quantize_again` needs, as plain data; `None` for a float layer."""
+    if mode_of(layer) is None:
+        return None
+    return {
+        "mode": mode_of(layer),
+        "config": keras.saving.serialize_keras_object(getattr(layer, "quantization_config", None)),
+    }
+
+
+def quantize_again(layer: keras.layers.Layer, description: dict[str, Any]) -> None:
+    """Give a float layer the quantised variables it had when it was saved; loading then fills them."""
+    if mode_of(layer) is None:
+        config = keras.saving.deserialize_keras_object(description["config"])
+        layer.quantize(description["mode"], config=config)

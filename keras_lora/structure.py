@@ -1,0 +1,94 @@
+"""Where every layer of a model is: an address that is the same in every process, and a path of names to read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from keras_lora import keras_internals
+
+
+@dataclass(frozen=True)
+class Place:
+    """One layer of a model.
+
+    Attributes:
+        layer: The layer.
+        address: Attributes and indices that lead to it, such as `"transformer_layers/0/_self_attention_layer/_query_dense"`.
+            It depends on the model's code alone, so files use it. The model itself has the address `""`.
+        path: Names that lead to it, such as `"transformer_layer_0/self_attention_layer/query"`, for people and patterns.
+            Keras numbers unnamed layers through a process, so names are not stable.
+        holder: The layer it was found in, or `None` for the model itself.
+    """
+
+    layer: keras.layers.Layer
+    address: str
+    path: str
+    holder: keras.layers.Layer | None
+
+
+def walk(model: keras.layers.Layer) -> list[Place]:
+    """Every layer of `model`, itself first, each once (a shared layer at its first place), in the order Keras keeps."""
+    places: list[Place] = []
+    seen: set[int] = set()
+
+    def visit(place: Place) -> None:
+        if id(place.layer) in seen:
+            return
+        seen.add(id(place.layer))
+        places.append(place)
+        for address, child in _children(place.layer):
+            path = child.name if place.holder is None else f"{place.path}/{child.name}"
+            visit(Place(child, f"{place.address}/{address}".lstrip("/"), path, place.layer))
+
+    visit(Place(model, "", model.name, None))
+    return places
+
+
+def by_address(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
+    """The layers of `model` by address."""
+    return {place.address: place.layer for place in walk(model)}
+
+
+def _children(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+    children = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
+    if not children:
+        return
+    tracked = {id(child) for child in children}
+    named: dict[int, str] = {}
+    attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps layers in `_modules`
+    for name in sorted(attributes):
+        if name not in _attributes_of_keras() and not name.startswith("_self_"):  # `_self_`: TensorFlow's bookkeeping
+            for address, child in _layers_in(attributes[name], name):
+                if id(child) in tracked:
+                    named.setdefault(id(child), address)
+    rest = "layers" if isinstance(layer, keras.Model) else "sublayers"  # a model cannot have an attribute `layers`
+    for index, child in enumerate(children):
+        yield named.get(id(child), f"{rest}/{index}"), child
+
+
+def _layers_in(value: Any, address: str) -> Iterator[tuple[str, keras.layers.Layer]]:
+    if isinstance(value, keras.layers.Layer):
+        yield address, value
+    elif isinstance(value, dict):
+        for key in value:
+            yield from _layers_in(value[key], f"{address}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _layers_in(item, f"{address}/{index}")
+
+
+@functools.cache
+def _attributes_of_keras() -> frozenset[str]:
+    """The attributes that every layer or model has: Keras's own lists of layers are among them."""
+    tensor = keras.Input((1,), name="input")
+    plain = [
+        keras.layers.Layer(name="layer"),
+        keras.Sequential([keras.Input((1,), name="input")], name="sequential"),
+        keras.Model(tensor, tensor, name="functional"),
+    ]
+    return frozenset(name for each in plain for name in vars(each))

@@ -1,0 +1,105 @@
+"""What trains: the base is frozen, and stays so.
+
+Keras keeps two flags, one on each layer and one on each variable, and `model.trainable = True` sets all of them. Keras
+also forgets the flags of variables when it saves. So every layer of an adapted model carries a mark with its flags as they
+were found and as `apply_lora` planned them: removing restores the first, switching a model on restores the second, and
+both are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from keras_lora import keras_internals
+from keras_lora.structure import Place, walk
+
+BIAS_OPTIONS = ("none", "all", "lora_only")
+#: The attribute that holds a mark: the flags as found and as planned.
+MARK = "_keras_lora_training"
+
+#: One layer's flags as plain data: its own, then one for each of its own variables that was created trainable.
+Flags = list[Any]
+
+
+def flags_of(layer: keras.layers.Layer) -> Flags:
+    """The flags of `layer` now."""
+    return [layer.trainable, [v.trainable for v in keras_internals.own_trainable_variables(layer)]]
+
+
+def set_flags(layer: keras.layers.Layer, flags: Flags) -> None:
+    """Set the flags of one layer, and of nothing below it."""
+    keras_internals.set_own_trainable(layer, flags[0])
+    for variable, trainable in zip(keras_internals.own_trainable_variables(layer), flags[1], strict=True):
+        variable.trainable = trainable
+
+
+def freeze(
+    places: Iterable[Place],
+    adapted: Iterable[keras.layers.Layer],
+    trained: Iterable[keras.layers.Layer],
+    bias: str = "none",
+) -> None:
+    """Freeze every layer at `places`, but for the layers in `trained`, and the biases that the option `bias` names.
+
+    Layers without variables are left as they are. A frozen layer that holds no other has `trainable = False`, which is
+    what keeps the moving statistics of BatchNormalization still; one that holds others has only its own variables frozen.
+    """
+    adapted_ids, trained_ids = {id(layer) for layer in adapted}, {id(layer) for layer in trained}
+    for place in places:
+        layer = place.layer
+        if not layer.variables:
+            continue
+        own = keras_internals.own_trainable_variables(layer)
+        if id(layer) in trained_ids:
+            plan = [True, [True] * len(own)]
+        else:
+            with_bias = bias == "all" or (bias == "lora_only" and id(layer) in adapted_ids)
+            variables = [with_bias and v.name == "bias" for v in own]
+            plan = [any(variables) or bool(keras_internals.sublayers(layer)), variables]
+        mark(layer, found=flags_of(layer), plan=plan)
+
+
+def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None = None) -> None:
+    """Put a mark on one layer, and set its flags to `now`, or to the plan."""
+    vars(layer)[MARK] = {"found": found, "plan": plan}
+    set_flags(layer, plan if now is None else now)
+
+
+def follow_plan(layer: keras.layers.Layer) -> None:
+    """Set every layer at or below `layer` to the flags that `apply_lora` gave it."""
+    for place in walk(layer):
+        if MARK in vars(place.layer):
+            set_flags(place.layer, vars(place.layer)[MARK]["plan"])
+
+
+def restore_found(layer: keras.layers.Layer) -> None:
+    """Set every layer at or below `layer` to the flags it had before `apply_lora`, and take the marks off."""
+    for place in walk(layer):
+        if MARK in vars(place.layer):
+            set_flags(place.layer, vars(place.layer).pop(MARK)["found"])
+
+
+def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Flags]]:
+    """The marks of every layer at or below `layer`, by address, as plain data: arguments for `mark`."""
+    marks = {}
+    for place in walk(layer):
+        if MARK in vars(place.layer):
+            marks[place.address] = {**vars(place.layer)[MARK]}
+            if (now := flags_of(place.layer)) != marks[place.address]["plan"]:
+                marks[place.address]["now"] = now
+    return marks
+
+
+def trained_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The own variables of `layer` that train now, or would if the model were switched on.
+
+    A layer trained in full has its other variables among them: the moving statistics of a BatchNormalization move.
+    """
+    own = keras_internals.own_trainable_variables(layer)
+    plan = vars(layer)[MARK]["plan"][1] if MARK in vars(layer) else [False] * len(own)
+    trained = [v for v, planned in zip(own, plan, strict=True) if planned or v.trainable]
+    in_full = bool(own) and len(trained) == len(own)
+    return keras_internals.own_variables(layer) if in_full else trained
