@@ -1,5 +1,6 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
+from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.adapters import Adapter, DoRA, LoRA
 from keras_lora.inject import apply_lora, remove_lora
 from keras_lora.layers import (
@@ -10,6 +11,28 @@ from keras_lora.layers import (
     LoRAEinsumDense,
     LoRAEmbedding,
 )
-from keras_lora.targets import Target, list_targets
+from keras_lora.merging import merge_lora, unmerge_lora
+from keras_lora.targets import Target, TargetList, list_targets
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "DoRA",
+    "LoRA",
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
+    "LoRADense",
+    "LoRAEinsumDense",
+    "LoRAEmbedding",
+    "Target",
+    "TargetList",
+    "apply_lora",
+    "list_targets",
+    "load_adapter",
+    "merge_lora",
+    "remove_lora",
+    "save_adapter",
+    "unmerge_lora",
+]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from typing import Any
 
 import keras
@@ -71,7 +72,7 @@ class Owner:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keras pickles a bound method of the class, and this class has no name to import it by.
-        return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)  # type: ignore[arg-type]
+        return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
 
 
 class AdaptedLayer(Owner):
@@ -101,7 +102,7 @@ class AdaptedLayer(Owner):
 
     @property
     def linear_map(self) -> LinearMap:
-        return self.linear_map_class(self)  # type: ignore[arg-type]
+        return self.linear_map_class(self)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
@@ -114,9 +115,7 @@ class AdaptedLayer(Owner):
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)  # type: ignore[misc]
-        store[KEY] = np.array(
-            [_VERSION]
-        )  # a plain layer that meets this entry refuses the file; it would lose the adapter
+        store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # type: ignore[misc]
@@ -138,10 +137,10 @@ def register_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
 
 
 @functools.cache
-def owner_class(base: type[keras.layers.Layer]) -> type:
+def owner_class(base: Any) -> type:
     """The class of an owner whose own class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
-    return _named_after(type(base)(base.__name__, (Owner, base), {"__doc__": base.__doc__, **refused}), base)
+    return _named_after(types.new_class(base.__name__, (Owner, base), exec_body=lambda body: body.update(refused)), base)
 
 
 def _named_after(cls: Any, base: type) -> Any:

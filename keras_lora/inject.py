@@ -12,7 +12,6 @@ import keras
 from keras_lora import adapters, keras_internals, training
 from keras_lora.adapted import (
     ADAPTED_CLASSES,
-    Owner,
     adapted_layers,
     set_adapter,
     set_owners,
@@ -97,6 +96,7 @@ def apply_lora(
     )
     started = [(row.layer, _started(row.layer, row.path, row.adapter)) for row in rows.of("adapt")]
     inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
+    forget_traces(model)
     return model
 
 
@@ -121,10 +121,8 @@ def remove_lora(model: Any) -> Any:
     4
     """
     require_adapted(model, "remove_lora")
-    training.restore_found(model)
-    for place in walk(model):
-        set_plain(place.layer)
-    _forget_traces(model)
+    take_out(model)
+    forget_traces(model)
     return model
 
 
@@ -142,7 +140,13 @@ def inject(
     methods = [place.layer for place in places if isinstance(place.layer, adapters.Adapter)]
     training.freeze(places, [layer for layer, _ in pairs], [*trained, *methods], bias)
     set_owners(model)
-    _forget_traces(model)
+
+
+def take_out(model: keras.layers.Layer) -> None:
+    """Make a plain model of an adapted one."""
+    training.restore_found(model)
+    for place in walk(model):
+        set_plain(place.layer)
 
 
 def require_adapted(model: Any, function: str) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _started(layer: keras.layers.Layer, path: str, adapter: Any) -> adapters.Ada
     return adapter
 
 
-def _forget_traces(model: keras.layers.Layer) -> None:
+def forget_traces(model: keras.layers.Layer) -> None:
     """Drop compiled functions and the compiled state: both belong to the variables of before."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)
@@ -176,8 +180,5 @@ def _forget_traces(model: keras.layers.Layer) -> None:
         names = ", ".join(f"'{each.name}'" for each in compiled)
         warnings.warn(
             f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`.",
-            stacklevel=4,
+            stacklevel=3,
         )
-
-
-__all__ = ["Owner", "apply_lora", "inject", "remove_lora", "require_adapted"]

@@ -34,7 +34,7 @@ def seen_with(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
     It shares every other attribute and every weight. Running the copy is how a layer's own code is reused with another
     kernel or without its bias; `layer` is not written to, so this is safe across threads and traces.
     """
-    view = object.__new__(cls)
+    view: Any = object.__new__(cls)
     vars(view).update(vars(layer), **attributes)
     return view
 

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from rich.console import Console
@@ -21,8 +21,8 @@ from keras_lora.structure import Place, walk
 
 #: A layer or group by name or path ("query", "encoder/layer_0"), a glob over paths ("*/query"), a compiled regular
 #: expression that must match the whole path, a layer class, a function from a layer to a bool, or a layer itself.
-Pattern = str | re.Pattern[str] | type | Callable[[keras.layers.Layer], bool] | keras.layers.Layer
-Patterns = Pattern | Iterable[Pattern]
+Pattern: TypeAlias = str | re.Pattern[str] | type | Callable[[Any], bool] | keras.layers.Layer
+Patterns: TypeAlias = Pattern | Iterable[Pattern]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def list_targets(
     Example:
 
     >>> import keras, keras_lora
-    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, name="hidden"), keras.layers.Dense(2, name="out")])
+    >>> layers = [keras.Input((16,)), keras.layers.Dense(32, name="hidden"), keras.layers.Dense(2, name="out")]
+    >>> model = keras.Sequential(layers)
     >>> [(target.path, target.action, target.trainable) for target in keras_lora.list_targets(model, rank=4)]
     [('hidden', 'adapt', 192), ('out', 'freeze', 0)]
     """
@@ -257,8 +258,8 @@ class _Search:
         kinds = ", ".join(sorted(base.__name__ for base in ADAPTED_CLASSES))
         names = ", ".join(place.path for place in linear[:8])
         self.problems.append(
-            f"nothing is left to adapt (targets={_shown(targets)}); adaptable are {kinds}, and the model has {len(linear)} of "
-            f"them{': ' + names if names else ''}"
+            f"nothing is left to adapt (targets={_shown(targets)}); adaptable are {kinds}, and the model has "
+            f"{len(linear)} of them{': ' + names if names else ''}"
         )
 
     def raise_problems(self) -> None:
@@ -321,7 +322,7 @@ def _problems_of(place: Place) -> list[str]:
     if linear.constraint is not None:
         return [f"'{place.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
     try:
-        linear.matrix_shape  # noqa: B018
+        linear.matrix_shape
     except ValueError as error:
         return [f"'{place.path}': {error}"]
     return []

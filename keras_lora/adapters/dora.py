@@ -59,9 +59,7 @@ class DoRA(Adapter):
         self.kernel_norm_squared = self.add_factor(
             "kernel_norm_squared", (*groups, out_dim), lambda *_, **__: _norm_squared(linear), trainable=False
         )
-        self.magnitude = self.add_factor(
-            "magnitude", (*groups, out_dim), lambda *_, **__: ops.sqrt(_norm_squared(linear))
-        )
+        self.magnitude = self.add_factor("magnitude", (*groups, out_dim), lambda *_, **__: ops.sqrt(_norm_squared(linear)))
         with keras.name_scope(self.name):
             self.lora.start(linear)
         self.built = True

@@ -1,0 +1,305 @@
+"""The adapter file: only what was trained, as safetensors, with everything needed to rebuild it.
+
+The format, version 1:
+
+- A tensor for each weight of an adapter, `<address>:lora_a`, in the shape the method gives it, and for each base variable
+  that was trained, `<address>:base.<index>.<name>`. An address leads from the model to a layer by attributes and indices
+  (`transformer_layers/0/_feedforward_intermediate_dense`), so it is the same in every process and on every backend.
+- The metadata entry `keras_lora`: JSON with `version`, `adapters` (by address: method, config, class and kernel shape of the
+  layer) and `trained` (by address: class of the layer, flags, shapes of its variables).
+
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from keras_lora import adapters, keras_internals, training
+from keras_lora.adapted import ADAPTED_CLASSES, KEY, AdaptedLayer, adapted_layers, start_adapter
+from keras_lora.inject import forget_traces, inject, require_adapted
+from keras_lora.structure import by_address, walk
+
+_VERSION = 1
+
+
+def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of a model, and what else was trained with them, to a safetensors file.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        path: Ends in `.safetensors`. An existing file is replaced at once when the new one is whole on the disk.
+
+    Raises:
+        ValueError: The model is not adapted, or the path has another ending. No file is written then.
+
+    Example:
+
+    >>> import keras, keras_lora, os, tempfile
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> path = os.path.join(tempfile.mkdtemp(), "french.safetensors")
+    >>> keras_lora.save_adapter(keras_lora.apply_lora(model, rank=1), path)
+    >>> os.path.getsize(path) < 2000
+    True
+    """
+    path = _checked_path(path)
+    require_adapted(model, "save_adapter")
+    layers = adapted_layers(model)
+    header: dict[str, Any] = {"version": _VERSION, "adapters": {}, "trained": {}}
+    for address, layer in layers.items():
+        header["adapters"][address] = {**_identity_of(layer), **_method_of(layer.adapter)}
+    for address, layer in _trained_layers(model).items():
+        header["trained"][address] = {
+            "class": _class_name(layer),
+            "plan": vars(layer)[training.MARK]["plan"] if training.MARK in vars(layer) else training.flags_of(layer),
+            "shapes": [list(v.shape) for v in keras_internals.own_variables(layer)],
+        }
+    tensors = {key: _to_numpy(variable) for key, variable in _variables_of(model, layers).items()}
+    _replace(path, safetensors.numpy.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
+
+
+def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = True) -> Any:
+    """Read an adapter file into a model, in place.
+
+    A plain model is adapted as the file says. A model that is adapted already must have just the adapters of the file; they
+    get its values.
+
+    Args:
+        model: The base model, plain or adapted. If the file was made from a part of a model, the same part.
+        path: A file written by `save_adapter`.
+        trainable: Whether the loaded adapters, and what was trained with them, train further.
+
+    Returns:
+        `model` itself. A model that was plain needs `compile` before training.
+
+    Raises:
+        ValueError: The file is damaged or of another kind, or does not fit the model; everything missing, unexpected or of
+            another shape is listed. The model is then as it was.
+        FileNotFoundError: There is no such file.
+
+    Example:
+
+    >>> import keras, keras_lora, os, tempfile
+    >>> base = lambda: keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> path = os.path.join(tempfile.mkdtemp(), "french.safetensors")
+    >>> keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=1), path)
+    >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
+    2
+    """
+    path = _checked_path(path)
+    header, tensors = _read(path)
+    plain = not adapted_layers(model)
+    problems = _misfits(model, header, plain)
+    _raise_problems(path, model, problems)
+    found = by_address(model)
+    if plain:
+        started = {address: _started(found[address], entry) for address, entry in header["adapters"].items()}
+    else:
+        started = {address: layer.adapter for address, layer in adapted_layers(model).items()}
+    variables = {f"{address}:{key}": v for address, each in started.items() for key, v in each.saved_weights.items()}
+    for address, entry in header["trained"].items():
+        variables |= _trained_of(address, found[address], entry["plan"][1])
+    problems += _mismatched(tensors, variables)
+    _raise_problems(path, model, problems)
+
+    if plain:
+        inject(model, [(found[address], adapter) for address, adapter in started.items()])
+        for address, entry in header["trained"].items():
+            mark = vars(found[address])[training.MARK]
+            training.mark(found[address], found=mark["found"], plan=entry["plan"])
+        forget_traces(model)
+    for key, variable in variables.items():
+        variable.assign(tensors[key].astype(keras.backend.standardize_dtype(variable.dtype)))
+    if not trainable:
+        for layer in [each.layer for each in walk(model) if isinstance(each.layer, adapters.Adapter)]:
+            layer.trainable = False
+        for address in header["trained"]:
+            own = keras_internals.own_trainable_variables(found[address])
+            training.set_flags(found[address], [found[address].trainable, [False] * len(own)])
+    return model
+
+
+# What the model has.
+
+
+def _variables_of(model: Any, layers: dict[str, AdaptedLayer]) -> dict[str, keras.Variable]:
+    """Every variable that a file of `model` holds, by its key there."""
+    variables = {f"{address}:{key}": v for address, each in layers.items() for key, v in each.adapter.saved_weights.items()}
+    for address, layer in _trained_layers(model).items():
+        variables |= _trained_of(address, layer, None)
+    return variables
+
+
+def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
+    """The layers of which base variables train, by address."""
+    places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
+    return {place.address: place.layer for place in places if training.trained_variables(place.layer)}
+
+
+def _trained_of(address: str, layer: keras.layers.Layer, plan: list[bool] | None) -> dict[str, keras.Variable]:
+    own = keras_internals.own_variables(layer)
+    if plan is None:
+        trained = {id(v) for v in training.trained_variables(layer)}
+    else:
+        trained = {id(v) for v, planned in zip(own, plan, strict=False) if planned}
+        trained = {id(v) for v in own} if all(plan) else trained
+    return {f"{address}:base.{index}.{v.name}": v for index, v in enumerate(own) if id(v) in trained}
+
+
+def _identity_of(layer: Any) -> dict[str, Any]:
+    linear = layer.linear_map if isinstance(layer, AdaptedLayer) else _map_of(layer)
+    return {"class": _class_name(layer), "kernel": list(linear.kernel_shape)}
+
+
+def _map_of(layer: keras.layers.Layer) -> Any:
+    return ADAPTED_CLASSES[type(layer)].linear_map_class(layer)
+
+
+def _class_name(layer: Any) -> str:
+    return type(layer).__name__
+
+
+def _method_of(adapter: adapters.Adapter) -> dict[str, Any]:
+    """The method as plain words: no class path that a reader would have to import."""
+    names = {cls: name for name, cls in adapters.TABLE.items()}
+    config = {key: value for key, value in adapter.get_config().items() if key not in _NOT_IN_FILES}
+    return {"method": names[type(adapter)], "config": config}
+
+
+#: The starting point and the Keras layer's own arguments say nothing about trained values.
+_NOT_IN_FILES = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+
+
+def _started(layer: keras.layers.Layer, entry: dict[str, Any]) -> adapters.Adapter:
+    adapter = adapters.get(entry["method"], **entry["config"])
+    start_adapter(layer, _map_of(layer), adapter)
+    return adapter
+
+
+# What does not fit.
+
+
+def _misfits(model: Any, header: dict[str, Any], plain: bool) -> list[str]:
+    layers = by_address(model)
+    problems = []
+    for address, entry in {**header["trained"], **header["adapters"]}.items():
+        layer = layers.get(address)
+        if layer is None:
+            problems.append(f"the model has no layer at '{address}'; the file has a {entry['class']} there")
+        elif _class_name(layer) != entry["class"]:
+            problems.append(f"the layer at '{address}' is a {_class_name(layer)}; in the file it is a {entry['class']}")
+        elif "kernel" in entry:
+            problems += _adapter_misfits(address, layer, entry, plain)
+    for address, entry in header["trained"].items():
+        shapes = [list(v.shape) for v in keras_internals.own_variables(layers[address])] if address in layers else None
+        if shapes is not None and shapes != entry["shapes"]:
+            problems.append(f"the variables of '{address}' have shapes {shapes}; in the file they have {entry['shapes']}")
+    if not plain:
+        for address in adapted_layers(model):
+            if address not in header["adapters"]:
+                problems.append(f"the model has an adapter at '{address}'; the file has none")
+        for address in _trained_layers(model):
+            if address not in header["trained"]:
+                problems.append(f"the model trains variables of '{address}'; the file has none")
+    return problems
+
+
+def _adapter_misfits(address: str, layer: Any, entry: dict[str, Any], plain: bool) -> list[str]:
+    if plain and type(layer) not in ADAPTED_CLASSES:
+        return [f"the layer at '{address}', a {_class_name(layer)}, cannot be adapted"]
+    if not plain and not isinstance(layer, AdaptedLayer):
+        return [f"the file has an adapter at '{address}'; the model has none"]
+    if not layer.built:
+        return [f"the layer at '{address}' is not built"]
+    identity = _identity_of(layer)
+    if identity["kernel"] != entry["kernel"]:
+        return [f"the kernel at '{address}' has shape {identity['kernel']}; in the file it has {entry['kernel']}"]
+    if entry["method"] not in adapters.TABLE:
+        return [f"the adapter at '{address}' has the method '{entry['method']}'; known are {sorted(adapters.TABLE)}"]
+    if not plain and {**identity, **_method_of(layer.adapter)} != entry:
+        own = _method_of(layer.adapter)
+        return [f"the adapter at '{address}' is {own}; in the file it is {entry['method']} with {entry['config']}"]
+    return []
+
+
+def _mismatched(tensors: dict[str, np.ndarray], variables: dict[str, keras.Variable]) -> list[str]:
+    problems = [f"the file lacks the tensor '{key}'" for key in sorted(variables.keys() - tensors.keys())]
+    problems += [f"the file has a tensor '{key}' that fits nothing" for key in sorted(tensors.keys() - variables.keys())]
+    for key in sorted(variables.keys() & tensors.keys()):
+        if tuple(variables[key].shape) != tensors[key].shape:
+            expected = tuple(variables[key].shape)
+            problems.append(f"the tensor '{key}' has shape {tensors[key].shape}; expected is {expected}")
+    return problems
+
+
+def _raise_problems(path: Path, model: Any, problems: list[str]) -> None:
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(
+            f"The adapter file {path} does not fit '{model.name}', and nothing was changed:{listed}\n"
+            "Load it into the base model it was trained on, plain or adapted in the same way."
+        )
+
+
+# Bytes.
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"The path of an adapter file must end in '.safetensors'. Received: {str(path)!r}.")
+    return path
+
+
+def _to_numpy(variable: keras.Variable) -> np.ndarray:
+    array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
+    return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not path.exists():
+        raise FileNotFoundError(f"There is no adapter file at {path}.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata[KEY])
+        version = header["version"]
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole adapter file of keras_lora ({type(error).__name__}: {error}). Expected a file written "
+            "by `keras_lora.save_adapter`. It may be cut off, damaged or of another kind."
+        ) from error
+    if version != _VERSION:
+        raise ValueError(f"{path} has format version {version!r}. Expected {_VERSION}. A newer keras_lora may read it.")
+    return header, tensors
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside `path` and rename: an interrupted save leaves the old file as it was."""
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).chmod(0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,134 @@
+"""Merging: the change is added to the kernel, and a plain Keras model remains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora import adapters, quantization, training
+from keras_lora.adapted import AdaptedLayer, set_adapter, set_owners
+from keras_lora.inject import forget_traces, require_adapted, take_out
+from keras_lora.structure import by_address
+
+_KEPT = "_keras_lora_kept"
+
+
+@dataclass
+class _Kept:
+    """What `unmerge_lora` needs. Not a list or dict: those are searched for layers."""
+
+    adapters: dict[str, adapters.Adapter]
+    kernels: dict[str, np.ndarray]
+    marks: dict[str, dict[str, Any]]
+
+
+def merge_lora(model: Any, keep: bool = False) -> Any:
+    """Add every adapter's change to its kernel, in place, and make the model a plain Keras model again.
+
+    The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, needs no extra time
+    to run, and its `.keras` file loads where `keras_lora` is not installed.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        keep: Keep a copy of the kernels as they were, and the adapters, so that `unmerge_lora` can restore both. The copy
+            is in the memory of the host and is not saved.
+
+    Returns:
+        `model` itself. Call `compile` before training it.
+
+    Raises:
+        ValueError: The model is not adapted, a base kernel is quantised, or a merged kernel is not finite. The model is
+            then as it was.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.merge_lora(keras_lora.apply_lora(model))
+    >>> type(model.layers[0]) is keras.layers.Dense
+    True
+    """
+    layers = require_adapted(model, "merge_lora")
+    _refuse_quantized(layers)
+    not_finite = [address for address, layer in layers.items() if not np.isfinite(_merged_kernel(layer)).all()]
+    if not_finite:
+        raise ValueError(
+            f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
+            f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, with a lower learning rate perhaps."
+        )
+    kept = _Kept({}, {}, training.marks_of(model)) if keep else None
+    for address, layer in layers.items():
+        variable = layer.linear_map.kernel_variable
+        merged = _merged_kernel(layer)
+        if kept is not None:
+            kept.adapters[address] = layer.adapter
+            kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
+        variable.assign(merged)
+    take_out(model)
+    forget_traces(model)
+    if kept is not None:
+        vars(model)[_KEPT] = kept
+    return model
+
+
+def unmerge_lora(model: Any) -> Any:
+    """Undo `merge_lora(model, keep=True)`: kernels bit for bit as they were, and the same adapters, as trainable as before.
+
+    Args:
+        model: The model that was merged.
+
+    Returns:
+        `model` itself. Call `compile` after it.
+
+    Raises:
+        ValueError: The model was not merged with `keep=True`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.merge_lora(keras_lora.apply_lora(model), keep=True)
+    >>> len(keras_lora.unmerge_lora(model).trainable_variables)
+    2
+    """
+    kept = vars(model).pop(_KEPT, None) if isinstance(model, keras.layers.Layer) else None
+    if kept is None:
+        raise ValueError(
+            f"There is nothing to unmerge in '{getattr(model, 'name', model)}'. Expected a model merged in this process "
+            "with `keras_lora.merge_lora(model, keep=True)`."
+        )
+    layers = by_address(model)
+    for address, adapter in kept.adapters.items():
+        set_adapter(layers[address], adapter)
+        layers[address].linear_map.kernel_variable.assign(kept.kernels[address])
+    layers = by_address(model)  # now with the adapters
+    for address, mark in kept.marks.items():
+        training.mark(layers[address], **mark)
+    set_owners(model)
+    forget_traces(model)
+    return model
+
+
+def _merged_kernel(layer: AdaptedLayer) -> np.ndarray:
+    """`W + ΔW` in float32, in the kernel's own shape."""
+    linear = layer.linear_map
+    matrix = linear.matrix
+    if keras.backend.standardize_dtype(matrix.dtype) != "float64":
+        matrix = ops.cast(matrix, "float32")
+    return ops.convert_to_numpy(
+        linear.as_kernel(ops.add(matrix, ops.cast(layer.adapter.delta_kernel(matrix), matrix.dtype)))
+    )
+
+
+def _refuse_quantized(layers: dict[str, AdaptedLayer]) -> None:
+    quantized = [address for address, layer in layers.items() if quantization.mode_of(layer) is not None]
+    if quantized:
+        raise ValueError(
+            "A change as small as an adapter's is mostly lost when it is merged into a quantised kernel (int8 keeps about "
+            f"15 % of a typical one, int4 none), so this is refused. Expected float kernels. Received: quantised ones at "
+            f"{quantized}. Merge into the float model: load the adapter there with `keras_lora.load_adapter`."
+        )
