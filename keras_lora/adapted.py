@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import types
 from typing import Any
 
@@ -26,6 +27,8 @@ from keras_lora.structure import by_address, walk
 #: The extra key in a config, and in the weights of an adapted layer.
 KEY = "keras_lora"
 _VERSION = 1
+#: Set on an owner that was seen to rebuild from its config.
+_REBUILDS = "_keras_lora_rebuilds"
 
 
 class Owner:
@@ -46,19 +49,18 @@ class Owner:
 
     def get_config(self) -> dict[str, Any]:
         # Asked through a view of the base class: Keras compares classes and methods while it writes a config.
-        return {**seen_with(self, self.base_class).get_config(), KEY: describe(self)}
+        config, description = seen_with(self, self.base_class).get_config(), describe(self)
+        if not vars(self).get(_REBUILDS):
+            _check_rebuilds(self, config, description)
+            vars(self)[_REBUILDS] = True
+        return {**config, KEY: description}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
         if KEY not in config:
             return super().from_config(config)  # type: ignore[misc]
         description = config[KEY]
-        base = {
-            **description["base"],
-            "config": {key: value for key, value in config.items() if key != KEY},
-            "build_config": description["build_config"],
-        }
-        layer = keras.saving.deserialize_keras_object(base, custom_objects=custom_objects)
+        layer = _rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
         keras_internals.when_built(layer, lambda: restore(layer, description))
         return layer
 
@@ -118,7 +120,7 @@ class AdaptedLayer(Owner):
         store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # type: ignore[misc]
+        super().load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # type: ignore[misc]  # noqa: SIM118
         if self.adapter.built:
             self.adapter.base_changed(self.linear_map)
 
@@ -144,7 +146,7 @@ def owner_class(base: Any) -> type:
 
 
 def _named_after(cls: Any, base: type) -> Any:
-    cls.base_class, cls.__name__ = base, base.__name__
+    cls.base_class, cls.__name__, cls.__module__ = base, base.__name__, __name__
     # One registered name for all of them: the loader needs only `from_config`, which finds the base class in the config.
     return keras.saving.register_keras_serializable(KEY, "Adapted")(cls)
 
@@ -252,6 +254,47 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
 
 def _when_built(layer: keras.layers.Layer, function: Any, *args: Any) -> None:
     keras_internals.when_built(layer, functools.partial(function, *args))
+
+
+def _rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects: dict[str, Any] | None) -> Any:
+    """The plain object that `config` describes."""
+    whole = {**description["base"], "config": config, "build_config": description["build_config"]}
+    return keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
+
+
+def _check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, Any]) -> None:
+    """Refuse to save an owner whose class, rebuilt from its config, has other layers than this one: it would load wrong.
+
+    Classes of Keras and KerasHub are trusted; a user's class is rebuilt once, in memory, and compared.
+    """
+    if owner.base_class.__module__.partition(".")[0] in ("keras", "keras_hub"):
+        return
+    layers = by_address(owner)
+    classes = {type(layer).__name__: getattr(layer, "base_class", type(layer)) for layer in layers.values()}
+    own = {name: cls for name, cls in classes.items() if cls.__module__.partition(".")[0] not in ("keras", "keras_hub")}
+    state = random.getstate()  # Keras draws the seeds of new layers from it
+    try:
+        copy = _rebuilt(config, description, own)
+    except Exception as error:
+        raise ValueError(
+            f"'{owner.name}' cannot be saved: its class {type(owner).__name__} cannot be rebuilt from its own config "
+            f"({error}). Expected a `get_config` that says all that the constructor needs."
+        ) from error
+    finally:
+        random.setstate(state)
+    found = {address: type(layer).__name__ for address, layer in by_address(copy).items()}
+    plain = {address: layer for address, layer in layers.items() if "adapter" not in address.split("/")}
+    wrong = [
+        f"{address or 'itself'} ({type(layer).__name__})"
+        for address, layer in plain.items()
+        if address in description["training"] and found.get(address) != type(layer).__name__
+    ]
+    if copy.built and wrong:
+        raise ValueError(
+            f"'{owner.name}' cannot be saved: rebuilt from its config, a {type(owner).__name__} has other layers than this "
+            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or another class, at "
+            f"{wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
+        )
 
 
 def _check_addresses(owner: keras.layers.Layer, layers: dict[str, Any], description: dict[str, Any]) -> None:

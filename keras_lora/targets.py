@@ -129,7 +129,7 @@ def list_targets(
     if targets is not None:
         chosen, heads = search.find("targets", targets, linear), {}
     else:
-        chosen = {id(place.layer): place for place in linear if not _map_of(place).picks_rows}
+        chosen = {id(place.layer): place for place in linear if place.layer is model or not _map_of(place).picks_rows}
         heads = {id(place.layer): place for place in find_head(model, places)} if head == "auto" else {}
         if head not in ("auto", None):
             heads = search.find("head", head, places)
@@ -259,7 +259,7 @@ class _Search:
         names = ", ".join(place.path for place in linear[:8])
         self.problems.append(
             f"nothing is left to adapt (targets={_shown(targets)}); adaptable are {kinds}, and the model has "
-            f"{len(linear)} of them{': ' + names if names else ''}"
+            f"{len(linear)} of them{': ' + names if names else ''} (an Embedding is adapted only when `targets` names it)"
         )
 
     def raise_problems(self) -> None:

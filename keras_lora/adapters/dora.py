@@ -76,10 +76,10 @@ class DoRA(Adapter):
         return self.lora.parameter_count(matrix_shape) + math.prod(matrix_shape[:-2]) * matrix_shape[-1]
 
     def delta_kernel(self, matrix: Any) -> Any:
-        # Liu et al., eq. 5: W' = m (W + ΔV) / ‖W + ΔV‖, norms over each output unit.
+        # Liu et al., eq. 5: W' = m (W + ΔV) / ‖W + ΔV‖, norms over each output unit, held constant in the gradient (4.3).
         matrix = ops.cast(matrix, self.lora.lora_a.dtype)
         direction = ops.add(matrix, self.lora.delta_kernel(matrix))
-        norm = ops.sqrt(ops.sum(ops.square(direction), axis=-2, keepdims=True))
+        norm = ops.stop_gradient(ops.sqrt(ops.sum(ops.square(direction), axis=-2, keepdims=True)))
         return ops.subtract(ops.multiply(ops.divide(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool = False) -> Any:
