@@ -64,6 +64,17 @@ class Owner:
         keras_internals.when_built(layer, lambda: restore(layer, description))
         return layer
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keras pickles a bound method of the class, and this class has no name to import it by.
+        return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
+
+
+class ModelOwner(Owner):
+    """An owner that is a model: what it was compiled with is saved and restored, optimizer included."""
+
+    def get_compile_config(self) -> dict[str, Any]:
+        return _portable(super().get_compile_config())  # type: ignore[misc]
+
     def compile_from_config(self, config: dict[str, Any]) -> None:
         if not keras_internals.overrides_compile(self):
             return super().compile_from_config(config)  # type: ignore[misc]
@@ -72,9 +83,15 @@ class Owner:
         if self.built:  # type: ignore[attr-defined]
             self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Keras pickles a bound method of the class, and this class has no name to import it by.
-        return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
+
+def _portable(config: Any) -> Any:
+    """`config` with optimizers under their public name: on torch Keras writes a class that no other backend can run."""
+    if not isinstance(config, dict):
+        return config
+    config = {key: _portable(value) for key, value in config.items()}
+    if str(config.get("module")).startswith("keras.src.backend.") and ".optimizers." in config["module"]:
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    return config
 
 
 class AdaptedLayer(Owner):
@@ -142,7 +159,8 @@ def register_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
 def owner_class(base: Any) -> type:
     """The class of an owner whose own class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
-    return _named_after(types.new_class(base.__name__, (Owner, base), exec_body=lambda body: body.update(refused)), base)
+    kind = ModelOwner if issubclass(base, keras.Model) else Owner
+    return _named_after(types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base)
 
 
 def _named_after(cls: Any, base: type) -> Any:

@@ -26,6 +26,7 @@ class Specimen:
     apply: dict[str, Any] = field(default_factory=dict)
     compile: dict[str, Any] = field(default_factory=lambda: {"loss": "mse"})
     tolerance: float = 1e-5
+    resumed_elsewhere: float = 2e-3  # how far the losses of two backends may come apart in two further epochs
 
 
 ZOO: dict[str, Callable[[], Specimen]] = {}
@@ -265,7 +266,9 @@ def embedding() -> Specimen:
     x = keras.Input((STEPS,), dtype="int32")
     y = layers.Embedding(11, DIM, mask_zero=True, name="tokens")(x)
     y = layers.Dense(2, name="head")(layers.GlobalAveragePooling1D()(layers.Dense(DIM, name="dense")(y)))
-    return Specimen(keras.Model(x, y), ids(BATCH, STEPS), numbers(BATCH, 2), {"rank": 2, "targets": ["tokens", "dense"]})
+    apply = {"rank": 2, "targets": ["tokens", "dense"]}
+    # TensorFlow's gradient of a gather is sparse, and Adam treats the rows it lacks in a way of its own.
+    return Specimen(keras.Model(x, y), ids(BATCH, STEPS), numbers(BATCH, 2), apply, resumed_elsewhere=2e-2)
 
 
 @specimen
