@@ -72,6 +72,10 @@ class Owner:
 class ModelOwner(Owner):
     """An owner that is a model: what it was compiled with is saved and restored, optimizer included."""
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        self.get_config()  # raises what is to be refused before Keras has emptied the old file
+        super().save(*args, **kwargs)  # type: ignore[misc]
+
     def get_compile_config(self) -> dict[str, Any]:
         return _portable(super().get_compile_config())  # type: ignore[misc]
 
@@ -300,19 +304,25 @@ def _check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, A
         ) from error
     finally:
         random.setstate(state)
-    found = {address: type(layer).__name__ for address, layer in by_address(copy).items()}
-    plain = {address: layer for address, layer in layers.items() if "adapter" not in address.split("/")}
+    found = {address: _fingerprint(layer) for address, layer in by_address(copy).items()}
     wrong = [
         f"{address or 'itself'} ({type(layer).__name__})"
-        for address, layer in plain.items()
-        if address in description["training"] and found.get(address) != type(layer).__name__
+        for address, layer in layers.items()
+        if address in description["training"] and not isinstance(layer, adapters.Adapter)
+        # A layer that Keras builds only when it is called has no variables to compare yet.
+        if found.get(address) not in (_fingerprint(layer), (type(layer).__name__, None))
     ]
     if copy.built and wrong:
         raise ValueError(
             f"'{owner.name}' cannot be saved: rebuilt from its config, a {type(owner).__name__} has other layers than this "
-            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or another class, at "
+            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or other variables, at "
             f"{wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
         )
+
+
+def _fingerprint(layer: keras.layers.Layer) -> tuple[str, list[tuple[int, ...]] | None]:
+    shapes = [tuple(v.shape) for v in keras_internals.own_variables(layer)] if layer.built else None
+    return type(layer).__name__, shapes
 
 
 def _check_addresses(owner: keras.layers.Layer, layers: dict[str, Any], description: dict[str, Any]) -> None:
