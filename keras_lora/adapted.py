@@ -130,7 +130,7 @@ class AdaptedLayer(Owner):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
         y = linear.base_output(inputs)
-        y = self.adapter.adapted_output(inputs, y, linear, training=bool(training))
+        y = self.adapter.adapted_output(inputs, y, linear, training=training)
         return linear.finish(y)
 
     def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:

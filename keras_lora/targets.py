@@ -80,7 +80,7 @@ class TargetList(list[Target]):
     def total(self) -> str:
         """One line: how much would train."""
         trainable, everything = sum(row.trainable for row in self), sum(row.parameters for row in self)
-        everything += sum(row.trainable for row in self.of("adapt"))
+        everything += sum(row.adapter.parameter_count(row.shape) for row in self if row.adapter and row.shape)
         return f"trainable: {trainable:,} of {everything:,} ({100 * trainable / max(everything, 1):.3g} %)"
 
 
@@ -198,7 +198,7 @@ def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
     if getattr(model, "outputs", None):
         heads = {id(layer) for tensor in model.outputs for layer in _heads_behind(tensor)}
     else:
-        own = [layer for layer in keras_internals.sublayers(model) if layer.variables]
+        own = [layer for layer in keras_internals.sublayers(model) if layer.weights]
         heads = {id(own[-1])} if own and _is_dense(own[-1]) else set()
     return [place for place in places if id(place.layer) in heads]
 
@@ -209,7 +209,7 @@ def _heads_behind(tensor: Any) -> list[keras.layers.Layer]:
         return [operation]
     if getattr(operation, "outputs", None) and isinstance(operation, keras.Model):
         return [layer for output in operation.outputs for layer in _heads_behind(output)]
-    if len(inputs) != 1 or getattr(operation, "variables", None):
+    if len(inputs) != 1 or getattr(operation, "weights", None):
         return []
     return _heads_behind(inputs[0])
 

@@ -44,13 +44,13 @@ def freeze(
 ) -> None:
     """Freeze every layer at `places`, but for the layers in `trained`, and the biases that the option `bias` names.
 
-    Layers without variables are left as they are. A frozen layer that holds no other has `trainable = False`, which is
+    Layers without weights are left as they are. A frozen layer that holds no other has `trainable = False`, which is
     what keeps the moving statistics of BatchNormalization still; one that holds others has only its own variables frozen.
     """
     adapted_ids, trained_ids = {id(layer) for layer in adapted}, {id(layer) for layer in trained}
     for place in places:
         layer = place.layer
-        if not layer.variables:
+        if not layer.weights:
             continue
         own = keras_internals.own_trainable_variables(layer)
         if id(layer) in trained_ids:

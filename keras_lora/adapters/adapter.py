@@ -40,7 +40,7 @@ class Adapter(keras.layers.Layer):
         """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool = False) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         """`apply(x, W + ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
 
         This default computes the definition. A method with a cheaper way overrides it; the law test holds it to this one.

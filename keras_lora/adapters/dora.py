@@ -82,7 +82,7 @@ class DoRA(Adapter):
         norm = ops.stop_gradient(ops.sqrt(ops.sum(ops.square(direction), axis=-2, keepdims=True)))
         return ops.subtract(ops.multiply(ops.divide(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool = False) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         y = ops.add(y, self.lora.low_rank_output(x, y.dtype, linear, training))
         # g = m / ‖W + sAB‖. Written (g - 1) y because g stays close to 1, where bfloat16 has only 3 digits.
         gain = ops.subtract(ops.divide(self.magnitude, ops.stop_gradient(self.direction_norm(linear))), 1.0)

@@ -100,12 +100,12 @@ class LoRA(Adapter):
         # Hu et al., section 4.1: ΔW = scale · A B.
         return self.scale * ops.matmul(self.lora_a, self.lora_b)
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool = False) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         return ops.add(y, self.low_rank_output(x, y.dtype, linear, training))
 
-    def low_rank_output(self, x: Any, dtype: Any, linear: Any, training: bool) -> Any:
+    def low_rank_output(self, x: Any, dtype: Any, linear: Any, training: bool | None) -> Any:
         """`apply(x, ΔW)` as `(x A)(scale · B)`: the scale is folded into the rank-sized side."""
-        if training and self.seed_generator is not None:
+        if self.seed_generator is not None and training:
             x = keras.random.dropout(x, self.dropout, seed=self.seed_generator)
         h = linear.contract(x, ops.cast(self.lora_a, dtype))
         return linear.expand(h, ops.cast(self.scale * self.lora_b, dtype))

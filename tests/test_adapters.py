@@ -1,0 +1,199 @@
+"""Each method against NumPy written from its paper, and the arguments it takes."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import perturb, value
+from keras import layers
+
+import keras_lora
+from keras_lora import adapters
+
+
+def dense(method, units=6, width=9, **arguments):
+    layer = layers.Dense(units)
+    layer.build((None, width))
+    return keras_lora.apply_lora(layer, adapters.get(method, **arguments))
+
+
+@pytest.mark.parametrize(("rank_stabilized", "scale"), [(False, 24 / 4), (True, 24 / 2)])
+def test_lora_is_the_scaled_product_of_its_factors(rank_stabilized, scale):
+    layer = dense("lora", rank=4, alpha=24, rank_stabilized=rank_stabilized)
+    perturb(layer)
+    a, b = value(layer.adapter.lora_a), value(layer.adapter.lora_b)
+    delta = value(layer.adapter.delta_kernel(layer.linear_map.matrix))
+    assert layer.adapter.scale == scale
+    np.testing.assert_allclose(delta, scale * a @ b, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_is_the_normalised_direction_times_the_magnitude():
+    layer = dense("dora", rank=2, alpha=6)
+    perturb(layer)
+    adapter, w = layer.adapter, value(layer.kernel)
+    direction = w + 3 * value(adapter.lora.lora_a) @ value(adapter.lora.lora_b)
+    expected = value(adapter.magnitude) * direction / np.linalg.norm(direction, axis=0)  # Liu et al., eq. 5
+    np.testing.assert_allclose(w + value(adapter.delta_kernel(w.astype("float32"))), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_factored_norm_of_dora_is_the_norm():
+    for layer in (dense("dora", rank=3), conv("dora", rank=3)):
+        perturb(layer)
+        linear, lora = layer.linear_map, layer.adapter.lora
+        direction = value(linear.matrix) + value(lora.delta_kernel(linear.matrix))
+        factored = value(layer.adapter.direction_norm(linear))
+        np.testing.assert_allclose(factored, np.linalg.norm(direction, axis=-2), rtol=1e-6)
+
+
+def conv(method, **arguments):
+    layer = layers.Conv2D(6, 3, groups=2, data_format="channels_last")
+    layer.build((None, 8, 8, 4))
+    return keras_lora.apply_lora(layer, adapters.get(method, **arguments))
+
+
+def test_lora_starts_as_in_peft():
+    layer = dense("lora", units=50, width=4000, rank=8)
+    a, b = value(layer.adapter.lora_a), value(layer.adapter.lora_b)
+    bound = 1 / np.sqrt(4000)
+    assert a.shape == (4000, 8)
+    assert np.abs(a).max() <= bound
+    assert abs(a.mean()) < 0.03 * bound
+    assert a.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert not b.any()
+
+
+def test_an_embedding_starts_with_the_other_factor_at_zero():
+    layer = layers.Embedding(500, 400)
+    layer.build()
+    keras_lora.apply_lora(layer, rank=4)
+    assert not value(layer.adapter.lora_a).any()
+    assert value(layer.adapter.lora_b).std() == pytest.approx(1, rel=0.06)
+
+
+def test_initializers_can_be_given_and_come_back_from_the_config():
+    layer = dense(keras_lora.LoRA(2, a_initializer="ones", b_initializer=keras.initializers.Constant(0.5)))
+    assert (value(layer.adapter.lora_a) == 1).all()
+    assert (value(layer.adapter.lora_b) == 0.5).all()
+    twin = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer.adapter))
+    assert twin.get_config() == layer.adapter.get_config()
+
+
+def test_a_magnitude_starts_as_the_norm_of_the_kernel():
+    layer = dense("dora")
+    np.testing.assert_allclose(value(layer.adapter.magnitude), np.linalg.norm(value(layer.kernel), axis=0), rtol=1e-6)
+
+
+def test_a_seed_gives_the_same_start_every_time_and_another_one_to_each_layer():
+    def start():
+        stack = [keras.Input((8,)), layers.Dense(8, name="a"), layers.Dense(8, name="b"), layers.Dense(2)]
+        model = keras_lora.apply_lora(keras.Sequential(stack), keras_lora.LoRA(rank=2, seed=5))
+        return [value(layer.adapter.lora_a) for layer in model.layers[:2]]
+
+    first, second = start(), start()
+    assert np.array_equal(first[0], second[0])
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_dropout_acts_in_training_alone_and_on_the_adapter_alone():
+    layer = dense("lora", units=4, width=2000, rank=1, dropout=0.5)
+    layer.adapter.lora_a.assign(np.ones((2000, 1), "float32"))
+    layer.adapter.lora_b.assign(np.ones((1, 4), "float32"))
+    x = np.ones((1, 2000), "float32")
+    still, base = value(layer(x)), value(layer.linear_map.finish(layer.linear_map.base_output(x)))
+    assert np.array_equal(still, value(layer(x, training=False)))
+    first, second = value(layer(x, training=True)), value(layer(x, training=True))
+    assert not np.array_equal(first, second)
+    # Half of 2,000 ones, doubled: the adapter's sum keeps its mean.
+    kept = (first - base)[0, 0] / (still - base)[0, 0]
+    assert kept == pytest.approx(1, abs=0.1)
+
+
+def test_dropout_reaches_a_layer_whose_own_call_takes_no_training_argument():
+    layer = layers.Conv2D(3, 2, data_format="channels_last")
+    model = keras.Sequential([keras.Input((6, 6, 2)), layer])
+    keras_lora.apply_lora(model, keras_lora.LoRA(rank=1, dropout=0.5), head=None)
+    perturb(layer)
+    x = np.ones((1, 6, 6, 2), "float32")
+    assert np.array_equal(value(model(x)), value(model(x)))
+    assert not np.array_equal(value(model(x, training=True)), value(model(x, training=True)))
+
+
+def test_dropout_on_an_embedding_is_refused_and_nothing_is_changed():
+    model = keras.Sequential([keras.Input((3,), dtype="int32"), layers.Embedding(9, 4), layers.Dense(4), layers.Dense(2)])
+    before = [type(layer) for layer in model.layers]
+    with pytest.raises(ValueError, match="token ids"):
+        keras_lora.apply_lora(model, keras_lora.LoRA(dropout=0.1), targets=[layers.Embedding, layers.Dense])
+    assert [type(layer) for layer in model.layers] == before
+    assert len(model.trainable_variables) == 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 0},
+        {"rank": -1},
+        {"rank": 2.0},
+        {"rank": True},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"alpha": float("inf")},
+        {"alpha": "16"},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"dropout": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", [keras_lora.LoRA, keras_lora.DoRA])
+def test_arguments_out_of_range_are_named_with_what_came(method, wrong):
+    name, given = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f"`{name}` must be .* Received: {name}={given!r}".replace("(", r"\(")):
+        method(**wrong)
+
+
+def test_get_takes_a_name_an_instance_and_a_config():
+    instance = keras_lora.DoRA(rank=3)
+    assert adapters.get(instance) is instance
+    assert adapters.get("LoRA", rank=3).rank == 3
+    assert adapters.get(keras.saving.serialize_keras_object(instance)).lora.rank == 3
+
+
+def test_get_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"no adapter method called 'lorra'. Expected one of \['dora', 'lora'\]"):
+        adapters.get("lorra")
+    with pytest.raises(TypeError, match="must be a name"):
+        adapters.get(3)
+    with pytest.raises(ValueError, match="says its own arguments. Received: rank=4 beside LoRA"):
+        adapters.get(keras_lora.LoRA(), rank=4)
+
+
+def test_alpha_does_not_follow_the_rank():
+    assert keras_lora.LoRA(rank=1).alpha == keras_lora.LoRA(rank=64).alpha
+
+
+@pytest.mark.parametrize("method", sorted(adapters.TABLE))
+def test_the_parameter_count_is_what_gets_trained(method):
+    for layer in (dense(method, rank=3), conv(method, rank=3)):
+        trained = sum(int(np.prod(v.shape)) for v in layer.trainable_variables)
+        assert layer.adapter.parameter_count(layer.linear_map.matrix_shape) == trained
+
+
+def test_a_method_of_ones_own_needs_three_functions():
+    class Shift(keras_lora.Adapter):
+        """`W' = W + d`: one number added to every entry."""
+
+        def start(self, linear):
+            self.shift = self.add_factor("shift", (), "zeros")
+            self.built = True
+
+        def parameter_count(self, matrix_shape):
+            return 1
+
+        def delta_kernel(self, matrix):
+            return keras.ops.ones_like(matrix) * self.shift
+
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    keras_lora.apply_lora(layer, Shift())
+    before, x = value(layer(np.ones((1, 4)))), np.ones((1, 4), "float32")
+    layer.adapter.shift.assign(0.5)
+    np.testing.assert_allclose(value(layer(x)) - before, 2.0, rtol=1e-5)
