@@ -14,6 +14,7 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -102,7 +103,13 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     _raise_problems(path, model, problems)
     found = by_address(model)
     if plain:
-        started = {address: _started(found[address], entry) for address, entry in header["adapters"].items()}
+        started = {}
+        for address, entry in header["adapters"].items():
+            held = sum(tensor.size for key, tensor in tensors.items() if key.startswith(f"{address}:lora_"))
+            adapter, misfit = _started(found[address], address, entry, held)
+            problems += misfit
+            started |= {address: adapter} if adapter is not None else {}
+        _raise_problems(path, model, problems)
     else:
         started = {address: layer.adapter for address, layer in adapted_layers(model).items()}
     variables = {f"{address}:{key}": v for address, each in started.items() for key, v in each.saved_weights.items()}
@@ -179,10 +186,20 @@ def _method_of(adapter: adapters.Adapter) -> dict[str, Any]:
 _NOT_IN_FILES = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
 
 
-def _started(layer: keras.layers.Layer, entry: dict[str, Any]) -> adapters.Adapter:
-    adapter = adapters.get(entry["method"], **entry["config"])
-    start_adapter(layer, _map_of(layer), adapter)
-    return adapter
+def _started(
+    layer: keras.layers.Layer, address: str, entry: dict[str, Any], held: int
+) -> tuple[adapters.Adapter | None, list[str]]:
+    """An adapter with weights for `layer`, or what stands against making one."""
+    try:
+        adapter = adapters.get(entry["method"], **entry["config"])
+    except (TypeError, ValueError) as error:
+        return None, [f"the adapter at '{address}' cannot be made: {error}"]
+    linear = _map_of(layer)
+    wanted = adapter.parameter_count(linear.matrix_shape)
+    if wanted > held and wanted > 8 * math.prod(linear.matrix_shape):  # a header that asks for all memory
+        return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
+    start_adapter(layer, linear, adapter)
+    return adapter, []
 
 
 # What does not fit.
@@ -203,6 +220,8 @@ def _misfits(model: Any, header: dict[str, Any], plain: bool) -> list[str]:
         shapes = [list(v.shape) for v in keras_internals.own_variables(layers[address])] if address in layers else None
         if shapes is not None and shapes != entry["shapes"]:
             problems.append(f"the variables of '{address}' have shapes {shapes}; in the file they have {entry['shapes']}")
+        elif shapes is not None and len(keras_internals.own_trainable_variables(layers[address])) != len(entry["plan"][1]):
+            problems.append(f"the file says of {len(entry['plan'][1])} variables of '{address}' whether they train")
     if not plain:
         for address in adapted_layers(model):
             if address not in header["adapters"]:
@@ -274,6 +293,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         header = json.loads(metadata[KEY])
         version = header["version"]
+        if version == _VERSION:
+            _check_header(header)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole adapter file of keras_lora ({type(error).__name__}: {error}). Expected a file written "
@@ -282,6 +303,38 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if version != _VERSION:
         raise ValueError(f"{path} has format version {version!r}. Expected {_VERSION}. A newer keras_lora may read it.")
     return header, tensors
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raise unless every part that is read later is there and of its kind."""
+
+    def shape(value: Any) -> bool:
+        return isinstance(value, list) and all(type(each) is int for each in value)
+
+    def plan(value: Any) -> bool:
+        flags = isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)
+        return flags and all(type(each) is bool for each in [value[0], *value[1]])
+
+    parts = {
+        "adapters": {
+            "class": lambda value: isinstance(value, str),
+            "method": lambda value: isinstance(value, str),
+            "config": lambda value: isinstance(value, dict),
+            "kernel": shape,
+        },
+        "trained": {
+            "class": lambda value: isinstance(value, str),
+            "plan": plan,
+            "shapes": lambda value: isinstance(value, list) and all(map(shape, value)),
+        },
+    }
+    for part, fields in parts.items():
+        if not isinstance(header[part], dict):
+            raise TypeError(f"'{part}' is not a table")
+        for address, entry in header[part].items():
+            wrong = [name for name, fits in fields.items() if not isinstance(entry, dict) or not fits(entry.get(name))]
+            if wrong:
+                raise TypeError(f"{part} at '{address}' lacks a right {', '.join(wrong)}")
 
 
 def _replace(path: Path, data: bytes) -> None:
