@@ -43,7 +43,7 @@ class Owner:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        self.base_class.trainable.fset(self, value)  # type: ignore[attr-defined]
+        self.base_class.trainable.fset(self, value)
         if value:
             training.follow_plan(self)
 
@@ -212,7 +212,8 @@ def set_owners(model: keras.layers.Layer) -> None:
         layer = place.layer
         plain = not isinstance(layer, (Owner, adapters.Adapter))
         if plain and training.MARK in vars(layer) and keras_internals.sublayers(layer):
-            _become(layer, owner_class(type(layer)))
+            cls: Any = type(layer)
+            _become(layer, owner_class(cls))
 
 
 def set_plain(layer: Any) -> None:
@@ -315,8 +316,8 @@ def _check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, A
     if copy.built and wrong:
         raise ValueError(
             f"'{owner.name}' cannot be saved: rebuilt from its config, a {type(owner).__name__} has other layers than this "
-            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or other variables, at "
-            f"{wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
+            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or other variables, "
+            f"at {wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
         )
 
 

@@ -103,7 +103,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     _raise_problems(path, model, problems)
     found = by_address(model)
     if plain:
-        started = {}
+        started: dict[str, adapters.Adapter] = {}
         for address, entry in header["adapters"].items():
             held = sum(tensor.size for key, tensor in tensors.items() if key.startswith(f"{address}:lora_"))
             adapter, misfit = _started(found[address], address, entry, held)

@@ -105,7 +105,7 @@ class LinearMap:
 
     def apply(self, x: Any, matrix: Any) -> Any:
         """The layer's linear part with `matrix` in the place of its own, in the layout of the layer's output."""
-        return self._call_with(x, self.as_kernel(matrix))
+        return self.call_with(x, self.as_kernel(matrix))
 
     def contract(self, x: Any, m: Any) -> Any:
         """The layer's sum over its inputs, with `m (*groups, in_dim, k)` in the kernel's place: `(..., *groups, k)`."""
@@ -127,7 +127,7 @@ class LinearMap:
             y = self.layer.activation(y)
         return y
 
-    def _call_with(self, x: Any, kernel: Any) -> Any:
+    def call_with(self, x: Any, kernel: Any) -> Any:
         """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
         policy = keras.DTypePolicy(keras.backend.standardize_dtype(self.layer.compute_dtype))
         attributes = {**self.held_out, f"_{self.kernel_name}": kernel, "_dtype_policy": policy}

@@ -58,7 +58,7 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
     if not_finite:
         raise ValueError(
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
-            f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, with a lower learning rate perhaps."
+            f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
     kept = _Kept({}, {}, training.marks_of(model)) if keep else None
     for address, layer in layers.items():

@@ -20,9 +20,9 @@ import traceback  # noqa: E402
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-import zoo  # noqa: E402, F401  # the classes a user would have registered
+import zoo  # noqa: E402  # the classes a user would have registered
 
-import keras_lora  # noqa: E402, F401  # all that an adapted file asks for
+import keras_lora  # noqa: E402  # all that an adapted file asks for
 
 
 def packed(data):

@@ -162,7 +162,7 @@ def test_get_refuses_what_it_does_not_know():
         adapters.get("lorra")
     with pytest.raises(TypeError, match="must be a name"):
         adapters.get(3)
-    with pytest.raises(ValueError, match="says its own arguments. Received: rank=4 beside LoRA"):
+    with pytest.raises(ValueError, match=r"says its own arguments\. Received: rank=4 beside LoRA"):
         adapters.get(keras_lora.LoRA(), rank=4)
 
 

@@ -8,6 +8,7 @@ from keras import layers
 from zoo import BATCH, DIM, STEPS, ZOO, numbers
 
 import keras_lora
+from keras_lora.layers.einsum_dense import axes_of
 from keras_lora.structure import walk
 
 PLAIN = [name for name in ZOO if name != "made_by_hand"]
@@ -176,10 +177,8 @@ def test_what_cannot_be_adapted_is_refused_by_name():
 
 
 def test_a_kernel_axis_that_is_summed_alone_is_refused():
-    layer = layers.EinsumDense("ab,bcd->ac", 3)
-    with pytest.raises(ValueError, match=r"axis d of its kernel is summed on its own|invalid|specified"):
-        layer.build((None, 4))
-        keras_lora.apply_lora(layer)
+    with pytest.raises(ValueError, match=r"axis d of its kernel is summed on its own\. Expected"):
+        axes_of("ab,bcd->ac")
 
 
 def test_spectral_normalization_is_refused():
@@ -189,7 +188,7 @@ def test_spectral_normalization_is_refused():
 
 
 def test_something_that_is_no_layer_is_refused():
-    with pytest.raises(TypeError, match="must be a Keras model or layer. Received: 'model'"):
+    with pytest.raises(TypeError, match=r"must be a Keras model or layer\. Received: 'model'"):
         keras_lora.apply_lora("model")
     with pytest.raises(ValueError, match=r"`remove_lora\(\)` found no adapter in"):
         keras_lora.remove_lora(ZOO["sequential"]().model)

@@ -143,7 +143,7 @@ def test_a_fresh_adapter_changes_nothing(case, method):
 
 
 def test_matrix_and_kernel_are_inverse(case):
-    layer, x = case
+    layer, _ = case
     keras_lora.apply_lora(layer, rank=1)
     linear = layer.linear_map
     assert tuple(linear.matrix.shape) == linear.matrix_shape

@@ -25,7 +25,7 @@ def test_only_what_is_named_changes_and_all_of_it_does(name):
     trainable = {v.path for v in specimen.model.trainable_variables}
     train(specimen)
     moved = {v.path for v in specimen.model.variables if not np.array_equal(value(v), before[v.path])}
-    unseen = {path for path in trainable - moved if "pooled_dense" in path or "key" in path and path.endswith("bias")}
+    unseen = {path for path in trainable - moved if "pooled_dense" in path or ("key" in path and path.endswith("bias"))}
     # The bias of a key shifts all scores of a query alike: attention does not depend on it.
     assert trainable - moved <= unseen
     assert not [path for path in moved - trainable if "seed_generator" not in path]

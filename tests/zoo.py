@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
 BATCH, STEPS, DIM = 4, 5, 8
 

@@ -43,7 +43,7 @@ class ConvMap(LinearMap):
 
     def contract(self, x: Any, m: Any) -> Any:
         """`(batch, *positions, *groups, k)`, or `(batch, *groups, k, *positions)` where channels come first."""
-        h = self._call_with(x, self.as_kernel(m))
+        h = self.call_with(x, self.as_kernel(m))
         if not self.groups:
             return h
         shape = ops.shape(h)

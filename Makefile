@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up all they need in .venv. The backend of the demo is KERAS_BACKEND, JAX by default.
+
+PYTHON ?= python3
+KERAS_BACKEND ?= jax
+BACKENDS := jax tensorflow torch
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint docs clean $(addprefix test-,$(BACKENDS))
+
+demo: .venv/demo-$(KERAS_BACKEND)
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/movie_reviews.py $(DEMO)
+
+test: lint
+	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS))
+
+lint: .venv/tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(addprefix test-,$(BACKENDS)): test-%: .venv/tests
+	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet -p no:cacheprovider tests
+	KERAS_BACKEND=$* $(BIN)/python examples/movie_reviews.py --quick
+
+docs: .venv/tests
+	$(BIN)/mkdocs build --strict --quiet --site-dir .cache/site
+
+clean:
+	rm -rf .venv .cache
+
+.venv/package: pyproject.toml requirements/package.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements/package.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/demo-%: .venv/package requirements/%.txt requirements/no-deps.txt examples/requirements.txt
+	$(PIP) -r requirements/$*.txt -r examples/requirements.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
+	touch $@
+
+.venv/tests: .venv/package $(wildcard requirements/*.txt) examples/requirements.txt
+	$(PIP) -r requirements/tests.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
+	touch $@

@@ -1,0 +1,45 @@
+"""Every example in a docstring, in the README and in the docs runs on every backend."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_lora
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ["keras_lora", *(each.name for each in pkgutil.walk_packages(keras_lora.__path__, "keras_lora."))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False)
+    for example in examples:
+        example.globs = {}
+        # torch prints a shape as torch.Size([2, 64]).
+        for line in example.examples:
+            if keras.backend.backend() == "torch" and line.source.strip().endswith(".shape"):
+                line.source = f"tuple({line.source.strip()})\n"
+        runner.run(example)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("name", keras_lora.__all__)
+def test_every_public_name_has_a_docstring(name):
+    assert getattr(keras_lora, name).__doc__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(page), "exec"), names)
+    assert page.name not in ("README.md", "index.md") or "keras_lora" in names
