@@ -128,6 +128,9 @@ def test_a_model_frozen_before_still_trains_its_adapters():
 
 
 def test_rematerialised_gradients_are_the_same():
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("Keras's RematScope fails in compiled training on TensorFlow, for a plain Dense too")
+
     def gradients_with(scope):
         keras.utils.set_random_seed(1)
         with scope:
