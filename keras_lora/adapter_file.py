@@ -59,9 +59,10 @@ def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
     for address, layer in layers.items():
         header["adapters"][address] = {**_identity_of(layer), **_method_of(layer.adapter)}
     for address, layer in _trained_layers(model).items():
+        trained = training.trained_variables(layer)
         header["trained"][address] = {
             "class": _class_name(layer),
-            "plan": vars(layer)[training.MARK]["plan"] if training.MARK in vars(layer) else training.flags_of(layer),
+            "plan": [True, [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]],
             "shapes": [list(v.shape) for v in keras_internals.own_variables(layer)],
         }
     tensors = {key: _to_numpy(variable) for key, variable in _variables_of(model, layers).items()}
