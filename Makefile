@@ -21,7 +21,6 @@ lint: .venv/tests
 
 $(addprefix test-,$(BACKENDS)): test-%: .venv/tests
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet -p no:cacheprovider tests
-	KERAS_BACKEND=$* $(BIN)/python examples/movie_reviews.py --quick
 
 docs: .venv/tests
 	$(BIN)/mkdocs build --strict --quiet --site-dir .cache/site
