@@ -24,6 +24,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
+import rich.box
 from movie_reviews_data import CACHE, load_minilm, load_sentences
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,7 @@ METHODS = [
     {"method": "LoRA rank 8", "rank": 8, "learning_rate": 2e-3, "epochs": 1},
     {"method": "full", "rank": None, "learning_rate": 2e-4, "epochs": 1},
 ]
-COLUMNS = ["", "test accuracy", "trainable", "optimizer MB", "checkpoint MB", "s per step", "s to fit"]
+COLUMNS = ["", "test accuracy", "trainable parameters", "optimizer MB", "checkpoint MB", "s/step", "fit s"]
 
 LOAD_ELSEWHERE = """
 import sys, numpy as np, keras, keras_lora
@@ -153,9 +154,9 @@ def main() -> None:
 
 
 def show(rows: list[list[str]], caption: str, markdown: Path | None) -> None:
-    table = Table(caption=caption)
+    table = Table(caption=caption, box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column.replace(" ", "\n", 1), justify="right" if column else "left")
     for row in rows:
         table.add_row(*row)
     Console().print("\n", table)
