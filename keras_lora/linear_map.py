@@ -113,7 +113,11 @@ class LinearMap:
 
     def expand(self, h: Any, m: Any) -> Any:
         """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""
-        return ops.matmul(h, m)
+        if len(h.shape) <= 2:
+            return ops.matmul(h, m)
+        # Flat, because XLA on CPU otherwise writes a transposed copy of the output's gradient to get the gradient of `m`.
+        flat = ops.matmul(ops.reshape(h, (-1, m.shape[-2])), m)
+        return ops.reshape(flat, (*ops.shape(h)[:-1], m.shape[-1]))
 
     def along_outputs(self, v: Any, y: Any) -> Any:
         """One number per output unit, `v (*groups, out_dim)`, shaped to broadcast against the layer's output `y`."""
