@@ -13,6 +13,7 @@ demo: .venv/demo-$(KERAS_BACKEND)
 
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS))
+	for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python examples/movie_reviews.py --quick || exit 1; done
 
 lint: .venv/tests
 	$(BIN)/ruff format --check .

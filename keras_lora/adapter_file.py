@@ -179,6 +179,11 @@ def _class_name(layer: Any) -> str:
 def _method_of(adapter: adapters.Adapter) -> dict[str, Any]:
     """The method as plain words: no class path that a reader would have to import."""
     names = {cls: name for name, cls in adapters.TABLE.items()}
+    if type(adapter) not in names:
+        raise ValueError(
+            f"An adapter file names its method, and {type(adapter).__name__} has no name. Expected one of "
+            f"{sorted(names.values())}. Enter it in `keras_lora.adapters.TABLE`, in the process that loads the file too."
+        )
     config = {key: value for key, value in adapter.get_config().items() if key not in _NOT_IN_FILES}
     return {"method": names[type(adapter)], "config": config}
 

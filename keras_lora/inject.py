@@ -169,14 +169,14 @@ def _started(layer: keras.layers.Layer, path: str, adapter: Any) -> adapters.Ada
     return adapter
 
 
-def forget_traces(model: keras.layers.Layer) -> None:
+def forget_traces(model: keras.layers.Layer, warn: bool = True) -> None:
     """Drop compiled functions and the compiled state: both belong to the variables of before."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)
     compiled = [place.layer for place in walk(model) if getattr(place.layer, "compiled", False)]
     for each in compiled:
         each.compiled = False
-    if compiled:
+    if compiled and warn:
         names = ", ".join(f"'{each.name}'" for each in compiled)
         warnings.warn(
             f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`.",

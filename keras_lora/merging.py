@@ -69,7 +69,7 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
             kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
         variable.assign(merged)
     take_out(model)
-    forget_traces(model)
+    forget_traces(model, warn=False)  # a merged model is for running; `fit` itself asks for `compile`
     if kept is not None:
         vars(model)[_KEPT] = kept
     return model

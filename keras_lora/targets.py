@@ -62,7 +62,9 @@ class TargetList(list[Target]):
     def __str__(self) -> str:
         table = Table()
         for column in ("layer", "type", "action", "why", "matrix", "rank", "parameters", "trainable"):
-            table.add_column(column, justify="right" if column in ("rank", "parameters", "trainable") else "left")
+            table.add_column(
+                column, overflow="fold", justify="right" if column in ("rank", "parameters", "trainable") else "left"
+            )
         for row in self:
             shape = "" if row.shape is None else " × ".join(map(str, row.shape))
             rank = "" if row.rank is None else str(row.rank)

@@ -259,6 +259,31 @@ def test_saving_is_refused_without_adapters_or_with_another_ending(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_method_without_a_name_is_refused_and_one_entered_in_the_table_travels(tmp_path, monkeypatch):
+    class Renamed(keras_lora.LoRA):
+        pass
+
+    specimen, path = ZOO["sequential"](), tmp_path / "a.safetensors"
+    keras_lora.apply_lora(specimen.model, Renamed(rank=2))
+    with pytest.raises(ValueError, match="Renamed has no name"):
+        keras_lora.save_adapter(specimen.model, path)
+    assert not path.exists()
+    monkeypatch.setitem(keras_lora.adapters.TABLE, "renamed", Renamed)
+    keras_lora.save_adapter(specimen.model, path)
+    loaded = keras_lora.load_adapter(ZOO["sequential"]().model, path)
+    assert type(loaded.layers[0].adapter) is Renamed
+
+
+def test_a_layer_thawed_afterwards_travels_along(tmp_path):
+    specimen, fresh = ZOO["multi_head_attention"](), ZOO["multi_head_attention"]()
+    keras_lora.apply_lora(specimen.model, rank=2)
+    next(layer for layer in specimen.model.layers if isinstance(layer, keras.layers.LayerNormalization)).trainable = True
+    perturb(specimen.model)
+    keras_lora.save_adapter(specimen.model, tmp_path / "a.safetensors")
+    keras_lora.load_adapter(fresh.model, tmp_path / "a.safetensors")
+    assert difference(outputs(fresh.model, fresh.x), outputs(specimen.model, specimen.x)) == 0
+
+
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     specimen, path = adapted("sequential"), tmp_path / "a.safetensors"
     keras_lora.save_adapter(specimen.model, path)

@@ -2,7 +2,7 @@
 
 The matrix is *all contracted axes × all free axes*, flattened in kernel order. A query kernel `(embed, heads, head)` is
 `(embed, heads · head)`: the textbook matrix, which a PEFT file holds too. Keras's own `enable_lora` factors the last axis
-only, which costs `heads` times the parameters for one rank.
+only, which makes its `A` `heads` times as large.
 """
 
 from __future__ import annotations
