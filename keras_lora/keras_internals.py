@@ -1,6 +1,6 @@
 """Every use of a Keras private name, one named function each.
 
-Each says why no public way serves. All were checked on Keras 3.12 to 3.15; `tests/test_keras_internals.py` fails first
+Each says why no public way serves. All were checked on Keras 3.14 and 3.15; `tests/test_keras_internals.py` fails first
 when Keras changes one of them.
 """
 

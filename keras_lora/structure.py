@@ -89,6 +89,6 @@ def _attributes_of_keras() -> frozenset[str]:
     plain = [
         keras.layers.Layer(name="layer"),
         keras.Sequential([keras.Input((1,), name="input")], name="sequential"),
-        keras.Model(tensor, tensor, name="functional"),
+        keras.Model(tensor, keras.layers.Identity(name="identity")(tensor), name="functional"),
     ]
     return frozenset(name for each in plain for name in vars(each))
