@@ -221,6 +221,7 @@ def set_plain(layer: Any) -> None:
     if isinstance(layer, AdaptedLayer):
         keras_internals.forget_sublayer(layer, "adapter")
     if isinstance(layer, Owner):
+        vars(layer).pop(_REBUILDS, None)
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 

@@ -65,7 +65,9 @@ def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
             "plan": [True, [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]],
             "shapes": [list(v.shape) for v in keras_internals.own_variables(layer)],
         }
-    tensors = {key: _to_numpy(variable) for key, variable in _variables_of(model, layers).items()}
+    methods = {address: layer.adapter for address, layer in layers.items()}
+    variables = _variables_of(methods, header["trained"], by_address(model))
+    tensors = {key: _to_numpy(variable) for key, variable in variables.items()}
     _replace(path, safetensors.numpy.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
 
 
@@ -78,7 +80,8 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     Args:
         model: The base model, plain or adapted. If the file was made from a part of a model, the same part.
         path: A file written by `save_adapter`.
-        trainable: Whether the loaded adapters, and what was trained with them, train further.
+        trainable: Whether the loaded adapters, and what was trained with them, train further. Where not, switching the
+            whole model off and on (`model.trainable`) makes them train again.
 
     Returns:
         `model` itself. A model that was plain needs `compile` before training.
@@ -113,9 +116,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
         _raise_problems(path, model, problems)
     else:
         started = {address: layer.adapter for address, layer in adapted_layers(model).items()}
-    variables = {f"{address}:{key}": v for address, each in started.items() for key, v in each.saved_weights.items()}
-    for address, entry in header["trained"].items():
-        variables |= _trained_of(address, found[address], entry["plan"][1])
+    variables = _variables_of(started, header["trained"], found)
     problems += _mismatched(tensors, variables)
     _raise_problems(path, model, problems)
 
@@ -139,11 +140,16 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
 # What the model has.
 
 
-def _variables_of(model: Any, layers: dict[str, AdaptedLayer]) -> dict[str, keras.Variable]:
-    """Every variable that a file of `model` holds, by its key there."""
-    variables = {f"{address}:{key}": v for address, each in layers.items() for key, v in each.adapter.saved_weights.items()}
-    for address, layer in _trained_layers(model).items():
-        variables |= _trained_of(address, layer, None)
+def _variables_of(
+    methods: dict[str, adapters.Adapter], trained: dict[str, Any], layers: dict[str, keras.layers.Layer]
+) -> dict[str, keras.Variable]:
+    """Every variable that a file holds, by its key there: those of the adapters, and the base variables that train."""
+    variables = {f"{address}:{key}": v for address, each in methods.items() for key, v in each.saved_weights.items()}
+    for address, entry in trained.items():
+        plan = entry["plan"][1]
+        for index, v in enumerate(keras_internals.own_variables(layers[address])):
+            if all(plan) or (index < len(plan) and plan[index]):  # a layer trained in full has its statistics there too
+                variables[f"{address}:base.{index}.{v.name}"] = v
     return variables
 
 
@@ -151,16 +157,6 @@ def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
     """The layers of which base variables train, by address."""
     places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
     return {place.address: place.layer for place in places if training.trained_variables(place.layer)}
-
-
-def _trained_of(address: str, layer: keras.layers.Layer, plan: list[bool] | None) -> dict[str, keras.Variable]:
-    own = keras_internals.own_variables(layer)
-    if plan is None:
-        trained = {id(v) for v in training.trained_variables(layer)}
-    else:
-        trained = {id(v) for v, planned in zip(own, plan, strict=False) if planned}
-        trained = {id(v) for v in own} if all(plan) else trained
-    return {f"{address}:base.{index}.{v.name}": v for index, v in enumerate(own) if id(v) in trained}
 
 
 def _identity_of(layer: Any) -> dict[str, Any]:

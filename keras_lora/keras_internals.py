@@ -62,8 +62,7 @@ def forget_call_signature(layer: keras.layers.Layer) -> None:
     layer.call_signature_parameters = list(layer._call_signature.parameters)
     layer._call_has_training_arg = "training" in layer.call_signature_parameters
     layer._call_has_mask_arg = "mask" in layer.call_signature_parameters
-    if hasattr(layer, "_call_has_context_arg"):  # Keras 3.11 and later
-        layer._call_has_context_arg = {name: name in layer.call_signature_parameters for name in layer._call_context_args}
+    layer._call_has_context_arg = {name: name in layer.call_signature_parameters for name in layer._call_context_args}
 
 
 def track_torch_parameters(layer: keras.layers.Layer) -> None:

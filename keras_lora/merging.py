@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora import adapters, quantization, training
-from keras_lora.adapted import AdaptedLayer, set_adapter, set_owners
+from keras_lora.adapted import AdaptedLayer, adapted_layers, set_adapter, set_owners
 from keras_lora.inject import forget_traces, require_adapted, take_out
 from keras_lora.structure import by_address
 
@@ -85,7 +85,7 @@ def unmerge_lora(model: Any) -> Any:
         `model` itself. Call `compile` after it.
 
     Raises:
-        ValueError: The model was not merged with `keep=True`.
+        ValueError: The model was not merged with `keep=True`, or was adapted again since.
 
     Example:
 
@@ -95,12 +95,13 @@ def unmerge_lora(model: Any) -> Any:
     >>> len(keras_lora.unmerge_lora(model).trainable_variables)
     2
     """
-    kept = vars(model).pop(_KEPT, None) if isinstance(model, keras.layers.Layer) else None
-    if kept is None:
+    kept = vars(model).get(_KEPT) if isinstance(model, keras.layers.Layer) else None
+    if kept is None or adapted_layers(model):
         raise ValueError(
             f"There is nothing to unmerge in '{getattr(model, 'name', model)}'. Expected a model merged in this process "
-            "with `keras_lora.merge_lora(model, keep=True)`."
+            "with `keras_lora.merge_lora(model, keep=True)`, and not adapted again since."
         )
+    del vars(model)[_KEPT]
     layers = by_address(model)
     for address, adapter in kept.adapters.items():
         set_adapter(layers[address], adapter)
@@ -128,7 +129,7 @@ def _refuse_quantized(layers: dict[str, AdaptedLayer]) -> None:
     quantized = [address for address, layer in layers.items() if quantization.mode_of(layer) is not None]
     if quantized:
         raise ValueError(
-            "A change as small as an adapter's is mostly lost when it is merged into a quantised kernel (int8 keeps about "
-            f"15 % of a typical one, int4 none), so this is refused. Expected float kernels. Received: quantised ones at "
+            "A change as small as an adapter's is mostly rounded away when it is merged into a quantised kernel, so this is "
+            f"refused. Expected float kernels. Received: quantised ones at "
             f"{quantized}. Merge into the float model: load the adapter there with `keras_lora.load_adapter`."
         )

@@ -160,7 +160,7 @@ def list_targets(
             "layer_type": type(layer).__name__,
             "parameters": sum(map(_size, own)),
             "layer": layer,
-            "shape": _map_of(place).matrix_shape if type(layer) in ADAPTED_CLASSES else None,
+            "shape": _map_of(place).matrix_shape if _is_readable(layer) else None,
         }
         if key in chosen:
             changed: dict[str, Any] = {}
@@ -314,6 +314,11 @@ def _map_of(place: Place) -> LinearMap:
     return ADAPTED_CLASSES[type(place.layer)].linear_map_class(place.layer)
 
 
+def _is_readable(layer: keras.layers.Layer) -> bool:
+    """Whether we know `layer` as a linear map, quantised in a way we can read or not at all."""
+    return type(layer) in ADAPTED_CLASSES and quantization.mode_of(layer) in quantization.SUPPORTED_MODES
+
+
 def _problems_of(place: Place) -> list[str]:
     """What stands against adapting this layer."""
     linear = _map_of(place)
@@ -323,10 +328,6 @@ def _problems_of(place: Place) -> list[str]:
         return [f"'{place.path}' is quantised as {quantization.mode_of(place.layer)}; int8 and int4 are supported"]
     if linear.constraint is not None:
         return [f"'{place.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
-    try:
-        linear.matrix_shape
-    except ValueError as error:
-        return [f"'{place.path}': {error}"]
     return []
 
 

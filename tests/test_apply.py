@@ -8,7 +8,6 @@ from keras import layers
 from zoo import BATCH, DIM, STEPS, ZOO, numbers
 
 import keras_lora
-from keras_lora.layers.einsum_dense import axes_of
 from keras_lora.structure import walk
 
 PLAIN = [name for name in ZOO if name != "made_by_hand"]
@@ -174,11 +173,6 @@ def test_what_cannot_be_adapted_is_refused_by_name():
         keras_lora.apply_lora(model)
     assert "'builtin' has Keras's own `enable_lora` on" in str(error.value)
     assert len(keras_lora.apply_lora(model, exclude=["constrained", "builtin"]).trainable_variables) == 2
-
-
-def test_a_kernel_axis_that_is_summed_alone_is_refused():
-    with pytest.raises(ValueError, match=r"axis d of its kernel is summed on its own\. Expected"):
-        axes_of("ab,bcd->ac")
 
 
 def test_spectral_normalization_is_refused():

@@ -1,7 +1,9 @@
 """Every example in a docstring, in the README and in the docs runs on every backend."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import pkgutil
 import re
 from pathlib import Path
@@ -39,7 +41,11 @@ def test_every_public_name_has_a_docstring(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__"}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        exec(compile(block, str(page), "exec"), names)
+    names, text = {"__name__": "__main__"}, page.read_text()
+    for block in re.finditer(r"^```python\n(.*?)^```\n", text, re.DOTALL | re.MULTILINE):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block[1], str(page), "exec"), names)
+        if shown := re.match(r"\n```text\n(.*?)\n```", text[block.end() :], re.DOTALL):
+            assert shown[1].split() == printed.getvalue().split()
     assert page.name not in ("README.md", "index.md") or "keras_lora" in names

@@ -60,6 +60,17 @@ def test_unmerging_what_was_not_kept_is_refused():
         keras_lora.merge_lora(specimen.model)
 
 
+def test_unmerging_a_model_adapted_again_is_refused_and_changes_nothing():
+    specimen = adapted("sequential")
+    keras_lora.merge_lora(specimen.model, keep=True)
+    keras_lora.apply_lora(specimen.model, rank=1)
+    perturb(specimen.model)
+    before = outputs(specimen.model, specimen.x)
+    with pytest.raises(ValueError, match="not adapted again since"):
+        keras_lora.unmerge_lora(specimen.model)
+    assert difference(outputs(specimen.model, specimen.x), before) == 0
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_refuse_the_merge_and_change_nothing(bad):
     specimen = adapted("multi_head_attention")

@@ -12,6 +12,7 @@ from keras import layers
 from zoo import BATCH, DIM, ZOO, Block, numbers
 
 import keras_lora
+from keras_lora.structure import walk
 
 SOME = ["sequential", "multi_head_attention", "block_built_in_build", "subclassed", "hub_bert_backbone"]
 
@@ -257,3 +258,13 @@ def test_the_weights_file_names_layers_after_the_base_class(tmp_path):
 def test_values_by_path_are_unique():
     model = adapted("hub_bert_backbone").model
     assert len(values(model.variables)) == len(model.variables)
+
+
+def test_a_model_that_was_saved_is_still_left_as_found_by_removal(tmp_path):
+    specimen = ZOO["subclassed"]()
+    before = {place.address: set(vars(place.layer)) for place in walk(specimen.model)}
+    keras_lora.apply_lora(specimen.model, rank=2)
+    specimen.model.save(tmp_path / "m.keras")
+    keras_lora.remove_lora(specimen.model)
+    after = {place.address: set(vars(place.layer)) - {"_torch_params"} for place in walk(specimen.model)}
+    assert after == {address: names - {"_torch_params"} for address, names in before.items()}
