@@ -1,17 +1,29 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
 from keras_lora.adapter_file import load_adapter, save_adapter
-from keras_lora.adapters import Adapter, DoRA, LoRA
+from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
 from keras_lora.inject import apply_lora, remove_lora
 from keras_lora.layers import (
     LoRAConv1D,
+    LoRAConv1DTranspose,
     LoRAConv2D,
+    LoRAConv2DTranspose,
     LoRAConv3D,
+    LoRAConv3DTranspose,
     LoRADense,
+    LoRADepthwiseConv1D,
+    LoRADepthwiseConv2D,
     LoRAEinsumDense,
     LoRAEmbedding,
+    LoRAGRUCell,
+    LoRALSTMCell,
+    LoRAReversibleEmbedding,
+    LoRASeparableConv1D,
+    LoRASeparableConv2D,
+    LoRASimpleRNNCell,
 )
 from keras_lora.merging import merge_lora, unmerge_lora
+from keras_lora.registration import register_layer
 from keras_lora.targets import Target, TargetList, list_targets
 
 __version__ = "0.1.0"
@@ -21,17 +33,30 @@ __all__ = [
     "DoRA",
     "LoRA",
     "LoRAConv1D",
+    "LoRAConv1DTranspose",
     "LoRAConv2D",
+    "LoRAConv2DTranspose",
     "LoRAConv3D",
+    "LoRAConv3DTranspose",
     "LoRADense",
+    "LoRADepthwiseConv1D",
+    "LoRADepthwiseConv2D",
     "LoRAEinsumDense",
     "LoRAEmbedding",
+    "LoRAGRUCell",
+    "LoRALSTMCell",
+    "LoRAReversibleEmbedding",
+    "LoRASeparableConv1D",
+    "LoRASeparableConv2D",
+    "LoRASimpleRNNCell",
     "Target",
     "TargetList",
+    "TrainableTokens",
     "apply_lora",
     "list_targets",
     "load_adapter",
     "merge_lora",
+    "register_layer",
     "remove_lora",
     "save_adapter",
     "unmerge_lora",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import random
 import types
 from typing import Any
@@ -99,13 +100,13 @@ def _portable(config: Any) -> Any:
 
 
 class AdaptedLayer(Owner):
-    """What an adapted layer has beside its own class. Subclasses in `keras_lora/layers/` name their linear map.
+    """What an adapted layer has beside its own class. Subclasses in `keras_lora/layers/` name their linear maps.
 
     The frozen base comes first, then the adapter, then the layer's bias and activation.
     """
 
-    linear_map_class: type[LinearMap]
-    adapter: adapters.Adapter
+    #: One for each kernel that can be adapted.
+    linear_maps: tuple[type[LinearMap], ...]
 
     def __init__(
         self,
@@ -117,24 +118,35 @@ class AdaptedLayer(Owner):
     ):
         method = adapters.copy_of(adapters.get(adapter, rank=rank, alpha=alpha))
         super().__init__(*args, **kwargs)
-        set_adapter(self, method)
+        maps = maps_of(self)
+        for linear in [each for each in maps if each.by_default] or maps:
+            set_adapter(linear, adapters.copy_of(method))
         keras_internals.when_built(self, self._freeze_base)
 
     def _freeze_base(self) -> None:
-        training.freeze(walk(self), adapted=[self], trained=[self.adapter, *keras_internals.sublayers(self.adapter)])
+        methods = [adapter for _, adapter in self.adapted_maps]
+        inside = [each for adapter in methods for each in keras_internals.sublayers(adapter)]
+        training.freeze(walk(self), adapted=[self], trained=[*methods, *inside])
 
     @property
     def linear_map(self) -> LinearMap:
-        return self.linear_map_class(self)
+        """The layer's only or main kernel as a linear map."""
+        return self.linear_maps[0](self)
+
+    @property
+    def adapted_maps(self) -> list[tuple[LinearMap, adapters.Adapter]]:
+        """The kernels of this layer that have an adapter, each with it."""
+        pairs = [(linear, adapter_of(linear)) for linear in maps_of(self)]
+        return [(linear, adapter) for linear, adapter in pairs if adapter is not None]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
         y = linear.base_output(inputs)
-        y = self.adapter.adapted_output(inputs, y, linear, training=training)
+        y = getattr(self, linear.slot).adapted_output(inputs, y, linear, training=training)
         return linear.finish(y)
 
-    def quantized_call(self, inputs: Any, training: bool | None = None) -> Any:
-        return self.call(inputs, training)
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)  # type: ignore[misc]
@@ -142,28 +154,72 @@ class AdaptedLayer(Owner):
 
     def load_own_variables(self, store: Any) -> None:
         super().load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # type: ignore[misc]  # noqa: SIM118
-        if self.adapter.built:
-            self.adapter.base_changed(self.linear_map)
+        for linear, adapter in self.adapted_maps:
+            if adapter.built:
+                adapter.base_changed(linear)
 
     def __repr__(self) -> str:
-        return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={type(self.adapter).__name__}>"  # type: ignore[attr-defined]
+        methods = ", ".join(type(adapter).__name__ for _, adapter in self.adapted_maps)
+        return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={methods}>"  # type: ignore[attr-defined]
 
+
+class EffectiveLayer(AdaptedLayer):
+    """An adapted layer whose own code runs with `W + ΔW` in the place of its kernels: right for any code that reads them."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        base_call = cls.linear_maps[0].layer_class.call
+
+        @functools.wraps(base_call)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.with_changed_kernels().call(*args, **kwargs)
+
+        cls.call = call  # type: ignore[method-assign]  # with the signature of the layer's own, which Keras reads
+
+    def with_changed_kernels(self) -> Any:
+        """The plain layer with the changed kernels, sharing everything else with this one."""
+        kernels: dict[str, Any] = {}
+        for linear, adapter in self.adapted_maps:
+            dtype = keras_internals.dtype_in_call(self, linear.kernel_variable)
+            kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
+        return seen_with(self, self.base_class, **kernels)
+
+
+# The layer types we know.
 
 ADAPTED_CLASSES: dict[type, type[AdaptedLayer]] = {}
+#: Modules that enter the layer types of a package, imported when a layer of that package is first met.
+LATE_ROOMS: dict[str, str] = {}
+#: What owners of some classes become, beside the owners of all others.
+OWNER_KINDS: dict[type, type[Owner]] = {keras.Model: ModelOwner}
 
 
-def register_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
-    """Enter `cls` as what layers of exactly the class `cls.linear_map_class.layer_class` become."""
-    base = cls.linear_map_class.layer_class
+def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
+    """Enter `cls` as what layers of exactly the class of its linear maps become."""
+    base = cls.linear_maps[0].layer_class
     ADAPTED_CLASSES[base] = cls
     return _named_after(cls, base)
+
+
+def adapted_class(base: type) -> type[AdaptedLayer] | None:
+    """What a layer of exactly the class `base` becomes, or `None` where we do not know it as a linear map."""
+    package = base.__module__.partition(".")[0]
+    if package in LATE_ROOMS:
+        importlib.import_module(LATE_ROOMS.pop(package))
+    return ADAPTED_CLASSES.get(base)
+
+
+def maps_of(layer: keras.layers.Layer) -> list[LinearMap]:
+    """The kernels of `layer` that can be adapted, as linear maps."""
+    cls = type(layer) if isinstance(layer, AdaptedLayer) else adapted_class(getattr(layer, "base_class", type(layer)))
+    return [] if cls is None else [each(layer) for each in cls.linear_maps if each.is_in(layer)]
 
 
 @functools.cache
 def owner_class(base: Any) -> type:
     """The class of an owner whose own class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
-    kind = ModelOwner if issubclass(base, keras.Model) else Owner
+    kind = next((kind for cls, kind in OWNER_KINDS.items() if issubclass(base, cls)), Owner)
     return _named_after(types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base)
 
 
@@ -187,21 +243,24 @@ def _refusal(name: str) -> Any:
 # Changing a layer, and changing it back.
 
 
-def set_adapter(layer: Any, adapter: adapters.Adapter) -> None:
-    """Adapt `layer`. An adapter that has no weights yet gets them as soon as the layer has its own."""
+def set_adapter(linear: LinearMap, adapter: adapters.Adapter) -> None:
+    """Adapt a kernel of a layer. An adapter that has no weights yet gets them as soon as the layer has its own."""
+    layer: Any = linear.layer
     if not isinstance(layer, AdaptedLayer):
-        _become(layer, ADAPTED_CLASSES[type(layer)])
+        _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
         keras_internals.forget_call_signature(layer)
     with keras_internals.unlocked(layer):
-        layer.adapter = adapter
+        setattr(layer, linear.slot, adapter)
     if not adapter.built:
-        keras_internals.when_built(layer, lambda: start_adapter(layer, layer.linear_map, adapter))
+        keras_internals.when_built(layer, lambda: start_adapter(linear, adapter))
 
 
-def start_adapter(layer: keras.layers.Layer, linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Create the weights of `adapter` for `layer`, named after the layer's own."""
+def start_adapter(linear: LinearMap, adapter: adapters.Adapter) -> None:
+    """Create the weights of `adapter` for a kernel of a layer, named after the layer's own."""
+    layer = linear.layer
+    names = [*(layer.path or layer.name).split("/"), *([linear.part] if linear.part else [])]
     with contextlib.ExitStack() as scopes:
-        for name in (layer.path or layer.name).split("/"):
+        for name in names:
             scopes.enter_context(keras.name_scope(name))
         adapter.start(linear)
 
@@ -219,19 +278,40 @@ def set_owners(model: keras.layers.Layer) -> None:
 def set_plain(layer: Any) -> None:
     """Give one adapted layer or owner its own class back; an adapted layer loses its adapter."""
     if isinstance(layer, AdaptedLayer):
-        keras_internals.forget_sublayer(layer, "adapter")
+        for linear, _ in layer.adapted_maps:
+            keras_internals.forget_sublayer(layer, linear.slot)
     if isinstance(layer, Owner):
         vars(layer).pop(_REBUILDS, None)
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
 
-def adapted_layers(model: keras.layers.Layer) -> dict[str, AdaptedLayer]:
-    """The adapted layers at or below `model`, by address."""
-    return {place.address: place.layer for place in walk(model) if isinstance(place.layer, AdaptedLayer)}
+def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, adapters.Adapter]]:
+    """The adapted kernels at or below `model`, each with its adapter, by address (of the layer, and the kernel's part)."""
+    pairs = {}
+    for place in walk(model):
+        if isinstance(place.layer, AdaptedLayer):
+            for linear, adapter in place.layer.adapted_maps:
+                pairs[address_of(place.address, linear)] = (linear, adapter)
+    return pairs
 
 
-def _become(layer: keras.layers.Layer, cls: type) -> None:
+def adapter_of(linear: LinearMap) -> adapters.Adapter | None:
+    """The adapter of a kernel, if it has one."""
+    return getattr(linear.layer, linear.slot, None) if isinstance(linear.layer, AdaptedLayer) else None
+
+
+def address_of(layer_address: str, linear: LinearMap) -> str:
+    """The address of a kernel: that of its layer, and the kernel's part where the layer has several."""
+    return "/".join(each for each in (layer_address, linear.part) if each)
+
+
+def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
+    """Every kernel at or below `model` that is or can be adapted, by address."""
+    return {address_of(place.address, linear): linear for place in walk(model) for linear in maps_of(place.layer)}
+
+
+def _become(layer: keras.layers.Layer, cls: Any) -> None:
     """The only assignment to a class in this package."""
     layer.__class__ = cls
 
@@ -251,7 +331,9 @@ def describe(owner: Any) -> dict[str, Any]:
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
-            description["adapters"][place.address] = keras.saving.serialize_keras_object(place.layer.adapter)
+            for linear, adapter in place.layer.adapted_maps:
+                address = address_of(place.address, linear)
+                description["adapters"][address] = keras.saving.serialize_keras_object(adapter)
         if (quantized := quantization.describe(place.layer)) is not None:
             description["quantized"][place.address] = quantized
     return description
@@ -259,13 +341,13 @@ def describe(owner: Any) -> dict[str, Any]:
 
 def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     """Adapt `owner`, just rebuilt from its own config, as `description` says. What is so already is left as it is."""
-    layers = by_address(owner)
-    _check_addresses(owner, layers, description)
+    layers, maps = by_address(owner), maps_by_address(owner)
+    _check_addresses(owner, layers, maps, description)
     for address, quantized in description["quantized"].items():
         _when_built(layers[address], quantization.quantize_again, layers[address], quantized)
     for address, config in description["adapters"].items():
-        if not isinstance(layers[address], AdaptedLayer):
-            set_adapter(layers[address], adapters.get(config))
+        if adapter_of(maps[address]) is None:
+            set_adapter(maps[address], adapters.get(config))
     holder = owner
     for place in walk(owner):
         if not isinstance(place.layer, adapters.Adapter):
@@ -327,12 +409,15 @@ def _fingerprint(layer: keras.layers.Layer) -> tuple[str, list[tuple[int, ...]] 
     return type(layer).__name__, shapes
 
 
-def _check_addresses(owner: keras.layers.Layer, layers: dict[str, Any], description: dict[str, Any]) -> None:
-    needed = {*description["quantized"], *description["adapters"]}
-    missing = sorted(address for address in needed if address not in layers)
+def _check_addresses(
+    owner: keras.layers.Layer, layers: dict[str, Any], maps: dict[str, Any], description: dict[str, Any]
+) -> None:
+    missing = [address for address in description["quantized"] if address not in layers]
+    missing += [address for address in description["adapters"] if address not in maps]
     if missing:
         raise ValueError(
-            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has no layer at {missing}. "
-            f"Expected a class whose `get_config` says all that its constructor needs. Received: class "
+            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has nothing to adapt at "
+            f"{sorted(missing)}. Expected a class whose `get_config` says all that its constructor needs, and "
+            "`keras_lora.register_layer` before loading where a layer was registered before saving. Received: class "
             f"{type(owner).__name__}, with layers at {sorted(layers)}."
         )

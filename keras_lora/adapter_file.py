@@ -4,7 +4,8 @@ The format, version 1:
 
 - A tensor for each weight of an adapter, `<address>:lora_a`, in the shape the method gives it, and for each base variable
   that was trained, `<address>:base.<index>.<name>`. An address leads from the model to a layer by attributes and indices
-  (`transformer_layers/0/_feedforward_intermediate_dense`), so it is the same in every process and on every backend.
+  (`transformer_layers/0/_feedforward_intermediate_dense`), and to one of its kernels where it has several
+  (`cell/recurrent_kernel`), so it is the same in every process and on every backend.
 - The metadata entry `keras_lora`: JSON with `version`, `adapters` (by address: method, config, class and kernel shape of the
   layer) and `trained` (by address: class of the layer, flags, shapes of its variables).
 
@@ -26,8 +27,9 @@ import safetensors
 import safetensors.numpy
 
 from keras_lora import adapters, keras_internals, training
-from keras_lora.adapted import ADAPTED_CLASSES, KEY, AdaptedLayer, adapted_layers, start_adapter
+from keras_lora.adapted import KEY, adapted_maps, maps_by_address, start_adapter
 from keras_lora.inject import forget_traces, inject, require_adapted
+from keras_lora.linear_map import LinearMap
 from keras_lora.structure import by_address, walk
 
 _VERSION = 1
@@ -53,11 +55,10 @@ def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
     True
     """
     path = _checked_path(path)
-    require_adapted(model, "save_adapter")
-    layers = adapted_layers(model)
+    adapted = require_adapted(model, "save_adapter")
     header: dict[str, Any] = {"version": _VERSION, "adapters": {}, "trained": {}}
-    for address, layer in layers.items():
-        header["adapters"][address] = {**_identity_of(layer), **_method_of(layer.adapter)}
+    for address, (linear, adapter) in adapted.items():
+        header["adapters"][address] = {**_identity_of(linear), **_method_of(adapter)}
     for address, layer in _trained_layers(model).items():
         trained = training.trained_variables(layer)
         header["trained"][address] = {
@@ -65,7 +66,7 @@ def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
             "plan": [True, [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]],
             "shapes": [list(v.shape) for v in keras_internals.own_variables(layer)],
         }
-    methods = {address: layer.adapter for address, layer in layers.items()}
+    methods = {address: adapter for address, (_, adapter) in adapted.items()}
     variables = _variables_of(methods, header["trained"], by_address(model))
     tensors = {key: _to_numpy(variable) for key, variable in variables.items()}
     _replace(path, safetensors.numpy.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
@@ -102,26 +103,27 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     """
     path = _checked_path(path)
     header, tensors = _read(path)
-    plain = not adapted_layers(model)
+    plain = not adapted_maps(model)
     problems = _misfits(model, header, plain)
     _raise_problems(path, model, problems)
-    found = by_address(model)
+    found, maps = by_address(model), maps_by_address(model)
     if plain:
         started: dict[str, adapters.Adapter] = {}
         for address, entry in header["adapters"].items():
-            held = sum(tensor.size for key, tensor in tensors.items() if key.startswith(f"{address}:lora_"))
-            adapter, misfit = _started(found[address], address, entry, held)
+            own = [tensor for key, tensor in tensors.items() if key.rpartition(":")[0] == address and ":base." not in key]
+            held = sum(tensor.size for tensor in own)
+            adapter, misfit = _started(maps[address], address, entry, held)
             problems += misfit
             started |= {address: adapter} if adapter is not None else {}
         _raise_problems(path, model, problems)
     else:
-        started = {address: layer.adapter for address, layer in adapted_layers(model).items()}
+        started = {address: adapter for address, (_, adapter) in adapted_maps(model).items()}
     variables = _variables_of(started, header["trained"], found)
     problems += _mismatched(tensors, variables)
     _raise_problems(path, model, problems)
 
     if plain:
-        inject(model, [(found[address], adapter) for address, adapter in started.items()])
+        inject(model, [(maps[address], adapter) for address, adapter in started.items()])
         for address, entry in header["trained"].items():
             mark = vars(found[address])[training.MARK]
             training.mark(found[address], found=mark["found"], plan=entry["plan"])
@@ -159,13 +161,8 @@ def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
     return {place.address: place.layer for place in places if training.trained_variables(place.layer)}
 
 
-def _identity_of(layer: Any) -> dict[str, Any]:
-    linear = layer.linear_map if isinstance(layer, AdaptedLayer) else _map_of(layer)
-    return {"class": _class_name(layer), "kernel": list(linear.kernel_shape)}
-
-
-def _map_of(layer: keras.layers.Layer) -> Any:
-    return ADAPTED_CLASSES[type(layer)].linear_map_class(layer)
+def _identity_of(linear: LinearMap) -> dict[str, Any]:
+    return {"class": _class_name(linear.layer), "kernel": list(linear.kernel_shape)}
 
 
 def _class_name(layer: Any) -> str:
@@ -188,19 +185,16 @@ def _method_of(adapter: adapters.Adapter) -> dict[str, Any]:
 _NOT_IN_FILES = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
 
 
-def _started(
-    layer: keras.layers.Layer, address: str, entry: dict[str, Any], held: int
-) -> tuple[adapters.Adapter | None, list[str]]:
-    """An adapter with weights for `layer`, or what stands against making one."""
+def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) -> tuple[adapters.Adapter | None, list[str]]:
+    """An adapter with weights for a kernel, or what stands against making one."""
     try:
         adapter = adapters.get(entry["method"], **entry["config"])
     except (TypeError, ValueError) as error:
         return None, [f"the adapter at '{address}' cannot be made: {error}"]
-    linear = _map_of(layer)
     wanted = adapter.parameter_count(linear.matrix_shape)
     if wanted > held and wanted > 8 * math.prod(linear.matrix_shape):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
-    start_adapter(layer, linear, adapter)
+    start_adapter(linear, adapter)
     return adapter, []
 
 
@@ -208,24 +202,22 @@ def _started(
 
 
 def _misfits(model: Any, header: dict[str, Any], plain: bool) -> list[str]:
-    layers = by_address(model)
+    layers, maps, adapted = by_address(model), maps_by_address(model), adapted_maps(model)
     problems = []
-    for address, entry in {**header["trained"], **header["adapters"]}.items():
-        layer = layers.get(address)
-        if layer is None:
-            problems.append(f"the model has no layer at '{address}'; the file has a {entry['class']} there")
-        elif _class_name(layer) != entry["class"]:
-            problems.append(f"the layer at '{address}' is a {_class_name(layer)}; in the file it is a {entry['class']}")
-        elif "kernel" in entry:
-            problems += _adapter_misfits(address, layer, entry, plain)
+    for address, entry in header["adapters"].items():
+        layer = maps[address].layer if address in maps else layers.get(address)
+        misfit = _layer_misfits(address, layer, entry)
+        if not misfit and address not in maps:
+            misfit = [f"the layer at '{address}', a {_class_name(layer)}, cannot be adapted"]
+        if not misfit and not plain and address not in adapted:
+            misfit = [f"the file has an adapter at '{address}'; the model has none"]
+        own = adapted.get(address, (None, None))[1]
+        problems += misfit or _adapter_misfits(address, maps[address], own, entry)
     for address, entry in header["trained"].items():
-        shapes = [list(v.shape) for v in keras_internals.own_variables(layers[address])] if address in layers else None
-        if shapes is not None and shapes != entry["shapes"]:
-            problems.append(f"the variables of '{address}' have shapes {shapes}; in the file they have {entry['shapes']}")
-        elif shapes is not None and len(keras_internals.own_trainable_variables(layers[address])) != len(entry["plan"][1]):
-            problems.append(f"the file says of {len(entry['plan'][1])} variables of '{address}' whether they train")
+        misfit = _layer_misfits(address, layers.get(address), entry)
+        problems += misfit or _variable_misfits(address, layers[address], entry)
     if not plain:
-        for address in adapted_layers(model):
+        for address in adapted:
             if address not in header["adapters"]:
                 problems.append(f"the model has an adapter at '{address}'; the file has none")
         for address in _trained_layers(model):
@@ -234,21 +226,34 @@ def _misfits(model: Any, header: dict[str, Any], plain: bool) -> list[str]:
     return problems
 
 
-def _adapter_misfits(address: str, layer: Any, entry: dict[str, Any], plain: bool) -> list[str]:
-    if plain and type(layer) not in ADAPTED_CLASSES:
-        return [f"the layer at '{address}', a {_class_name(layer)}, cannot be adapted"]
-    if not plain and not isinstance(layer, AdaptedLayer):
-        return [f"the file has an adapter at '{address}'; the model has none"]
-    if not layer.built:
+def _layer_misfits(address: str, layer: Any, entry: dict[str, Any]) -> list[str]:
+    if layer is None:
+        return [f"the model has no layer at '{address}'; the file has a {entry['class']} there"]
+    if _class_name(layer) != entry["class"]:
+        return [f"the layer at '{address}' is a {_class_name(layer)}; in the file it is a {entry['class']}"]
+    return []
+
+
+def _variable_misfits(address: str, layer: Any, entry: dict[str, Any]) -> list[str]:
+    shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
+    if shapes != entry["shapes"]:
+        return [f"the variables of '{address}' have shapes {shapes}; in the file they have {entry['shapes']}"]
+    if len(keras_internals.own_trainable_variables(layer)) != len(entry["plan"][1]):
+        return [f"the file says of {len(entry['plan'][1])} variables of '{address}' whether they train"]
+    return []
+
+
+def _adapter_misfits(address: str, linear: LinearMap, own: adapters.Adapter | None, entry: dict[str, Any]) -> list[str]:
+    if not linear.layer.built:
         return [f"the layer at '{address}' is not built"]
-    identity = _identity_of(layer)
+    identity = _identity_of(linear)
     if identity["kernel"] != entry["kernel"]:
         return [f"the kernel at '{address}' has shape {identity['kernel']}; in the file it has {entry['kernel']}"]
     if entry["method"] not in adapters.TABLE:
         return [f"the adapter at '{address}' has the method '{entry['method']}'; known are {sorted(adapters.TABLE)}"]
-    if not plain and {**identity, **_method_of(layer.adapter)} != entry:
-        own = _method_of(layer.adapter)
-        return [f"the adapter at '{address}' is {own}; in the file it is {entry['method']} with {entry['config']}"]
+    if own is not None and {**identity, **_method_of(own)} != entry:
+        method = _method_of(own)
+        return [f"the adapter at '{address}' is {method}; in the file it is {entry['method']} with {entry['config']}"]
     return []
 
 

@@ -10,16 +10,11 @@ from typing import Any
 import keras
 
 from keras_lora import adapters, keras_internals, training
-from keras_lora.adapted import (
-    ADAPTED_CLASSES,
-    adapted_layers,
-    set_adapter,
-    set_owners,
-    set_plain,
-    start_adapter,
-)
+from keras_lora.adapted import adapted_maps, set_adapter, set_owners, set_plain, start_adapter
+from keras_lora.linear_map import LinearMap
+from keras_lora.patterns import Pattern, Patterns
 from keras_lora.structure import walk
-from keras_lora.targets import Pattern, Patterns, list_targets
+from keras_lora.targets import list_targets
 
 
 def apply_lora(
@@ -35,6 +30,8 @@ def apply_lora(
     bias: str = "none",
     rank_pattern: Mapping[Pattern, int] | None = None,
     alpha_pattern: Mapping[Pattern, float] | None = None,
+    adapter_pattern: Mapping[Pattern, Any] | None = None,
+    blocks: Any = None,
     input_shape: Any = None,
 ) -> Any:
     """Freeze a model and add adapters to its linear layers, in place.
@@ -50,14 +47,21 @@ def apply_lora(
             said otherwise.
         targets: Which layers get an adapter: one pattern or several. A pattern is a name or path of names (of a layer, or
             of a block, meaning the layers in it), a glob over paths (`"*/query"`), a compiled regular expression that
-            matches the whole path, a layer class, a function from a layer to a bool, or a layer. By default all linear
-            layers (`Dense`, `EinsumDense`, convolutions) but the output head; an `Embedding` only when it is named.
+            matches the whole path, a layer class, a function from a layer to a bool, or a layer. A layer with several
+            kernels has one more name, the kernel's (`"lstm_cell/recurrent_kernel"`). By default all linear layers but the
+            output head, and but what `keras_lora.presets` leaves out of known models; `"all-linear"` is that without the
+            presets. Embeddings and depthwise kernels are adapted only when they are named.
         exclude: Patterns of layers that get none.
         head: What the default targets leave out: `"auto"` finds the head (see `keras_lora.targets.find_head`), patterns
             name it, `None` leaves nothing out.
         train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head.
         bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
         rank_pattern, alpha_pattern: Other ranks and alphas by pattern; of several that match the first counts.
+        adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`; what
+            it names is adapted whether `targets` names it or not.
+        blocks: Adapt only inside these of the model's repeated blocks: an index, several, or a slice of indices
+            (`slice(-4, None)`, the last four) or of fractions of the depth (`slice(0.5, None)`, the upper half). Each series
+            of blocks (an encoder, a decoder) is counted on its own.
         input_shape: Builds an unbuilt model first.
 
     Returns:
@@ -93,8 +97,10 @@ def apply_lora(
         bias=bias,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
+        adapter_pattern=adapter_pattern,
+        blocks=blocks,
     )
-    started = [(row.layer, _started(row.layer, row.path, row.adapter)) for row in rows.of("adapt")]
+    started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
     inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
     forget_traces(model)
     return model
@@ -128,17 +134,17 @@ def remove_lora(model: Any) -> Any:
 
 def inject(
     model: keras.layers.Layer,
-    adapted: Iterable[tuple[keras.layers.Layer, adapters.Adapter]],
+    adapted: Iterable[tuple[LinearMap, adapters.Adapter]],
     trained: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
 ) -> None:
-    """Put started adapters on layers of a plain model, and freeze the rest."""
+    """Put started adapters on kernels of a plain model, and freeze the rest."""
     pairs = list(adapted)
-    for layer, adapter in pairs:
-        set_adapter(layer, adapter)
+    for linear, adapter in pairs:
+        set_adapter(linear, adapter)
     places = walk(model)
     methods = [place.layer for place in places if isinstance(place.layer, adapters.Adapter)]
-    training.freeze(places, [layer for layer, _ in pairs], [*trained, *methods], bias)
+    training.freeze(places, [linear.layer for linear, _ in pairs], [*trained, *methods], bias)
     set_owners(model)
 
 
@@ -149,23 +155,23 @@ def take_out(model: keras.layers.Layer) -> None:
         set_plain(place.layer)
 
 
-def require_adapted(model: Any, function: str) -> dict[str, Any]:
-    """The adapted layers of `model` by address; an error where there are none."""
-    layers = adapted_layers(model) if isinstance(model, keras.layers.Layer) else {}
-    if not layers:
+def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, adapters.Adapter]]:
+    """The adapted kernels of `model`, each with its adapter, by address; an error where there are none."""
+    found = adapted_maps(model) if isinstance(model, keras.layers.Layer) else {}
+    if not found:
         name = getattr(model, "name", model)
         raise ValueError(
             f"`{function}()` found no adapter in '{name}'. Expected a model that `keras_lora.apply_lora` adapted."
         )
-    return layers
+    return found
 
 
-def _started(layer: keras.layers.Layer, path: str, adapter: Any) -> adapters.Adapter:
-    """`adapter` with weights for `layer`, and with a stream of random numbers of its own where a seed was given."""
+def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
+    """`adapter` with weights for a kernel, and with a stream of random numbers of its own where a seed was given."""
     if adapter.get_config().get("seed") is not None:
         seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode())
         adapter = adapters.copy_of(adapter, seed=seed)
-    start_adapter(layer, ADAPTED_CLASSES[type(layer)].linear_map_class(layer), adapter)
+    start_adapter(linear, adapter)
     return adapter
 
 

@@ -72,6 +72,29 @@ def track_torch_parameters(layer: keras.layers.Layer) -> None:
             each._track_variables()
 
 
+def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable) -> str:
+    """The dtype in which the code of `layer` sees `variable` while it is called."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    casts = layer.autocast and getattr(variable, "_autocast", True) and keras.backend.is_float_dtype(dtype)
+    return layer.compute_dtype if casts else dtype
+
+
+def copy_mask(source: Any, to: Any) -> Any:
+    """Give the tensor `to` the Keras mask of `source`, and return it (`keras.layers` shows no way to set one)."""
+    from keras.src.backend import get_keras_mask, set_keras_mask
+
+    if (mask := get_keras_mask(source)) is not None:
+        set_keras_mask(to, mask)
+    return to
+
+
+def conv_lstm_cell() -> type[keras.layers.Layer]:
+    """The class of the cells inside ConvLSTM layers, which Keras does not export."""
+    from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
+
+    return ConvLSTMCell
+
+
 def when_built(layer: keras.layers.Layer, then: Callable[[], None]) -> None:
     """Run `then` once `layer` is built: now, or right after its `build`, which Keras keeps on the instance."""
     if layer.built:

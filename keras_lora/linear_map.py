@@ -9,12 +9,14 @@ Words, always these:
   `(groups, in_dim, out_dim)` where the kernel shares an axis with both its input and its output (grouped convolutions,
   experts).
 - `y = apply(x, W)` is the layer's linear part: its output before bias and activation.
+- A layer with several kernels (a recurrent cell, a separable convolution) is several linear maps, each a target of its own.
 
 **The law**, held by `tests/test_law.py` for every layer type, every method and every backend:
 
     adapter.adapted_output(x, apply(x, W)) == apply(x, W + adapter.delta_kernel(W))
 
-The right side is the definition, as in the paper. The left side is what runs.
+The right side is the definition, as in the paper. The left side is what runs. Where a layer's code gives no place to add to
+(a recurrent cell, a depthwise convolution, a layer of the user's own), that code runs with `W + ΔW` in the kernel's place.
 """
 
 from __future__ import annotations
@@ -40,21 +42,38 @@ def seen_with(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
 
 
 class LinearMap:
-    """A built layer seen as a linear map. Each layer type has a subclass in `keras_lora/layers/`.
+    """One kernel of a built layer, seen as a linear map. Each layer type has a subclass in `keras_lora/layers/`.
 
     A subclass states `layer_class`, and overrides what differs from a layer that computes `x @ kernel` on the last axis.
-    `groups` is `()` or `(number of groups,)`, the leading axes of the matrix.
     """
 
     layer_class: type[keras.layers.Layer]
     kernel_name = "kernel"
+    #: Tells the kernels of one layer apart in paths and files; `""` for a layer's only or main kernel.
+    part = ""
     #: What is left out of the layer's own `call` to get its linear part.
     held_out: dict[str, Any] = {"bias": None, "activation": None}
     #: True where an input picks one row of the matrix (an embedding) and does not sum over rows.
     picks_rows = False
+    #: Whether `apply_lora` adapts it when no targets are given.
+    by_default = True
+    #: Why an adapter cannot drop entries of this map's input, or `None` where it can.
+    no_dropout: str | None = None
+    #: Whether scaling an output unit is scaling entries of `y`.
+    scales_outputs = True
 
     def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
+
+    @classmethod
+    def is_in(cls, layer: keras.layers.Layer) -> bool:
+        """Whether `layer`, of class `layer_class`, has this kernel."""
+        return True
+
+    @property
+    def slot(self) -> str:
+        """The attribute of an adapted layer that holds the adapter of this kernel."""
+        return f"{self.part}_adapter" if self.part else "adapter"
 
     # The kernel.
 
@@ -64,9 +83,19 @@ class LinearMap:
         return tuple(getattr(self.layer, self.kernel_name).shape)
 
     @property
+    def kernel_axes(self) -> str:
+        """A letter for each axis of the kernel: `i` summed over, `o` of the output, `g` of both (groups, experts)."""
+        return "i" * (len(self.kernel_shape) - 1) + "o"
+
+    @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """`(*groups, in_dim, out_dim)`."""
-        return (math.prod(self.kernel_shape[:-1]), self.kernel_shape[-1])
+        """`(*groups, in_dim, out_dim)`; `groups` is `()` or `(number of groups,)`."""
+        sizes = {role: self._sizes(role) for role in "gio"}
+        groups = (math.prod(sizes["g"]),) if sizes["g"] else ()
+        return (*groups, math.prod(sizes["i"]), math.prod(sizes["o"]))
+
+    def _sizes(self, role: str) -> list[int]:
+        return [size for size, each in zip(self.kernel_shape, self.kernel_axes, strict=True) if each == role]
 
     @property
     def kernel(self) -> Any:
@@ -79,9 +108,15 @@ class LinearMap:
         return getattr(self.layer, self.kernel_name)
 
     @property
+    def kernel_attribute(self) -> str:
+        """Where the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
+        is_property = isinstance(getattr(type(self.layer), self.kernel_name, None), property)
+        return f"_{self.kernel_name}" if is_property else self.kernel_name
+
+    @property
     def constraint(self) -> Any:
         """The constraint put on the kernel, or `None`."""
-        return getattr(self.layer, f"{self.kernel_name}_constraint", None)
+        return getattr(self.kernel_variable, "constraint", None)
 
     @property
     def matrix(self) -> Any:
@@ -90,11 +125,29 @@ class LinearMap:
 
     def as_matrix(self, kernel: Any) -> Any:
         """From the kernel's own shape to `(*groups, in_dim, out_dim)`."""
+        order = self._matrix_order
+        if order != sorted(order):
+            kernel = ops.transpose(kernel, order)
         return ops.reshape(kernel, self.matrix_shape)
 
     def as_kernel(self, matrix: Any) -> Any:
-        """From `(*groups, in_dim, k)` to the kernel's own shape, `k` in the place of `out_dim`."""
-        return ops.reshape(matrix, (*self.kernel_shape[:-1], -1))
+        """From `(*groups, in_dim, k)` to the kernel's own shape; `k` may differ from `out_dim` where that is one axis."""
+        order, sizes = self._matrix_order, list(self.kernel_shape)
+        if self.kernel_axes.count("o") == 1:
+            sizes[self.kernel_axes.index("o")] = matrix.shape[-1]
+        kernel = ops.reshape(matrix, [sizes[axis] for axis in order])
+        return kernel if order == sorted(order) else ops.transpose(kernel, [order.index(axis) for axis in range(len(order))])
+
+    @property
+    def _matrix_order(self) -> list[int]:
+        return [axis for role in "gio" for axis, each in enumerate(self.kernel_axes) if each == role]
+
+    def changed_kernel(self, adapter: Any) -> Any:
+        """`W + ΔW` in the kernel's own shape, for a layer whose own code uses its kernel inside."""
+        matrix = self.matrix
+        if keras.backend.standardize_dtype(matrix.dtype) != "float64":
+            matrix = ops.cast(matrix, "float32")
+        return self.as_kernel(ops.add(matrix, ops.cast(adapter.delta_kernel(matrix), matrix.dtype)))
 
     # The layer's sum.
 
@@ -110,6 +163,10 @@ class LinearMap:
     def contract(self, x: Any, m: Any) -> Any:
         """The layer's sum over its inputs, with `m (*groups, in_dim, k)` in the kernel's place: `(..., *groups, k)`."""
         return ops.matmul(x, m)
+
+    def apply_product(self, x: Any, a: Any, b: Any) -> Any:
+        """`apply(x, a b)` with `a (*groups, in_dim, k)` and `b (*groups, k, out_dim)`, without forming `a b`."""
+        return self.expand(self.contract(x, a), b)
 
     def expand(self, h: Any, m: Any) -> Any:
         """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""
@@ -134,5 +191,5 @@ class LinearMap:
     def call_with(self, x: Any, kernel: Any) -> Any:
         """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
         policy = keras.DTypePolicy(keras.backend.standardize_dtype(self.layer.compute_dtype))
-        attributes = {**self.held_out, f"_{self.kernel_name}": kernel, "_dtype_policy": policy}
+        attributes = {**self.held_out, self.kernel_attribute: kernel, "_dtype_policy": policy}
         return seen_with(self.layer, self.layer_class, **attributes).call(x)

@@ -10,8 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_lora import adapters, quantization, training
-from keras_lora.adapted import AdaptedLayer, adapted_layers, set_adapter, set_owners
+from keras_lora.adapted import adapted_maps, maps_by_address, set_adapter, set_owners
 from keras_lora.inject import forget_traces, require_adapted, take_out
+from keras_lora.linear_map import LinearMap
 from keras_lora.structure import by_address
 
 _KEPT = "_keras_lora_kept"
@@ -52,20 +53,20 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
     >>> type(model.layers[0]) is keras.layers.Dense
     True
     """
-    layers = require_adapted(model, "merge_lora")
-    _refuse_quantized(layers)
-    not_finite = [address for address, layer in layers.items() if not np.isfinite(_merged_kernel(layer)).all()]
+    adapted = require_adapted(model, "merge_lora")
+    _refuse_quantized(adapted)
+    not_finite = [address for address, pair in adapted.items() if not np.isfinite(_merged_kernel(*pair)).all()]
     if not_finite:
         raise ValueError(
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
             f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
     kept = _Kept({}, {}, training.marks_of(model)) if keep else None
-    for address, layer in layers.items():
-        variable = layer.linear_map.kernel_variable
-        merged = _merged_kernel(layer)
+    for address, (linear, adapter) in adapted.items():
+        variable = linear.kernel_variable
+        merged = _merged_kernel(linear, adapter)
         if kept is not None:
-            kept.adapters[address] = layer.adapter
+            kept.adapters[address] = adapter
             kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
         variable.assign(merged)
     take_out(model)
@@ -96,16 +97,16 @@ def unmerge_lora(model: Any) -> Any:
     2
     """
     kept = vars(model).get(_KEPT) if isinstance(model, keras.layers.Layer) else None
-    if kept is None or adapted_layers(model):
+    if kept is None or adapted_maps(model):
         raise ValueError(
             f"There is nothing to unmerge in '{getattr(model, 'name', model)}'. Expected a model merged in this process "
             "with `keras_lora.merge_lora(model, keep=True)`, and not adapted again since."
         )
     del vars(model)[_KEPT]
-    layers = by_address(model)
+    maps = maps_by_address(model)
     for address, adapter in kept.adapters.items():
-        set_adapter(layers[address], adapter)
-        layers[address].linear_map.kernel_variable.assign(kept.kernels[address])
+        set_adapter(maps[address], adapter)
+        maps[address].kernel_variable.assign(kept.kernels[address])
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():
         training.mark(layers[address], **mark)
@@ -114,19 +115,12 @@ def unmerge_lora(model: Any) -> Any:
     return model
 
 
-def _merged_kernel(layer: AdaptedLayer) -> np.ndarray:
-    """`W + ΔW` in float32, in the kernel's own shape."""
-    linear = layer.linear_map
-    matrix = linear.matrix
-    if keras.backend.standardize_dtype(matrix.dtype) != "float64":
-        matrix = ops.cast(matrix, "float32")
-    return ops.convert_to_numpy(
-        linear.as_kernel(ops.add(matrix, ops.cast(layer.adapter.delta_kernel(matrix), matrix.dtype)))
-    )
+def _merged_kernel(linear: LinearMap, adapter: adapters.Adapter) -> np.ndarray:
+    return ops.convert_to_numpy(linear.changed_kernel(adapter))
 
 
-def _refuse_quantized(layers: dict[str, AdaptedLayer]) -> None:
-    quantized = [address for address, layer in layers.items() if quantization.mode_of(layer) is not None]
+def _refuse_quantized(adapted: dict[str, tuple[LinearMap, adapters.Adapter]]) -> None:
+    quantized = [address for address, (linear, _) in adapted.items() if quantization.mode_of(linear.layer) is not None]
     if quantized:
         raise ValueError(
             "A change as small as an adapter's is mostly rounded away when it is merged into a quantised kernel, so this is "

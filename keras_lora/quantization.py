@@ -10,6 +10,8 @@ from keras import ops
 from keras_lora import keras_internals
 
 SUPPORTED_MODES = (None, "int8", "int4")
+#: Modes in which a kernel that Keras does not unpack for us can be read.
+UNPACKED_MODES = ("int8",)
 
 
 def mode_of(layer: keras.layers.Layer) -> str | None:

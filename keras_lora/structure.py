@@ -30,6 +30,11 @@ class Place:
     path: str
     holder: keras.layers.Layer | None
 
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells this place from others."""
+        return (id(self.layer), "")
+
 
 def walk(model: keras.layers.Layer) -> list[Place]:
     """Every layer of `model`, itself first, each once (a shared layer at its first place), in the order Keras keeps."""

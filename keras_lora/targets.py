@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 from rich.console import Console
 from rich.table import Table
 
-from keras_lora import adapters, keras_internals, quantization, training
-from keras_lora.adapted import ADAPTED_CLASSES, AdaptedLayer
+from keras_lora import adapters, keras_internals, presets, quantization, training
+from keras_lora import blocks as blocks_
+from keras_lora.adapted import ADAPTED_CLASSES, AdaptedLayer, maps_of
 from keras_lora.linear_map import LinearMap
+from keras_lora.patterns import Key, Pattern, Patterns, Search
 from keras_lora.structure import Place, walk
 
-#: A layer or group by name or path ("query", "encoder/layer_0"), a glob over paths ("*/query"), a compiled regular
-#: expression that must match the whole path, a layer class, a function from a layer to a bool, or a layer itself.
-Pattern: TypeAlias = str | re.Pattern[str] | type | Callable[[Any], bool] | keras.layers.Layer
-Patterns: TypeAlias = Pattern | Iterable[Pattern]
+
+@dataclass(frozen=True)
+class Site(Place):
+    """One kernel of a layer that can be adapted; its path ends in the kernel's name where the layer has several."""
+
+    linear: LinearMap
+
+    @property
+    def key(self) -> Key:
+        return (id(self.layer), self.linear.part)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one layer that has variables.
+    """What happens to one layer that has variables, or to one of its kernels where it has several.
 
     Attributes:
-        path: The names that lead to the layer.
+        path: The names that lead to the layer, and to the kernel.
         layer_type: The name of its class.
         action: `"adapt"`, `"train"` (in full) or `"freeze"`.
         why: Why, in words.
@@ -49,6 +55,7 @@ class Target:
     parameters: int
     trainable: int
     layer: keras.layers.Layer = field(repr=False)
+    linear: LinearMap | None = field(repr=False, default=None)
     adapter: adapters.Adapter | None = field(repr=False, default=None)
 
 
@@ -99,12 +106,14 @@ def list_targets(
     bias: str = "none",
     rank_pattern: Mapping[Pattern, int] | None = None,
     alpha_pattern: Mapping[Pattern, float] | None = None,
+    adapter_pattern: Mapping[Pattern, Any] | None = None,
+    blocks: Any = None,
 ) -> TargetList:
     """Show what `apply_lora` with the same arguments would do. Nothing is changed.
 
     Args:
-        model, adapter, rank, alpha, targets, exclude, head, train, bias, rank_pattern, alpha_pattern: As for
-            `keras_lora.apply_lora`.
+        model, adapter, rank, alpha, targets, exclude, head, train, bias, rank_pattern, alpha_pattern, adapter_pattern,
+            blocks: As for `keras_lora.apply_lora`.
 
     Returns:
         A list of `Target`, one for each layer that has variables of its own; printing it prints a table.
@@ -123,63 +132,99 @@ def list_targets(
     method = adapters.get(adapter, rank=rank, alpha=alpha)
     places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
     _refuse_unfit_model(model, places, bias)
-    search = _Search(model, places)
+    sites = [site for place in places for site in _sites_of(place)]
+    search = Search(model, places)
 
-    linear = [place for place in places if type(place.layer) in ADAPTED_CLASSES]
-    excluded = search.find("exclude", exclude, places)
+    kernels = [site for site in sites if site.linear.part]
+    excluded = _with_insides(search.find("exclude", exclude, [*places, *kernels]), places)
     trained = _with_insides(search.find("train", train, places), places)
-    if targets is not None:
-        chosen, heads = search.find("targets", targets, linear), {}
-    else:
-        chosen = {id(place.layer): place for place in linear if place.layer is model or not _map_of(place).picks_rows}
-        heads = {id(place.layer): place for place in find_head(model, places)} if head == "auto" else {}
-        if head not in ("auto", None):
-            heads = search.find("head", head, places)
-        heads = _with_insides(heads, places)
+    named = search.find_values("adapter_pattern", adapter_pattern, sites)
+    why_not = {key: "excluded" for key in excluded}
+    if targets is None or targets == "all-linear":
+        chosen = {site.key: site for site in sites if site.layer is model or site.linear.by_default}
+        for key in _with_insides(_heads(search, model, head, places), places):
+            why_not.setdefault(key, "output head")
+        for place, why in presets.left_out(model, places) if targets is None else []:
+            for key in _with_insides({place.key: place}, places):
+                why_not.setdefault(key, why)
         _warn_of_subclasses(places)
-    excluded = _with_insides(excluded, places)
-    chosen = {key: place for key, place in chosen.items() if key not in heads | excluded | trained}
-    ranks = search.values("rank_pattern", rank_pattern, chosen.values())
-    alphas = search.values("alpha_pattern", alpha_pattern, chosen.values())
+    else:
+        chosen = search.find("targets", targets, sites)
+    if blocks is not None:
+        inside, problems = blocks_.choose(model, places, blocks)
+        search.problems += problems
+        for site in chosen.values():
+            if not problems and (id(site.layer), "") not in _with_insides(inside, places):
+                why_not.setdefault(site.key, "outside `blocks`")
+    chosen = {key: site for key, site in chosen.items() if key not in why_not and (key[0], "") not in why_not | trained}
+    chosen |= {key: site for key, site in named.sites.items() if (key[0], "") not in excluded | trained}
+    ranks = search.find_values("rank_pattern", rank_pattern, chosen.values()).values
+    alphas = search.find_values("alpha_pattern", alpha_pattern, chosen.values()).values
+    methods = {}
+    for key, site in chosen.items():
+        changed = {name: by_key[key] for name, by_key in (("rank", ranks), ("alpha", alphas)) if key in by_key}
+        methods[key] = adapters.copy_of(adapters.get(named.values.get(key, method)), **changed)
+        search.problems += _problems_of(site, methods[key])
     if not chosen:
-        search.found_nothing(targets, linear)
-    for place in chosen.values():
-        search.problems += _problems_of(place)
+        search.found_nothing(targets, sites)
     search.raise_problems()
 
     rows = TargetList()
     for place in places:
-        key, layer = id(place.layer), place.layer
-        own = keras_internals.own_variables(layer)
-        if not own:
+        key = place.key
+        variables = keras_internals.own_variables(place.layer)
+        with_bias = bias == "all" or (bias == "lora_only" and any(key[0] == each[0] for each in chosen))
+        biases = sum(_size(v) for v in variables if with_bias and v.name == "bias")
+        if key in trained and variables:
+            count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
+            rows.append(_row(place, variables, action="train", why="named in `train`", trainable=count))
             continue
-        with_bias = bias == "all" or (bias == "lora_only" and key in chosen)
-        biases = sum(_size(v) for v in own if with_bias and v.name == "bias")
-        row: dict[str, Any] = {
-            "path": place.path,
-            "layer_type": type(layer).__name__,
-            "parameters": sum(map(_size, own)),
-            "layer": layer,
-            "shape": _map_of(place).matrix_shape if _is_readable(layer) else None,
-        }
-        if key in chosen:
-            changed: dict[str, Any] = {}
-            if key in ranks:
-                changed["rank"] = ranks[key]
-            if key in alphas:
-                changed["alpha"] = alphas[key]
-            own_method = adapters.copy_of(method, **changed)
-            count = own_method.parameter_count(row["shape"])
-            row |= {"rank": getattr(own_method, "rank", None), "adapter": own_method, "trainable": count + biases}
-            rows.append(Target(action="adapt", why="target", **row))
-        elif key in trained:
-            count = sum(map(_size, keras_internals.own_trainable_variables(layer)))
-            rows.append(Target(action="train", why="named in `train`", rank=None, trainable=count, **row))
-        else:
-            why = "excluded" if key in excluded else "output head" if key in heads else "not a target"
-            why = why if type(layer) in ADAPTED_CLASSES or key in excluded else f"no adapter for {type(layer).__name__}"
-            rows.append(Target(action="freeze", why=why, rank=None, trainable=biases, **row))
+        for each, own in _parts(place, _sites_of(place), variables):
+            if each.key in chosen:
+                shape, adapter = chosen[each.key].linear.matrix_shape, methods[each.key]
+                count = adapter.parameter_count(shape)
+                rank_of = getattr(adapter, "rank", None)
+                row = {"shape": shape, "rank": rank_of, "adapter": adapter, "linear": chosen[each.key].linear}
+                rows.append(_row(each, own, action="adapt", why="target", trainable=count + biases, **row))
+            else:
+                why = why_not.get(each.key) or why_not.get(key) or "not a target"
+                why = why if isinstance(each, Site) or key in excluded else f"no adapter for {type(place.layer).__name__}"
+                known = isinstance(each, Site) and _is_readable(each.linear)
+                row = {"shape": each.linear.matrix_shape if known else None}  # type: ignore[attr-defined]
+                rows.append(_row(each, own, action="freeze", why=why, trainable=biases, **row))
+            biases = 0
     return rows
+
+
+def _sites_of(place: Place) -> list[Site]:
+    maps = maps_of(place.layer)
+    return [Site(place.layer, place.address, "/".join(filter(None, (place.path, m.part))), place.holder, m) for m in maps]
+
+
+def _parts(place: Place, sites: list[Site], variables: list[Any]) -> list[tuple[Place, list[Any]]]:
+    """A layer's rows, each with its share of the layer's variables: one for each kernel, or one for the whole layer."""
+    if not variables:
+        return []
+    if len(sites) < 2:
+        return [(sites[0] if sites else place, variables)]
+    kernels = {id(site.linear.kernel_variable): site for site in sites}
+    shares: list[tuple[Place, list[Any]]] = [(site, []) for site in sites]
+    for v in variables:
+        share = next((own for site, own in shares if site is kernels.get(id(v))), shares[0][1])
+        share.append(v)
+    return shares
+
+
+def _row(place: Place, variables: list[Any], **more: Any) -> Target:
+    size = sum(map(_size, variables))
+    columns: dict[str, Any] = {"shape": None, "rank": None, **more}
+    return Target(place.path, type(place.layer).__name__, parameters=size, layer=place.layer, **columns)
+
+
+def _heads(search: Search, model: keras.layers.Layer, head: Any, places: list[Place]) -> dict[Key, Any]:
+    if head == "auto":
+        return {place.key: place for place in find_head(model, places)}
+    return {} if head is None else search.find("head", head, places)
 
 
 def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
@@ -194,7 +239,7 @@ def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, keras.layers.Layer):
         inside = {id(place.layer) for place in walk(backbone)}
-        return [place for place in places if id(place.layer) not in inside and type(place.layer) in ADAPTED_CLASSES]
+        return [place for place in places if id(place.layer) not in inside and maps_of(place.layer)]
     if not isinstance(model, keras.Model):
         return []
     if getattr(model, "outputs", None):
@@ -220,115 +265,30 @@ def _is_dense(layer: Any) -> bool:
     return isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
 
 
-class _Search:
-    """Finds places by pattern, and collects what is wrong with the patterns so that one error says it all."""
-
-    def __init__(self, model: keras.layers.Layer, places: list[Place]):
-        self.model, self.places = model, places
-        self.problems: list[str] = []
-
-    def find(self, argument: str, patterns: Any, among: Iterable[Place]) -> dict[int, Place]:
-        found: dict[int, Place] = {}
-        among = list(among)
-        for pattern in _as_list(patterns):
-            matched = {id(place.layer): place for place in among if matches(pattern, place)}
-            if not matched:
-                self._unmatched(argument, pattern, among)
-            found |= matched
-        return found
-
-    def values(self, argument: str, by_pattern: Mapping[Any, Any] | None, among: Iterable[Place]) -> dict[int, Any]:
-        """The value of each place: that of the first pattern that matches it."""
-        values: dict[int, Any] = {}
-        for pattern, value in (by_pattern or {}).items():
-            for key in self.find(argument, pattern, among):
-                values.setdefault(key, value)
-        return values
-
-    def _unmatched(self, argument: str, pattern: Any, among: list[Place]) -> None:
-        elsewhere = sorted({type(place.layer).__name__ for place in self.places if matches(pattern, place)})
-        if elsewhere:
-            self.problems.append(
-                f"{argument}={_shown(pattern)} matches only layers that cannot be chosen here: {', '.join(elsewhere)}"
-            )
-            return
-        names = sorted({name for place in among for name in (*place.path.split("/"), place.path)})
-        near = difflib.get_close_matches(str(pattern), names, n=4, cutoff=0.4) or names[:4]
-        self.problems.append(f"{argument}={_shown(pattern)} matches no layer; the nearest names are {near}")
-
-    def found_nothing(self, targets: Any, linear: list[Place]) -> None:
-        kinds = ", ".join(sorted(base.__name__ for base in ADAPTED_CLASSES))
-        names = ", ".join(place.path for place in linear[:8])
-        self.problems.append(
-            f"nothing is left to adapt (targets={_shown(targets)}); adaptable are {kinds}, and the model has "
-            f"{len(linear)} of them{': ' + names if names else ''} (an Embedding is adapted only when `targets` names it)"
-        )
-
-    def raise_problems(self) -> None:
-        if self.problems:
-            listed = "".join(f"\n  - {problem}" for problem in self.problems)
-            raise ValueError(
-                f"`apply_lora()` cannot adapt '{self.model.name}', and has changed nothing:{listed}\n"
-                "Call `keras_lora.list_targets(model)` to see every layer and what would happen to it."
-            )
-
-
-def matches(pattern: Any, place: Place) -> bool:
-    """Whether `pattern` names this layer, or a layer that holds it."""
-    if isinstance(pattern, str):
-        if any(character in pattern for character in "*?["):
-            return fnmatch.fnmatchcase(place.path, pattern)
-        return f"/{pattern.strip('/')}/" in f"/{place.path}/"
-    if isinstance(pattern, re.Pattern):
-        return pattern.fullmatch(place.path) is not None
-    if isinstance(pattern, type):
-        return isinstance(place.layer, pattern)
-    if isinstance(pattern, keras.layers.Layer):
-        return any(place.layer is inside.layer for inside in walk(pattern))
-    if callable(pattern):
-        return bool(pattern(place.layer))
-    raise TypeError(
-        "A pattern must be a name, a path, a glob, a compiled regular expression, a layer class, a function or a layer. "
-        f"Received: {pattern!r} of type {type(pattern).__name__}."
-    )
-
-
-def _as_list(patterns: Any) -> list[Any]:
-    if patterns is None:
-        return []
-    if isinstance(patterns, (str, re.Pattern, type, keras.layers.Layer)) or not isinstance(patterns, Iterable):
-        return [patterns]
-    return list(patterns)
-
-
-def _with_insides(found: dict[int, Place], places: list[Place]) -> dict[int, Place]:
+def _with_insides(found: dict[Key, Any], places: list[Place]) -> dict[Key, Any]:
     """`found`, and every layer held by one of them."""
-    held: dict[int, Place] = {}
+    held = dict(found)
     for place in places:
-        if id(place.layer) in found or (place.holder is not None and id(place.holder) in held):
-            held[id(place.layer)] = place
+        if place.holder is not None and (id(place.holder), "") in held:
+            held[place.key] = place
     return held
 
 
-def _map_of(place: Place) -> LinearMap:
-    return ADAPTED_CLASSES[type(place.layer)].linear_map_class(place.layer)
+def _is_readable(linear: LinearMap) -> bool:
+    """Whether the layer is quantised in a way we can read, or not at all."""
+    return quantization.mode_of(linear.layer) in quantization.SUPPORTED_MODES
 
 
-def _is_readable(layer: keras.layers.Layer) -> bool:
-    """Whether we know `layer` as a linear map, quantised in a way we can read or not at all."""
-    return type(layer) in ADAPTED_CLASSES and quantization.mode_of(layer) in quantization.SUPPORTED_MODES
-
-
-def _problems_of(place: Place) -> list[str]:
-    """What stands against adapting this layer."""
-    linear = _map_of(place)
-    if getattr(place.layer, "lora_enabled", False):
-        return [f"'{place.path}' has Keras's own `enable_lora` on; adapt a model without it"]
-    if quantization.mode_of(place.layer) not in quantization.SUPPORTED_MODES:
-        return [f"'{place.path}' is quantised as {quantization.mode_of(place.layer)}; int8 and int4 are supported"]
-    if linear.constraint is not None:
-        return [f"'{place.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
-    return []
+def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
+    """What stands against adapting this kernel."""
+    if getattr(site.layer, "lora_enabled", False):
+        return [f"'{site.path}' has Keras's own `enable_lora` on; adapt a model without it"]
+    if not _is_readable(site.linear):
+        return [f"'{site.path}' is quantised as {quantization.mode_of(site.layer)}; int8 and int4 are supported"]
+    if site.linear.constraint is not None:
+        return [f"'{site.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
+    problem = adapter.problem_with(site.linear)
+    return [f"'{site.path}': {problem}"] if problem else []
 
 
 def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
@@ -354,25 +314,19 @@ def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
 
 
 def _warn_of_subclasses(places: list[Place]) -> None:
-    default = tuple(cls for cls, adapted in ADAPTED_CLASSES.items() if not adapted.linear_map_class.picks_rows)
+    known = tuple(cls for cls, adapted in ADAPTED_CLASSES.items() if adapted.linear_maps[0].by_default)
     guessed = [
         f"{place.path} ({type(place.layer).__name__})"
         for place in places
-        if isinstance(place.layer, default) and type(place.layer) not in ADAPTED_CLASSES
+        if isinstance(place.layer, known) and not maps_of(place.layer)
     ]
     if guessed:
         warnings.warn(
-            f"Left frozen, because a subclass may compute something else than its parent: {', '.join(guessed)}.",
+            f"Left frozen, because a subclass may compute something else than its parent: {', '.join(guessed)}. "
+            "`keras_lora.register_layer` says what it computes.",
             stacklevel=4,
         )
 
 
 def _size(variable: keras.Variable) -> int:
-    size = 1
-    for dimension in variable.shape:
-        size *= dimension
-    return size
-
-
-def _shown(pattern: Any) -> str:
-    return repr(pattern.pattern) if isinstance(pattern, re.Pattern) else repr(pattern)
+    return math.prod(variable.shape)

@@ -32,6 +32,10 @@ class Adapter(keras.layers.Layer):
         """Create the weights for `linear` at the method's starting point, where the change is zero."""
         raise TypeError(f"{type(self).__name__} does not define `start(linear)`, which creates the adapter's weights.")
 
+    def problem_with(self, linear: Any) -> str | None:
+        """Why `linear` cannot have this adapter, with what to do, or `None`. Asked before anything changes."""
+        return None
+
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         """How many numbers train for a matrix of this shape."""
         raise TypeError(f"{type(self).__name__} does not define `parameter_count(matrix_shape)`.")

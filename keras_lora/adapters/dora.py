@@ -53,6 +53,9 @@ class DoRA(Adapter):
         super().__init__(**kwargs)
         self.lora = LoRA(rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed)
 
+    def problem_with(self, linear: Any) -> str | None:
+        return self.lora.problem_with(linear)
+
     def start(self, linear: Any) -> None:
         *groups, _, out_dim = linear.matrix_shape
         # Initializers, not values: in a model that is being traced the kernel has no value yet.
@@ -83,6 +86,8 @@ class DoRA(Adapter):
         return ops.subtract(ops.multiply(ops.divide(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+        if not linear.scales_outputs:  # a tied embedding in reverse sums over the units that the magnitude scales
+            return super().adapted_output(x, y, linear, training)
         y = ops.add(y, self.lora.low_rank_output(x, y.dtype, linear, training))
         # g = m / ‖W + sAB‖. Written (g - 1) y because g stays close to 1, where bfloat16 has only 3 digits.
         gain = ops.subtract(ops.divide(self.magnitude, ops.stop_gradient(self.direction_norm(linear))), 1.0)

@@ -76,13 +76,17 @@ class LoRA(Adapter):
         """What multiplies `A B`."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    def problem_with(self, linear: Any) -> str | None:
+        if not self.dropout or linear.no_dropout is None:
+            return None
+        return (
+            f"`dropout` acts on the input of the adapted map, and {linear.no_dropout}; leave the layer out of `targets` or "
+            f"use dropout=0 (received: dropout={self.dropout})"
+        )
+
     def start(self, linear: Any) -> None:
-        if self.dropout and linear.picks_rows:
-            raise ValueError(
-                "`dropout` acts on the input of the adapted layer, and the input of an embedding is token ids. Expected "
-                f"dropout=0 for layer '{linear.layer.name}'. Received: dropout={self.dropout}. Leave the embedding out of "
-                "`targets`, or use dropout=0."
-            )
+        if (problem := self.problem_with(linear)) is not None:
+            raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
         *groups, in_dim, out_dim = linear.matrix_shape
         a_default = keras.initializers.RandomUniform(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim), seed=self.seed)
         b_default: Any = "zeros"
@@ -107,8 +111,7 @@ class LoRA(Adapter):
         """`apply(x, ΔW)` as `(x A)(scale · B)`: the scale is folded into the rank-sized side."""
         if self.seed_generator is not None and training:
             x = keras.random.dropout(x, self.dropout, seed=self.seed_generator)
-        h = linear.contract(x, ops.cast(self.lora_a, dtype))
-        return linear.expand(h, ops.cast(self.scale * self.lora_b, dtype))
+        return linear.apply_product(x, ops.cast(self.lora_a, dtype), ops.cast(self.scale * self.lora_b, dtype))
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from keras_lora.adapted import AdaptedLayer, register_layer
-from keras_lora.layers.conv import LoRAConv1D, LoRAConv2D, LoRAConv3D
+from keras_lora.adapted import LATE_ROOMS, AdaptedLayer, enter_layer
+from keras_lora.layers.conv import (
+    LoRAConv1D,
+    LoRAConv1DTranspose,
+    LoRAConv2D,
+    LoRAConv2DTranspose,
+    LoRAConv3D,
+    LoRAConv3DTranspose,
+)
 from keras_lora.layers.dense import LoRADense
 from keras_lora.layers.einsum_dense import LoRAEinsumDense
-from keras_lora.layers.embedding import LoRAEmbedding
+from keras_lora.layers.embedding import LoRAEmbedding, LoRAReversibleEmbedding
+from keras_lora.layers.recurrent import LoRAConvLSTMCell, LoRAGRUCell, LoRALSTMCell, LoRASimpleRNNCell
+from keras_lora.layers.separable_conv import (
+    LoRADepthwiseConv1D,
+    LoRADepthwiseConv2D,
+    LoRASeparableConv1D,
+    LoRASeparableConv2D,
+)
 
 TABLE: tuple[type[AdaptedLayer], ...] = (
     LoRADense,
     LoRAEinsumDense,
     LoRAEmbedding,
+    LoRAReversibleEmbedding,
     LoRAConv1D,
     LoRAConv2D,
     LoRAConv3D,
+    LoRAConv1DTranspose,
+    LoRAConv2DTranspose,
+    LoRAConv3DTranspose,
+    LoRADepthwiseConv1D,
+    LoRADepthwiseConv2D,
+    LoRASeparableConv1D,
+    LoRASeparableConv2D,
+    LoRASimpleRNNCell,
+    LoRALSTMCell,
+    LoRAGRUCell,
+    LoRAConvLSTMCell,
 )
 for adapted_class in TABLE:
-    register_layer(adapted_class)
+    enter_layer(adapted_class)
+LATE_ROOMS["keras_hub"] = "keras_lora.hub"

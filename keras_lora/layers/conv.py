@@ -1,7 +1,8 @@
-"""`Conv1D`, `Conv2D`, `Conv3D`: the sum over a window and its channels.
+"""Convolutions and transposed convolutions: the sum over a window and its channels.
 
 The matrix is `(window · channels in, filters)`. A change of rank r is the same convolution to r channels, then a 1×1
-convolution to the filters. A grouped convolution is one matrix per group.
+convolution to the filters. A grouped convolution is one matrix per group. A transposed convolution is the same with its
+own way of placing the window.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ class ConvMap(LinearMap):
 
     @property
     def groups(self) -> tuple[int, ...]:
+        """`()` or `(number of groups,)`, the leading axis of the matrix."""
         return () if self.layer.groups == 1 else (self.layer.groups,)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         window, filters = self.kernel_shape[:-1], self.kernel_shape[-1]
-        return (*self.groups, math.prod(window), filters // self.layer.groups)
+        return super().matrix_shape if not self.groups else (*self.groups, math.prod(window), filters // self.layer.groups)
 
     def as_matrix(self, kernel: Any) -> Any:
-        *groups, in_dim, out_dim = self.matrix_shape
-        if not groups:
-            return ops.reshape(kernel, (in_dim, out_dim))
-        return ops.transpose(ops.reshape(kernel, (in_dim, *groups, out_dim)), (1, 0, 2))
+        if not self.groups:
+            return super().as_matrix(kernel)
+        groups, in_dim, out_dim = self.matrix_shape
+        return ops.transpose(ops.reshape(kernel, (in_dim, groups, out_dim)), (1, 0, 2))
 
     def as_kernel(self, matrix: Any) -> Any:
-        if self.groups:
-            matrix = ops.transpose(matrix, (1, 0, 2))
-        return ops.reshape(matrix, (*self.kernel_shape[:-1], -1))
+        if not self.groups:
+            return super().as_kernel(matrix)
+        return ops.reshape(ops.transpose(matrix, (1, 0, 2)), (*self.kernel_shape[:-1], -1))
 
     def contract(self, x: Any, m: Any) -> Any:
         """`(batch, *positions, *groups, k)`, or `(batch, *groups, k, *positions)` where channels come first."""
@@ -96,6 +98,34 @@ class Conv3DMap(ConvMap):
     layer_class = keras.layers.Conv3D
 
 
+class ConvTransposeMap(ConvMap):
+    """Kernel `(*window, filters, in)`."""
+
+    groups = ()
+
+    @property
+    def kernel_axes(self) -> str:
+        return "i" * self.layer.rank + "oi"
+
+
+class Conv1DTransposeMap(ConvTransposeMap):
+    """`Conv1DTranspose`."""
+
+    layer_class = keras.layers.Conv1DTranspose
+
+
+class Conv2DTransposeMap(ConvTransposeMap):
+    """`Conv2DTranspose`."""
+
+    layer_class = keras.layers.Conv2DTranspose
+
+
+class Conv3DTransposeMap(ConvTransposeMap):
+    """`Conv3DTranspose`."""
+
+    layer_class = keras.layers.Conv3DTranspose
+
+
 class LoRAConv1D(AdaptedLayer, keras.layers.Conv1D):
     """A `Conv1D` layer with a frozen kernel and a trainable low-rank change of it.
 
@@ -120,7 +150,7 @@ class LoRAConv1D(AdaptedLayer, keras.layers.Conv1D):
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    linear_map_class = Conv1DMap
+    linear_maps = (Conv1DMap,)
 
 
 class LoRAConv2D(AdaptedLayer, keras.layers.Conv2D):
@@ -148,7 +178,7 @@ class LoRAConv2D(AdaptedLayer, keras.layers.Conv2D):
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    linear_map_class = Conv2DMap
+    linear_maps = (Conv2DMap,)
 
 
 class LoRAConv3D(AdaptedLayer, keras.layers.Conv3D):
@@ -176,4 +206,79 @@ class LoRAConv3D(AdaptedLayer, keras.layers.Conv3D):
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    linear_map_class = Conv3DMap
+    linear_maps = (Conv3DMap,)
+
+
+class LoRAConv1DTranspose(AdaptedLayer, keras.layers.Conv1DTranspose):
+    """A `Conv1DTranspose` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        filters, kernel_size: As for `keras.layers.Conv1DTranspose`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`.
+        **kwargs: The other arguments of `keras.layers.Conv1DTranspose`.
+
+    Input shape, output shape:
+        As for `keras.layers.Conv1DTranspose`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRAConv1DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
+    >>> layer(keras.ops.ones((1, 5, 4))).shape
+    (1, 11, 8)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_maps = (Conv1DTransposeMap,)
+
+
+class LoRAConv2DTranspose(AdaptedLayer, keras.layers.Conv2DTranspose):
+    """A `Conv2DTranspose` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        filters, kernel_size: As for `keras.layers.Conv2DTranspose`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`.
+        **kwargs: The other arguments of `keras.layers.Conv2DTranspose`.
+
+    Input shape, output shape:
+        As for `keras.layers.Conv2DTranspose`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRAConv2DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
+    >>> layer(keras.ops.ones((1, 5, 5, 4))).shape
+    (1, 11, 11, 8)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_maps = (Conv2DTransposeMap,)
+
+
+class LoRAConv3DTranspose(AdaptedLayer, keras.layers.Conv3DTranspose):
+    """A `Conv3DTranspose` layer with a frozen kernel and a trainable low-rank change of it.
+
+    Args:
+        filters, kernel_size: As for `keras.layers.Conv3DTranspose`.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`.
+        **kwargs: The other arguments of `keras.layers.Conv3DTranspose`.
+
+    Input shape, output shape:
+        As for `keras.layers.Conv3DTranspose`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRAConv3DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
+    >>> layer(keras.ops.ones((1, 5, 5, 5, 4))).shape
+    (1, 11, 11, 11, 8)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_maps = (Conv3DTransposeMap,)

@@ -46,4 +46,4 @@ class LoRADense(AdaptedLayer, keras.layers.Dense):
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    linear_map_class = DenseMap
+    linear_maps = (DenseMap,)

@@ -8,7 +8,6 @@ only, which makes its `A` `heads` times as large.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,32 +31,74 @@ class Axes:
     passed: str  # in the input and the output ("..." included)
     rank: str  # a letter that the equation does not use
 
-    @property
-    def matrix_order(self) -> str:
-        return self.groups + self.contracted + self.free
-
 
 @functools.cache
-def axes_of(equation: str) -> Axes:
-    """Read an equation such as `"abc,cde->abde"`. Keras has checked that every axis of the kernel is on another side too."""
+def axes_of(equation: str, groups: str | None = None) -> Axes:
+    """Read an equation such as `"abc,cde->abde"`. Keras has checked that every axis of the kernel is on another side too.
+
+    `groups` are letters of the kernel and the output to be taken for groups; by default those that are in the input too.
+    """
     left, outputs = equation.replace(" ", "").split("->")
     inputs, kernel = left.split(",")
     letters = set(equation) - set(" ,->.")
+    if groups is None:
+        groups = "".join(axis for axis in kernel if axis in inputs and axis in outputs)
     passed = [axis for axis in outputs.replace("...", "") if axis in inputs and axis not in kernel]
     return Axes(
         inputs=inputs,
         kernel=kernel,
         outputs=outputs,
-        groups="".join(axis for axis in kernel if axis in inputs and axis in outputs),
+        groups=groups,
         contracted="".join(axis for axis in kernel if axis in inputs and axis not in outputs),
-        free="".join(axis for axis in kernel if axis not in inputs),
+        free="".join(axis for axis in kernel if axis not in inputs and axis not in groups),
         passed=("..." if "..." in outputs else "") + "".join(passed),
         rank=next(chr(code) for code in range(ord("A"), ord("z")) if chr(code).isalpha() and chr(code) not in letters),
     )
 
 
-class EinsumDenseMap(LinearMap):
-    """Kernel of any shape; the equation says which of its axes are inputs and which are outputs."""
+class EinsumMap(LinearMap):
+    """A kernel of any shape in an einsum; a subclass says in which."""
+
+    @property
+    def axes(self) -> Axes:
+        """What the letters of the equation do."""
+        raise TypeError(f"{type(self).__name__} does not say its `axes`.")
+
+    @property
+    def kernel_axes(self) -> str:
+        axes = self.axes
+        return "".join("g" if axis in axes.groups else "i" if axis in axes.contracted else "o" for axis in axes.kernel)
+
+    def _letter_sizes(self, letters: str) -> tuple[int, ...]:
+        sizes = dict(zip(self.axes.kernel, self.kernel_shape, strict=True))
+        return tuple(sizes[axis] for axis in letters)
+
+    def contract(self, x: Any, m: Any) -> Any:
+        axes = self.axes
+        m = ops.reshape(m, (*self._letter_sizes(axes.groups + axes.contracted), m.shape[-1]))
+        factor = axes.groups + axes.contracted + axes.rank
+        return ops.einsum(f"{axes.inputs},{factor}->{axes.passed}{axes.groups}{axes.rank}", x, m)
+
+    def expand(self, h: Any, m: Any) -> Any:
+        axes = self.axes
+        m = ops.reshape(m, (*self._letter_sizes(axes.groups), m.shape[-2], *self._letter_sizes(axes.free)))
+        factor = axes.groups + axes.rank + axes.free
+        return ops.einsum(f"{axes.passed}{axes.groups}{axes.rank},{factor}->{axes.outputs}", h, m)
+
+    def along_outputs(self, v: Any, y: Any) -> Any:
+        axes = self.axes
+        stored = axes.groups + axes.free
+        v = ops.reshape(v, self._letter_sizes(stored))
+        placed = [axis for axis in axes.outputs if axis in stored]
+        v = ops.transpose(v, [stored.index(axis) for axis in placed])
+        hidden = len(y.shape) - len(axes.outputs.replace("...", ""))  # how many axes "..." stands for
+        letters = axes.outputs.replace("...", "." * hidden)
+        sizes = dict(zip(placed, v.shape, strict=True))
+        return ops.reshape(v, [sizes.get(axis, 1) for axis in letters])
+
+
+class EinsumDenseMap(EinsumMap):
+    """The layer's equation says which axes of the kernel are inputs and which are outputs."""
 
     layer_class = keras.layers.EinsumDense
 
@@ -70,52 +111,6 @@ class EinsumDenseMap(LinearMap):
         if getattr(self.layer, "original_kernel_shape", None):  # int4 keeps a flat kernel
             return tuple(self.layer.original_kernel_shape)
         return tuple(self.layer.kernel.shape)
-
-    def _sizes(self, letters: str) -> tuple[int, ...]:
-        sizes = dict(zip(self.axes.kernel, self.kernel_shape, strict=True))
-        return tuple(sizes[axis] for axis in letters)
-
-    @property
-    def matrix_shape(self) -> tuple[int, ...]:
-        axes = self.axes
-        groups = (math.prod(self._sizes(axes.groups)),) if axes.groups else ()
-        return (*groups, math.prod(self._sizes(axes.contracted)), math.prod(self._sizes(axes.free)))
-
-    def as_matrix(self, kernel: Any) -> Any:
-        axes = self.axes
-        if axes.kernel != axes.matrix_order:
-            kernel = ops.transpose(kernel, [axes.kernel.index(axis) for axis in axes.matrix_order])
-        return ops.reshape(kernel, self.matrix_shape)
-
-    def as_kernel(self, matrix: Any) -> Any:
-        axes = self.axes
-        kernel = ops.reshape(matrix, self._sizes(axes.matrix_order))
-        if axes.kernel != axes.matrix_order:
-            kernel = ops.transpose(kernel, [axes.matrix_order.index(axis) for axis in axes.kernel])
-        return kernel
-
-    def contract(self, x: Any, m: Any) -> Any:
-        axes = self.axes
-        m = ops.reshape(m, (*self._sizes(axes.groups + axes.contracted), m.shape[-1]))
-        factor = axes.groups + axes.contracted + axes.rank
-        return ops.einsum(f"{axes.inputs},{factor}->{axes.passed}{axes.groups}{axes.rank}", x, m)
-
-    def expand(self, h: Any, m: Any) -> Any:
-        axes = self.axes
-        m = ops.reshape(m, (*self._sizes(axes.groups), m.shape[-2], *self._sizes(axes.free)))
-        factor = axes.groups + axes.rank + axes.free
-        return ops.einsum(f"{axes.passed}{axes.groups}{axes.rank},{factor}->{axes.outputs}", h, m)
-
-    def along_outputs(self, v: Any, y: Any) -> Any:
-        axes = self.axes
-        stored = axes.groups + axes.free
-        v = ops.reshape(v, self._sizes(stored))
-        placed = [axis for axis in axes.outputs if axis in stored]
-        v = ops.transpose(v, [stored.index(axis) for axis in placed])
-        hidden = len(y.shape) - len(axes.outputs.replace("...", ""))  # how many axes "..." stands for
-        letters = axes.outputs.replace("...", "." * hidden)
-        sizes = dict(zip(placed, v.shape, strict=True))
-        return ops.reshape(v, [sizes.get(axis, 1) for axis in letters])
 
 
 class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
@@ -143,4 +138,4 @@ class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    linear_map_class = EinsumDenseMap
+    linear_maps = (EinsumDenseMap,)

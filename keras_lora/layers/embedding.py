@@ -1,4 +1,8 @@
-"""`Embedding`: a lookup is a linear map of one-hot rows, computed by picking rows."""
+"""`Embedding` and `ReversibleEmbedding`: a lookup is a linear map of one-hot rows, computed by picking rows.
+
+A reversible embedding is used twice: rows are picked on the way in, and on the way out a hidden state is multiplied by the
+transposed table (tied), or by a kernel of its own (untied). Tied, there is one change ΔW, right in both directions.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lora import keras_internals, quantization
 from keras_lora.adapted import AdaptedLayer
-from keras_lora.linear_map import LinearMap
+from keras_lora.linear_map import LinearMap, seen_with
 
 
 class EmbeddingMap(LinearMap):
@@ -18,6 +23,8 @@ class EmbeddingMap(LinearMap):
     kernel_name = "embeddings"
     held_out: dict[str, Any] = {}
     picks_rows = True
+    by_default = False
+    no_dropout = "the input of an embedding is token ids"
 
     def contract(self, x: Any, m: Any) -> Any:
         if keras.backend.standardize_dtype(x.dtype) not in ("int32", "int64"):
@@ -26,6 +33,53 @@ class EmbeddingMap(LinearMap):
 
     def finish(self, y: Any) -> Any:
         return y
+
+
+class ReversibleEmbeddingMap(EmbeddingMap):
+    """The table of a `ReversibleEmbedding`, from ids to rows."""
+
+    layer_class = keras.layers.ReversibleEmbedding
+
+
+class ReverseMap(LinearMap):
+    """From hidden states to one number for each row of the table: `x @ matrixᵀ`, with the matrix as stored."""
+
+    kernel_name = "embeddings"
+    scales_outputs = False
+    no_dropout: str | None = "a tied embedding has one change for both its directions"
+
+    def base_output(self, x: Any) -> Any:
+        view = seen_with(self.layer, type(self.layer).base_class, logit_soft_cap=None)
+        return (view.call if quantization.mode_of(self.layer) is None else view.quantized_call)(x, reverse=True)
+
+    def apply(self, x: Any, matrix: Any) -> Any:
+        return ops.matmul(ops.cast(x, matrix.dtype), ops.transpose(matrix))
+
+    def apply_product(self, x: Any, a: Any, b: Any) -> Any:
+        return self.apply(self.apply(x, b), a)
+
+    def finish(self, y: Any) -> Any:
+        cap = self.layer.logit_soft_cap
+        return y if cap is None else ops.multiply(ops.tanh(ops.divide(y, cap)), cap)
+
+
+class UntiedReverseMap(ReverseMap):
+    """The kernel `(dim, vocabulary)` of an untied `ReversibleEmbedding`, a linear map like any other."""
+
+    kernel_name = part = "reverse_embeddings"
+    scales_outputs = True
+    no_dropout = None
+    by_default = False
+
+    @classmethod
+    def is_in(cls, layer: Any) -> bool:
+        return not layer.tie_weights and quantization.mode_of(layer) in (None, *quantization.UNPACKED_MODES)
+
+    def apply(self, x: Any, matrix: Any) -> Any:
+        return ops.matmul(ops.cast(x, matrix.dtype), matrix)
+
+    def apply_product(self, x: Any, a: Any, b: Any) -> Any:
+        return self.apply(self.apply(x, a), b)
 
 
 class LoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
@@ -57,4 +111,49 @@ class LoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    linear_map_class = EmbeddingMap
+    linear_maps = (EmbeddingMap,)
+
+
+class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
+    """A `ReversibleEmbedding` with a frozen table and a trainable low-rank change of it, the same in both directions.
+
+    Args:
+        input_dim: Positive integer, size of the vocabulary.
+        output_dim: Positive integer, size of a row.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. Dropout is not defined for token ids and is refused.
+        **kwargs: The other arguments of `keras.layers.ReversibleEmbedding`. With `tie_weights=False` the kernel of the way
+            back, `reverse_embeddings`, is a target of its own.
+
+    Input shape:
+        Integer ids, `(batch, ...)`; with `reverse=True` hidden states, `(batch, ..., output_dim)`.
+
+    Output shape:
+        `(batch, ..., output_dim)`; with `reverse=True` `(batch, ..., input_dim)`.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> layer = keras_lora.LoRAReversibleEmbedding(1000, 16, rank=2)
+    >>> layer(layer(keras.ops.ones((2, 5), "int32")), reverse=True).shape
+    (2, 5, 1000)
+
+    Reference:
+        [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+    """
+
+    linear_maps = (ReversibleEmbeddingMap, UntiedReverseMap)
+
+    def call(self, inputs: Any, reverse: bool = False, training: bool | None = None) -> Any:  # type: ignore[override]
+        adapters = {linear.part: adapter for linear, adapter in self.adapted_maps}
+        tied = self.tie_weights
+        if not reverse:
+            linear, adapter = self.linear_map, adapters.get("")
+        elif tied:
+            linear, adapter = ReverseMap(self), adapters.get("")
+        else:
+            linear, adapter = UntiedReverseMap(self), adapters.get("reverse_embeddings")
+        base = linear.base_output(inputs)
+        if adapter is None:
+            return linear.finish(base)
+        y = linear.finish(adapter.adapted_output(inputs, base, linear, training=training))
+        return y if reverse else keras_internals.copy_mask(base, y)

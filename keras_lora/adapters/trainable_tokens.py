@@ -1,0 +1,81 @@
+"""Trainable tokens: chosen rows of an embedding train, and nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_lora.adapters.adapter import Adapter
+
+
+@keras.saving.register_keras_serializable("keras_lora")
+class TrainableTokens(Adapter):
+    """A change of chosen rows of an embedding: `W'[token] = W[token] + token_delta`. All other rows stay as they are.
+
+    For new or rare tokens: the parameters are `len(tokens) · dim`, whatever the vocabulary. Of a tied embedding the same
+    rows change on the way out.
+
+    Args:
+        tokens: Ids of the rows, different non-negative integers.
+        **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
+
+    Raises:
+        ValueError: `tokens` is empty, or holds a negative number or one twice.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> ids = keras.Input((5,), dtype="int32")
+    >>> y = keras.layers.Dense(2)(keras.layers.Embedding(100, 16, name="tokens")(ids))
+    >>> new_tokens = {"tokens": keras_lora.TrainableTokens([98, 99])}
+    >>> model = keras_lora.apply_lora(keras.Model(ids, y), head=None, rank=1, adapter_pattern=new_tokens)
+    >>> [(v.name, tuple(v.shape)) for v in model.trainable_variables][0]
+    ('token_delta', (2, 16))
+
+    Reference:
+        [PEFT, Trainable tokens](https://huggingface.co/docs/peft/package_reference/trainable_tokens)
+    """
+
+    def __init__(self, tokens: Iterable[int], **kwargs: Any):
+        super().__init__(**kwargs)
+        given = list(tokens)
+        self.tokens = [int(token) for token in given]
+        if not given or self.tokens != given or min(self.tokens) < 0 or len(set(self.tokens)) < len(self.tokens):
+            raise ValueError(f"`tokens` must be different non-negative integers, at least one. Received: tokens={given!r}.")
+
+    def problem_with(self, linear: Any) -> str | None:
+        if not linear.picks_rows:
+            return "`TrainableTokens` trains rows of an embedding, and this is none; name embeddings in `targets`"
+        if max(self.tokens) >= linear.matrix_shape[0]:
+            return f"`tokens` names row {max(self.tokens)} of an embedding with {linear.matrix_shape[0]} rows"
+        return None
+
+    def start(self, linear: Any) -> None:
+        if (problem := self.problem_with(linear)) is not None:
+            raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
+        self.rows = linear.matrix_shape[0]
+        self.token_delta = self.add_factor("token_delta", (len(self.tokens), linear.matrix_shape[-1]), "zeros")
+        self.built = True
+
+    def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
+        return len(self.tokens) * matrix_shape[-1]
+
+    def delta_kernel(self, matrix: Any) -> Any:
+        return ops.matmul(self._selection(), self.token_delta)
+
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+        delta = ops.cast(self.token_delta, y.dtype)
+        if linear.picks_rows:
+            hits = ops.equal(ops.expand_dims(x, -1), ops.convert_to_tensor(self.tokens, dtype=x.dtype))
+            return ops.add(y, ops.matmul(ops.cast(hits, y.dtype), delta))
+        return ops.add(y, linear.apply_product(x, ops.cast(self._selection(), y.dtype), delta))
+
+    def _selection(self) -> Any:
+        """`(rows, tokens)`, with a one where a row is a token."""
+        return ops.transpose(ops.one_hot(self.tokens, self.rows, dtype="float32"))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "tokens": self.tokens}

@@ -1,0 +1,61 @@
+"""Blocks: the repeated parts of a model, such as the layers of a transformer, chosen by index, range or depth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from keras_lora.adapted import maps_of
+from keras_lora.structure import Place, walk
+
+
+def series_of(places: list[Place]) -> list[list[Place]]:
+    """The series of blocks of a model, outermost only: layers of one class and one holder, named alike but for a number.
+
+    A block holds layers that can be adapted. An encoder and a decoder are two series.
+    """
+    groups: dict[Any, list[Place]] = {}
+    for place in places:
+        if place.holder is not None and any(maps_of(inside.layer) for inside in walk(place.layer)[1:]):
+            stem = re.sub(r"_?\d+", "", place.layer.name)
+            groups.setdefault((id(place.holder), type(place.layer), stem), []).append(place)
+    found = [group for group in groups.values() if len(group) > 1]
+    inside = {id(each.layer) for group in found for block in group for each in walk(block.layer)[1:]}
+    return [group for group in found if id(group[0].layer) not in inside]
+
+
+def choose(model: keras.layers.Layer, places: list[Place], blocks: Any) -> tuple[dict[tuple[int, str], Place], list[str]]:
+    """The blocks that `blocks` names, by key, and what is wrong with it: `blocks` counts in each series of its own.
+
+    Args:
+        model: The model.
+        places: Where its layers are.
+        blocks: As for `keras_lora.apply_lora`.
+    """
+    series = series_of(places)
+    if not series:
+        return {}, [f"blocks={blocks!r}: '{model.name}' has no series of like blocks; use patterns in `targets` instead"]
+    chosen = {group[index].key: group[index] for group in series for index in _indices(blocks, len(group))}
+    asked = set(blocks) if isinstance(blocks, Iterable) else {blocks} if isinstance(blocks, int) else set()
+    missing = sorted(index for index in asked if not any(-len(group) <= index < len(group) for group in series))
+    if missing or not chosen:
+        lengths = ", ".join(f"{len(group)} named like '{group[0].path}'" for group in series)
+        return {}, [f"blocks={blocks!r} names no block{f' at {missing}' if missing else ''}; the model has {lengths}"]
+    return chosen, []
+
+
+def _indices(blocks: Any, count: int) -> list[int]:
+    """The indices that `blocks` names in a series of `count` blocks."""
+    if isinstance(blocks, slice):
+        ends = [round(end * count) if isinstance(end, float) else end for end in (blocks.start, blocks.stop)]
+        return list(range(count)[ends[0] : ends[1] : blocks.step])
+    named: list[Any] = [blocks] if isinstance(blocks, int) else list(blocks) if isinstance(blocks, Iterable) else [None]
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in named):
+        raise TypeError(
+            "`blocks` must be an index, several, or a slice of indices or of fractions of the depth, as slice(-4, None) "
+            f"or slice(0.5, None). Received: blocks={blocks!r}."
+        )
+    return [index for index in named if -count <= index < count]

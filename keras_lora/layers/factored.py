@@ -1,0 +1,141 @@
+"""Layers that use several kernels inside one `call`, each in a plain sum: banks of experts.
+
+Such a layer's own code runs unchanged, but for the module `ops` that it sees: a kernel comes to it as an `AdaptedKernel`,
+and `ops.einsum` and `ops.matmul` with one add the adapter's fast path to their result. So nothing of the size of a kernel is
+formed. Any other operation gets the tensor `W + ΔW`, which is right, and slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+from keras import ops
+
+from keras_lora.adapted import AdaptedLayer
+from keras_lora.layers.einsum_dense import Axes, EinsumMap, axes_of
+from keras_lora.linear_map import seen_with
+
+
+class BankMap(EinsumMap):
+    """A kernel with stated axes, `"gio"` for experts; the equation is known where the layer uses it."""
+
+    stated_axes: str
+    equation: str | None = None
+
+    @property
+    def kernel_axes(self) -> str:
+        return self.stated_axes
+
+    @property
+    def axes(self) -> Axes:
+        left, _, outputs = str(self.equation).partition("->")
+        kernel = left.split(",")[1].strip()
+        return axes_of(
+            f"{left}->{outputs}", "".join(a for a, role in zip(kernel, self.stated_axes, strict=True) if role == "g")
+        )
+
+    def within(self, equation: str) -> BankMap | None:
+        """This map in `equation`, or `None` where the equation uses the axes in another way than was stated."""
+        used = type(self)(self.layer)
+        used.equation = equation.replace(" ", "")
+        kernel = used.equation.partition("->")[0].split(",")[1]
+        if len(kernel) != len(self.stated_axes):
+            return None
+        axes = used.axes
+        found = "".join("g" if a in axes.groups else "i" if a in axes.contracted else "o" for a in kernel)
+        return used if found == self.stated_axes and all(a in axes.outputs for a in axes.groups + axes.free) else None
+
+    def base_output(self, x: Any) -> Any:
+        return self.apply(x, self.matrix)
+
+    def apply(self, x: Any, matrix: Any) -> Any:
+        return ops.einsum(self.equation, x, self.as_kernel(matrix))
+
+
+class AdaptedKernel:
+    """What the layer's code sees in the place of a kernel."""
+
+    def __init__(self, linear: BankMap, adapter: Any, training: bool | None, dtype: Any = None):
+        self.linear, self.adapter, self.training, self.dtype = linear, adapter, training, dtype
+
+    @property
+    def base(self) -> Any:
+        """The kernel without its change."""
+        kernel = ops.convert_to_tensor(self.linear.kernel_variable)
+        return kernel if self.dtype is None else ops.cast(kernel, self.dtype)
+
+    @property
+    def changed(self) -> Any:
+        """`W + ΔW`."""
+        return ops.cast(self.linear.changed_kernel(self.adapter), self.base.dtype)
+
+    def cast(self, dtype: Any) -> AdaptedKernel:
+        """As `ops.cast` gives it."""
+        return AdaptedKernel(self.linear, self.adapter, self.training, dtype)
+
+    def einsum(self, equation: str, x: Any) -> Any:
+        """As `ops.einsum(equation, x, kernel)` gives it, with the change added."""
+        linear = self.linear.within(equation)
+        if linear is None:
+            return ops.einsum(equation, x, self.changed)
+        return self.adapter.adapted_output(x, ops.einsum(equation, x, self.base), linear, training=self.training)
+
+
+class _Ops(types.ModuleType):
+    """`keras.ops`, for code that works with adapted kernels."""
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(ops, name)
+        return functools.partial(_operate, name, operation) if callable(operation) else operation
+
+
+def _operate(name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
+    given = [each for each in (*args, *kwargs.values()) if isinstance(each, AdaptedKernel)]
+    if not given:
+        return operation(*args, **kwargs)
+    if name == "cast" and isinstance(args[0], AdaptedKernel):
+        return args[0].cast(*args[1:], **kwargs)
+    if name == "einsum" and len(args) == 3 and isinstance(args[2], AdaptedKernel) and not isinstance(args[1], AdaptedKernel):
+        return args[2].einsum(*args[:2])
+    if name == "matmul" and len(args) == 2 and isinstance(args[1], AdaptedKernel) and len(args[1].linear.kernel_shape) == 2:
+        return args[1].einsum("...x,xy->...y", args[0])
+    plain = [each.changed if isinstance(each, AdaptedKernel) else each for each in args]
+    return operation(*plain, **{k: v.changed if isinstance(v, AdaptedKernel) else v for k, v in kwargs.items()})
+
+
+class FactoredLayer(AdaptedLayer):
+    """An adapted layer whose own code runs with `AdaptedKernel`s in the place of its kernels."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        base_call = cls.linear_maps[0].layer_class.call
+        signature = inspect.signature(base_call)
+        asks = "training" in signature.parameters
+        adapting = _with_ops(base_call)
+
+        @functools.wraps(base_call)
+        def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+            kernels = {m.kernel_attribute: AdaptedKernel(m, adapter, training) for m, adapter in self.adapted_maps}
+            more = {**kwargs, "training": training} if asks else kwargs
+            return adapting(seen_with(self, self.base_class, **kernels), *args, **more)
+
+        if not asks:  # Keras hands `training` to a `call` that has it in its signature
+            asked = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
+            call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), asked])  # type: ignore[attr-defined]
+        cls.call = call  # type: ignore[method-assign]
+
+
+def _with_ops(function: Any) -> Any:
+    """`function` with `ops` as it should see it; the function itself is left as it is."""
+    if not isinstance(function.__globals__.get("ops"), types.ModuleType):
+        raise TypeError(
+            f"{function.__qualname__} cannot run with factored kernels. Expected code that calls `ops.einsum` or "
+            "`ops.matmul` of `from keras import ops`. Received: code without it. Register the layer without `factored=True`."
+        )
+    seen = {**function.__globals__, "ops": _Ops("ops")}
+    copy = types.FunctionType(function.__code__, seen, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -1,0 +1,117 @@
+"""Patterns: how layers and kernels are named in arguments, and one error that says everything that is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import keras
+
+from keras_lora import adapted
+from keras_lora.structure import Place, walk
+
+#: A layer or group by name or path ("query", "encoder/layer_0"), a glob over paths ("*/query"), a compiled regular
+#: expression that must match the whole path, a layer class, a function from a layer to a bool, or a layer itself.
+Pattern: TypeAlias = str | re.Pattern[str] | type | Callable[[Any], bool] | keras.layers.Layer
+Patterns: TypeAlias = Pattern | Iterable[Pattern]
+#: What tells places apart: the layer, and the part where a place is one kernel of several.
+Key: TypeAlias = tuple[int, str]
+
+
+class Found(NamedTuple):
+    """Places that patterns named, and what was said of them."""
+
+    sites: dict[Key, Any]
+    values: dict[Key, Any]
+
+
+class Search:
+    """Finds places by pattern, and collects what is wrong with the patterns so that one error says it all."""
+
+    def __init__(self, model: keras.layers.Layer, places: list[Place]):
+        self.model, self.places = model, places
+        self.problems: list[str] = []
+
+    def find(self, argument: str, patterns: Any, among: Iterable[Any]) -> dict[Key, Any]:
+        found: dict[Key, Any] = {}
+        among = list(among)
+        for pattern in as_list(patterns):
+            matched = {place.key: place for place in among if matches(pattern, place)}
+            if not matched:
+                self._unmatched(argument, pattern, among)
+            found |= matched
+        return found
+
+    def find_values(self, argument: str, by_pattern: Mapping[Any, Any] | None, among: Iterable[Any]) -> Found:
+        """What patterns say of places: for each place the value of the first pattern that matches it."""
+        found, among = Found({}, {}), list(among)
+        for pattern, value in (by_pattern or {}).items():
+            for key, place in self.find(argument, pattern, among).items():
+                found.sites.setdefault(key, place)
+                found.values.setdefault(key, value)
+        return found
+
+    def _unmatched(self, argument: str, pattern: Any, among: list[Place]) -> None:
+        elsewhere = sorted({type(place.layer).__name__ for place in self.places if matches(pattern, place)})
+        if elsewhere:
+            self.problems.append(
+                f"{argument}={shown(pattern)} matches only layers that cannot be chosen here: {', '.join(elsewhere)}"
+            )
+            return
+        names = sorted({name for place in among for name in (*place.path.split("/"), place.path)})
+        near = difflib.get_close_matches(str(pattern), names, n=4, cutoff=0.4) or names[:4]
+        self.problems.append(f"{argument}={shown(pattern)} matches no layer; the nearest names are {near}")
+
+    def found_nothing(self, targets: Any, linear: Sequence[Place]) -> None:
+        kinds = ", ".join(sorted(base.__name__ for base in adapted.ADAPTED_CLASSES))
+        names = ", ".join(place.path for place in linear[:8])
+        self.problems.append(
+            f"nothing is left to adapt (targets={shown(targets)}); adaptable are {kinds}, and the model has "
+            f"{len(linear)} of them{': ' + names if names else ''} (embeddings and depthwise kernels are adapted only when "
+            "`targets` names them)"
+        )
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            listed = "".join(f"\n  - {problem}" for problem in self.problems)
+            raise ValueError(
+                f"`apply_lora()` cannot adapt '{self.model.name}', and has changed nothing:{listed}\n"
+                "Call `keras_lora.list_targets(model)` to see every layer and what would happen to it."
+            )
+
+
+def matches(pattern: Any, place: Place) -> bool:
+    """Whether `pattern` names this layer, or a layer that holds it."""
+    if isinstance(pattern, str):
+        if any(character in pattern for character in "*?["):
+            return fnmatch.fnmatchcase(place.path, pattern)
+        return f"/{pattern.strip('/')}/" in f"/{place.path}/"
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(place.path) is not None
+    if isinstance(pattern, type):
+        return isinstance(place.layer, pattern)
+    if isinstance(pattern, keras.layers.Layer):
+        return any(place.layer is inside.layer for inside in walk(pattern))
+    if callable(pattern):
+        return bool(pattern(place.layer))
+    raise TypeError(
+        "A pattern must be a name, a path, a glob, a compiled regular expression, a layer class, a function or a layer. "
+        f"Received: {pattern!r} of type {type(pattern).__name__}."
+    )
+
+
+def as_list(patterns: Any) -> list[Any]:
+    """One pattern or several as a list."""
+    if patterns is None:
+        return []
+    if isinstance(patterns, (str, re.Pattern, type, keras.layers.Layer)) or not isinstance(patterns, Iterable):
+        return [patterns]
+    return list(patterns)
+
+
+def shown(pattern: Any) -> str:
+    """A pattern as an error shows it."""
+    return repr(pattern.pattern) if isinstance(pattern, re.Pattern) else repr(pattern)
