@@ -1,5 +1,6 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
+from keras_lora import testing
 from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
 from keras_lora.inject import apply_lora, remove_lora
@@ -59,5 +60,6 @@ __all__ = [
     "register_layer",
     "remove_lora",
     "save_adapter",
+    "testing",
     "unmerge_lora",
 ]

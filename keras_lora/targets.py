@@ -175,6 +175,8 @@ def list_targets(
         variables = keras_internals.own_variables(place.layer)
         with_bias = bias == "all" or (bias == "lora_only" and any(key[0] == each[0] for each in chosen))
         biases = sum(_size(v) for v in variables if with_bias and v.name == "bias")
+        if not place.layer.built and maps_of(place.layer):
+            rows.append(_row(place, [], action="freeze", why="the model does not use it: it has no weights", trainable=0))
         if key in trained and variables:
             count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
             rows.append(_row(place, variables, action="train", why="named in `train`", trainable=count))
@@ -197,7 +199,7 @@ def list_targets(
 
 
 def _sites_of(place: Place) -> list[Site]:
-    maps = maps_of(place.layer)
+    maps = maps_of(place.layer) if place.layer.built else []
     return [Site(place.layer, place.address, "/".join(filter(None, (place.path, m.part))), place.holder, m) for m in maps]
 
 
@@ -285,6 +287,9 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
         return [f"'{site.path}' has Keras's own `enable_lora` on; adapt a model without it"]
     if not _is_readable(site.linear):
         return [f"'{site.path}' is quantised as {quantization.mode_of(site.layer)}; int8 and int4 are supported"]
+    if len(site.linear.kernel_axes) != len(site.linear.kernel_shape):
+        stated, shape = site.linear.kernel_axes, site.linear.kernel_shape
+        return [f"'{site.path}' was registered with the axes '{stated}', and its kernel has the shape {shape}"]
     if site.linear.constraint is not None:
         return [f"'{site.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
     problem = adapter.problem_with(site.linear)
@@ -299,7 +304,7 @@ def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
             f"'{model.name}' is adapted already. Expected a plain model. Call `keras_lora.remove_lora(model)` or "
             "`keras_lora.merge_lora(model)` first."
         )
-    unbuilt = [place.path for place in places if not place.layer.built]
+    unbuilt = [place.path for place in places if not place.layer.built and place.key not in _inside_graphs(places)]
     if unbuilt:
         raise ValueError(
             f"'{model.name}' is not built: {', '.join(unbuilt[:8])} have no weights yet. Expected a built model. Call the "
@@ -311,6 +316,15 @@ def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
             f"'{model.name}' cannot be kept frozen: SpectralNormalization rewrites the kernel inside it in every training "
             f"step, frozen or not. Expected a model without it. Received: {rewritten}."
         )
+
+
+def _inside_graphs(places: list[Place]) -> set[Key]:
+    """Everything at or below a model with a graph. Making a graph builds all that it uses; the rest it does not use."""
+    inside: set[Key] = set()
+    for place in places:
+        if getattr(place.layer, "outputs", None) or (place.holder is not None and (id(place.holder), "") in inside):
+            inside.add(place.key)
+    return inside
 
 
 def _warn_of_subclasses(places: list[Place]) -> None:

@@ -214,3 +214,24 @@ def test_addresses_do_not_depend_on_names():
     assert "attention/_query_dense" in [place.address for place in walk(first)]
     assert "branches/a" in [place.address for place in walk(first)]
     assert "blocks/0/stack/1" in [place.address for place in walk(first)]
+
+
+def test_a_layer_that_the_graph_does_not_use_is_listed_and_left_alone():
+    class Holder(layers.Layer):
+        def __init__(self):
+            super().__init__(name="holder")
+            self.used, self.unused = layers.Dense(4, name="used"), layers.Dense(4, name="unused")
+
+        def call(self, x):
+            return self.used(x)
+
+    x = keras.Input((8,))
+    model = keras.Model(x, layers.Dense(2, name="head")(Holder()(x)))
+    rows = {row.path: row for row in keras_lora.list_targets(model)}
+    assert (rows["holder/unused"].action, rows["holder/unused"].why) == (
+        "freeze",
+        "the model does not use it: it has no weights",
+    )
+    assert [row.path for row in rows.values() if row.action == "adapt"] == ["holder/used"]
+    keras_lora.apply_lora(model)
+    assert not model.get_layer("holder").unused.built
