@@ -134,6 +134,11 @@ class AdaptedLayer(Owner):
         return self.linear_maps[0](self)
 
     @property
+    def plain(self) -> Any:
+        """The layer as its own class, with all that it has."""
+        return seen_with(self, self.base_class)
+
+    @property
     def adapted_maps(self) -> list[tuple[LinearMap, adapters.Adapter]]:
         """The kernels of this layer that have an adapter, each with it."""
         pairs = [(linear, adapter_of(linear)) for linear in maps_of(self)]
@@ -149,11 +154,11 @@ class AdaptedLayer(Owner):
         return self.call(*args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
-        super().save_own_variables(store)  # type: ignore[misc]
+        self.plain.save_own_variables(store)
         store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # type: ignore[misc]  # noqa: SIM118
+        self.plain.load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
         for linear, adapter in self.adapted_maps:
             if adapter.built:
                 adapter.base_changed(linear)
@@ -198,7 +203,23 @@ def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
     """Enter `cls` as what layers of exactly the class of its linear maps become."""
     base = cls.linear_maps[0].layer_class
     ADAPTED_CLASSES[base] = cls
+    for map_class in cls.linear_maps:
+        if isinstance(getattr(base, map_class.kernel_name, None), property):
+            setattr(cls, map_class.kernel_name, _changed_kernel(map_class))
     return _named_after(cls, base)
+
+
+def _changed_kernel(map_class: type[LinearMap]) -> property:
+    """`layer.kernel` of an adapted layer is `W + ΔW`, as with Keras's own LoRA: some code reads it, and calls no layer."""
+
+    def kernel(self: Any) -> Any:
+        linear = map_class(self)
+        adapter, plain = adapter_of(linear), getattr(linear.plain, linear.kernel_name)
+        if adapter is None or not adapter.built:
+            return plain
+        return keras.ops.cast(linear.changed_kernel(adapter), keras.ops.convert_to_tensor(plain).dtype)
+
+    return property(kernel)
 
 
 def adapted_class(base: type) -> type[AdaptedLayer] | None:

@@ -75,12 +75,17 @@ class LinearMap:
         """The attribute of an adapted layer that holds the adapter of this kernel."""
         return f"{self.part}_adapter" if self.part else "adapter"
 
+    @property
+    def plain(self) -> Any:
+        """The layer as its own class: an adapted layer gives who reads its kernel from outside the changed one."""
+        return seen_with(self.layer, getattr(type(self.layer), "base_class", type(self.layer)))
+
     # The kernel.
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """Shape of the float kernel."""
-        return tuple(getattr(self.layer, self.kernel_name).shape)
+        return tuple(getattr(self.plain, self.kernel_name).shape)
 
     @property
     def kernel_axes(self) -> str:
@@ -100,12 +105,12 @@ class LinearMap:
     @property
     def kernel(self) -> Any:
         """The float kernel, in the layer's own shape, dequantised if need be."""
-        return quantization.float_kernel(self.layer, self.kernel_name)
+        return quantization.float_kernel(self.plain, self.kernel_name)
 
     @property
     def kernel_variable(self) -> keras.Variable:
         """The variable that stores the kernel of a float layer."""
-        return getattr(self.layer, self.kernel_name)
+        return getattr(self.plain, self.kernel_name)
 
     @property
     def kernel_attribute(self) -> str:

@@ -4,7 +4,7 @@
 
 Without paths it runs all of `FILES`; paths of Keras's test files, or `-k`, narrow it. Where a test says `layers.Dense` it
 gets `keras_lora.LoRADense`; a layer around cells or around other layers is Keras's own, adapted by `apply_lora` right after
-its first `build`. What Keras's tests then say about outputs, shapes, dtypes, masks, states, errors, saving and training holds
+its first `build`. What the tests then say about outputs, shapes, dtypes, masks, states, errors, saving and training holds
 for adapted layers too, or is in `EXPLAINED`.
 """
 

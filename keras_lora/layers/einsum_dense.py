@@ -110,7 +110,7 @@ class EinsumDenseMap(EinsumMap):
     def kernel_shape(self) -> tuple[int, ...]:
         if getattr(self.layer, "original_kernel_shape", None):  # int4 keeps a flat kernel
             return tuple(self.layer.original_kernel_shape)
-        return tuple(self.layer.kernel.shape)
+        return super().kernel_shape
 
 
 class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):

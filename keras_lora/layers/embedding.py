@@ -49,7 +49,7 @@ class ReverseMap(LinearMap):
     no_dropout: str | None = "a tied embedding has one change for both its directions"
 
     def base_output(self, x: Any) -> Any:
-        view = seen_with(self.layer, type(self.layer).base_class, logit_soft_cap=None)
+        view = seen_with(self.plain, type(self.plain), logit_soft_cap=None)
         return (view.call if quantization.mode_of(self.layer) is None else view.quantized_call)(x, reverse=True)
 
     def apply(self, x: Any, matrix: Any) -> Any:
