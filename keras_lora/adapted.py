@@ -134,11 +134,6 @@ class AdaptedLayer(Owner):
         return self.linear_maps[0](self)
 
     @property
-    def plain(self) -> Any:
-        """The layer as its own class, with all that it has."""
-        return seen_with(self, self.base_class)
-
-    @property
     def adapted_maps(self) -> list[tuple[LinearMap, adapters.Adapter]]:
         """The kernels of this layer that have an adapter, each with it."""
         pairs = [(linear, adapter_of(linear)) for linear in maps_of(self)]
@@ -154,11 +149,11 @@ class AdaptedLayer(Owner):
         return self.call(*args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
-        self.plain.save_own_variables(store)
+        seen_with(self, self.base_class).save_own_variables(store)
         store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        self.plain.load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
+        seen_with(self, self.base_class).load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
         for linear, adapter in self.adapted_maps:
             if adapter.built:
                 adapter.base_changed(linear)
