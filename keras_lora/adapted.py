@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import random
 import types
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lora import adapters, keras_internals, quantization, training
+from keras_lora import adapters, keras_internals, quantization, rebuilding, training
 from keras_lora.linear_map import LinearMap, seen_with
 from keras_lora.structure import by_address, walk
 
@@ -52,7 +51,7 @@ class Owner:
         # Asked through a view of the base class: Keras compares classes and methods while it writes a config.
         config, description = seen_with(self, self.base_class).get_config(), describe(self)
         if not vars(self).get(_REBUILDS):
-            _check_rebuilds(self, config, description)
+            rebuilding.check_rebuilds(self, config, description)
             vars(self)[_REBUILDS] = True
         return {**config, KEY: description}
 
@@ -61,7 +60,7 @@ class Owner:
         if KEY not in config:
             return super().from_config(config)  # type: ignore[misc]
         description = config[KEY]
-        layer = _rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
+        layer = rebuilding.rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
         keras_internals.when_built(layer, lambda: restore(layer, description))
         return layer
 
@@ -358,7 +357,7 @@ def describe(owner: Any) -> dict[str, Any]:
 def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     """Adapt `owner`, just rebuilt from its own config, as `description` says. What is so already is left as it is."""
     layers, maps = by_address(owner), maps_by_address(owner)
-    _check_addresses(owner, layers, maps, description)
+    rebuilding.check_addresses(owner, layers, maps, description)
     for address, quantized in description["quantized"].items():
         _when_built(layers[address], quantization.quantize_again, layers[address], quantized)
     for address, config in description["adapters"].items():
@@ -376,64 +375,3 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
 
 def _when_built(layer: keras.layers.Layer, function: Any, *args: Any) -> None:
     keras_internals.when_built(layer, functools.partial(function, *args))
-
-
-def _rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects: dict[str, Any] | None) -> Any:
-    """The plain object that `config` describes."""
-    whole = {**description["base"], "config": config, "build_config": description["build_config"]}
-    return keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
-
-
-def _check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, Any]) -> None:
-    """Refuse to save an owner whose class, rebuilt from its config, has other layers than this one: it would load wrong.
-
-    Classes of Keras and KerasHub are trusted; a user's class is rebuilt once, in memory, and compared.
-    """
-    if owner.base_class.__module__.partition(".")[0] in ("keras", "keras_hub"):
-        return
-    layers = by_address(owner)
-    classes = {type(layer).__name__: getattr(layer, "base_class", type(layer)) for layer in layers.values()}
-    own = {name: cls for name, cls in classes.items() if cls.__module__.partition(".")[0] not in ("keras", "keras_hub")}
-    state = random.getstate()  # Keras draws the seeds of new layers from it
-    try:
-        copy = _rebuilt(config, description, own)
-    except Exception as error:
-        raise ValueError(
-            f"'{owner.name}' cannot be saved: its class {type(owner).__name__} cannot be rebuilt from its own config "
-            f"({error}). Expected a `get_config` that says all that the constructor needs."
-        ) from error
-    finally:
-        random.setstate(state)
-    found = {address: _fingerprint(layer) for address, layer in by_address(copy).items()}
-    wrong = [
-        f"{address or 'itself'} ({type(layer).__name__})"
-        for address, layer in layers.items()
-        if address in description["training"] and not isinstance(layer, adapters.Adapter)
-        # A layer that Keras builds only when it is called has no variables to compare yet.
-        if found.get(address) not in (_fingerprint(layer), (type(layer).__name__, None))
-    ]
-    if copy.built and wrong:
-        raise ValueError(
-            f"'{owner.name}' cannot be saved: rebuilt from its config, a {type(owner).__name__} has other layers than this "
-            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or other variables, "
-            f"at {wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
-        )
-
-
-def _fingerprint(layer: keras.layers.Layer) -> tuple[str, list[tuple[int, ...]] | None]:
-    shapes = [tuple(v.shape) for v in keras_internals.own_variables(layer)] if layer.built else None
-    return type(layer).__name__, shapes
-
-
-def _check_addresses(
-    owner: keras.layers.Layer, layers: dict[str, Any], maps: dict[str, Any], description: dict[str, Any]
-) -> None:
-    missing = [address for address in description["quantized"] if address not in layers]
-    missing += [address for address in description["adapters"] if address not in maps]
-    if missing:
-        raise ValueError(
-            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has nothing to adapt at "
-            f"{sorted(missing)}. Expected a class whose `get_config` says all that its constructor needs, and "
-            "`keras_lora.register_layer` before loading where a layer was registered before saving. Received: class "
-            f"{type(owner).__name__}, with layers at {sorted(layers)}."
-        )

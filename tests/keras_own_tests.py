@@ -37,7 +37,7 @@ FILES = {
     + ["conv_lstm", "conv_lstm1d", "conv_lstm2d", "conv_lstm3d"],
 }
 _QUANTIZE = "Keras quantises layers of exactly its own classes and refuses any subclass: quantise first, then adapt"
-_LORA = "counts the weights of Keras's own `enable_lora`; here the layer has an adapter of ours besides"
+_LORA = "counts weights or losses of Keras's own `enable_lora`; here the layer has an adapter of ours besides"
 #: Tests that are left out, by `file::pattern of the test's name`, and why.
 EXPLAINED = {
     "*::test_*dense_quantize_[bci]*": _QUANTIZE,

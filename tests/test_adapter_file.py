@@ -170,7 +170,7 @@ def test_an_unknown_method(file, model):
         return header
 
     rewritten(file, header=change)
-    refused(model, file, r"has the method 'magic'; known are \['dora', 'lora'\]")
+    refused(model, file, r"has the method 'magic'; known are \['dora', 'lora', 'train")
 
 
 def test_another_version(file, model):

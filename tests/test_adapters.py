@@ -158,7 +158,7 @@ def test_get_takes_a_name_an_instance_and_a_config():
 
 
 def test_get_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match=r"no adapter method called 'lorra'. Expected one of \['dora', 'lora'\]"):
+    with pytest.raises(ValueError, match=r"no adapter method called 'lorra'. Expected one of \['dora', 'lora', 'train"):
         adapters.get("lorra")
     with pytest.raises(TypeError, match="must be a name"):
         adapters.get(3)
@@ -172,7 +172,13 @@ def test_alpha_does_not_follow_the_rank():
 
 @pytest.mark.parametrize("method", sorted(adapters.TABLE))
 def test_the_parameter_count_is_what_gets_trained(method):
-    for layer in (dense(method, rank=3), conv(method, rank=3)):
+    arguments = {"tokens": [3, 5]} if method == "trainable_tokens" else {"rank": 3}
+    table = layers.Embedding(9, 4)
+    table.build()
+    made = [keras_lora.apply_lora(table, adapters.get(method, **arguments), targets=layers.Embedding)]
+    if "rank" in arguments:
+        made += [dense(method, rank=3), conv(method, rank=3)]
+    for layer in made:
         trained = sum(int(np.prod(v.shape)) for v in layer.trainable_variables)
         assert layer.adapter.parameter_count(layer.linear_map.matrix_shape) == trained
 
@@ -197,3 +203,60 @@ def test_a_method_of_ones_own_needs_three_functions():
     before, x = value(layer(np.ones((1, 4)))), np.ones((1, 4), "float32")
     layer.adapter.shift.assign(0.5)
     np.testing.assert_allclose(value(layer(x)) - before, 2.0, rtol=1e-5)
+
+
+def with_tokens(tied=True):
+    """A language model with a reversible embedding of eleven rows, two of which train."""
+    ids = keras.Input((5,), dtype="int32")
+    tokens = layers.ReversibleEmbedding(11, 8, tie_weights=tied, name="tokens")
+    y = tokens(layers.Dense(8, activation="tanh", name="dense")(tokens(ids)), reverse=True)
+    return keras.Model(ids, y)
+
+
+def test_trainable_tokens_train_their_rows_and_leave_every_other_bit(tmp_path):
+    model, x = with_tokens(), np.array([[1, 2, 3, 4, 5], [7, 7, 2, 9, 0]], "int32")
+    table = value(model.get_layer("tokens").embeddings).copy()
+    before = model.predict(x, verbose=0)
+    keras_lora.apply_lora(model, rank=1, adapter_pattern={"tokens": keras_lora.TrainableTokens([2, 9])})
+    assert np.array_equal(model.predict(x, verbose=0), before)
+    assert sorted(v.name for v in model.trainable_variables) == ["lora_a", "lora_b", "token_delta"]
+    model.compile(keras.optimizers.Adam(0.1), loss="mse")
+    model.fit(x, np.ones(before.shape), epochs=3, verbose=0)
+    trained = model.predict(x, verbose=0)
+    assert np.abs(trained - before).max() > 1e-2
+    keras_lora.save_adapter(model, tmp_path / "tokens.safetensors")
+    assert (tmp_path / "tokens.safetensors").stat().st_size < 2000
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert np.abs(loaded.predict(x, verbose=0) - trained).max() < 1e-6
+    keras_lora.merge_lora(model)
+    after = value(model.get_layer("tokens").embeddings)
+    changed = np.flatnonzero((after != table).any(axis=1))
+    assert changed.tolist() == [2, 9]
+    assert np.abs(model.predict(x, verbose=0) - trained).max() < 1e-5, "rows are read on the way in and on the way out"
+    fresh = with_tokens()
+    fresh.set_weights([value(v) for v in keras_lora.remove_lora(loaded).variables])
+    keras_lora.load_adapter(fresh, tmp_path / "tokens.safetensors")
+    assert np.abs(fresh.predict(x, verbose=0) - trained).max() < 1e-6
+
+
+def test_trainable_tokens_refuse_what_is_no_row_of_an_embedding():
+    for tokens in ([], [1, 1], [-1], [1.5]):
+        with pytest.raises(ValueError, match="different non-negative integers"):
+            keras_lora.TrainableTokens(tokens)
+    model = with_tokens()
+    with pytest.raises(ValueError, match="names row 11 of an embedding with 11 rows"):
+        keras_lora.apply_lora(model, adapter_pattern={"tokens": keras_lora.TrainableTokens([11])})
+    with pytest.raises(ValueError, match="trains rows of an embedding, and this is none"):
+        keras_lora.apply_lora(model, keras_lora.TrainableTokens([1]), targets="dense")
+    assert not any("lora" in v.path for v in model.variables)
+
+
+def test_one_adapter_of_a_tied_embedding_serves_both_ways_and_merges():
+    model, x = with_tokens(), np.array([[1, 2, 3, 4, 5]], "int32")
+    for method in ("lora", "dora"):
+        keras_lora.apply_lora(model, method, rank=2, targets="tokens")
+        assert len([v for v in model.trainable_variables if v.name == "lora_a"]) == 1
+        perturb(model)
+        before = model.predict(x, verbose=0)
+        assert np.abs(keras_lora.merge_lora(model).predict(x, verbose=0) - before).max() < 1e-4

@@ -14,12 +14,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: Imports run one way: a file may import those below it. Files on one line do not import one another.
 ORDER = [
     ["__init__"],
-    ["merging", "adapter_file"],
+    ["hub", "testing"],
+    ["registration", "merging", "adapter_file"],
     ["inject"],
     ["targets"],
-    ["layers"],
+    ["blocks", "presets"],
+    ["patterns", "layers"],
     ["adapted"],
-    ["training", "linear_map"],
+    ["training", "linear_map", "rebuilding"],
     ["structure", "quantization", "adapters"],
     ["keras_internals"],
 ]
@@ -59,7 +61,7 @@ def test_layers_know_no_particular_method_and_methods_no_layer():
     for path in FILES:
         names = " ".join(imported(path))
         if room(path) == "layers" or path.stem in ("adapted", "linear_map"):
-            assert not re.search(r"adapters\.(lora|dora|LoRA|DoRA)\b", names), path
+            assert not re.search(r"adapters\.(lora|dora|trainable_tokens|LoRA|DoRA|TrainableTokens)\b", names), path
         if room(path) == "adapters":
             assert "keras_lora.layers" not in names
             assert "linear_map" not in names
@@ -98,7 +100,7 @@ def test_one_file_names_a_quantisation_mode():
 def test_the_public_names_are_sorted_and_complete():
     assert keras_lora.__all__ == sorted(keras_lora.__all__)
     public = {name for name, each in vars(keras_lora).items() if not name.startswith("_") and not inspect.ismodule(each)}
-    assert public == set(keras_lora.__all__)
+    assert public | {"testing"} == set(keras_lora.__all__)
 
 
 def test_rooms_are_small():

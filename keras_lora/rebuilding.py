@@ -1,0 +1,87 @@
+"""Objects made again from their configs: how, and whether they are what they were."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import keras
+
+from keras_lora import adapters, keras_internals
+from keras_lora.structure import by_address
+
+
+def rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects: dict[str, Any] | None) -> Any:
+    """The plain object that `config` describes."""
+    whole = {**description["base"], "config": config, "build_config": description["build_config"]}
+    return keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
+
+
+def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, Any]) -> None:
+    """Refuse to save an owner whose class, rebuilt from its config, has other layers than this one: it would load wrong.
+
+    Classes of Keras and KerasHub are trusted; a user's class is rebuilt once, in memory, and compared.
+    """
+    if owner.base_class.__module__.partition(".")[0] in ("keras", "keras_hub"):
+        return
+    layers = by_address(owner)
+    classes = {type(layer).__name__: getattr(layer, "base_class", type(layer)) for layer in layers.values()}
+    own = {name: cls for name, cls in classes.items() if cls.__module__.partition(".")[0] not in ("keras", "keras_hub")}
+    state = random.getstate()  # Keras draws the seeds of new layers from it
+    try:
+        copy = rebuilt(config, description, own)
+    except Exception as error:
+        raise ValueError(
+            f"'{owner.name}' cannot be saved: its class {type(owner).__name__} cannot be rebuilt from its own config "
+            f"({error}). Expected a `get_config` that says all that the constructor needs."
+        ) from error
+    finally:
+        random.setstate(state)
+    found = {address: _fingerprint(layer) for address, layer in by_address(copy).items()}
+    wrong = [
+        f"{address or 'itself'} ({type(layer).__name__})"
+        for address, layer in layers.items()
+        if address in description["training"] and not isinstance(layer, adapters.Adapter)
+        # A layer that Keras builds only when it is called has no variables to compare yet.
+        if found.get(address) not in (_fingerprint(layer), (type(layer).__name__, None))
+    ]
+    if copy.built and wrong:
+        raise ValueError(
+            f"'{owner.name}' cannot be saved: rebuilt from its config, a {type(owner).__name__} has other layers than this "
+            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or other variables, "
+            f"at {wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
+        )
+
+
+def _fingerprint(layer: keras.layers.Layer) -> tuple[str, list[tuple[int, ...]] | None]:
+    shapes = [tuple(v.shape) for v in keras_internals.own_variables(layer)] if layer.built else None
+    return type(layer).__name__, shapes
+
+
+def check_addresses(
+    owner: keras.layers.Layer, layers: dict[str, Any], maps: dict[str, Any], description: dict[str, Any]
+) -> None:
+    """Raise unless the rebuilt `owner` has all that `description` wants to adapt, and the variables it was marked with."""
+    missing = [address for address in description["quantized"] if address not in layers]
+    missing += [address for address in description["adapters"] if address not in maps]
+    if missing:
+        raise ValueError(
+            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has nothing to adapt at "
+            f"{sorted(missing)}. Expected a class whose `get_config` says all that its constructor needs, and "
+            "`keras_lora.register_layer` before loading where a layer was registered before saving. Received: class "
+            f"{type(owner).__name__}, with layers at {sorted(layers)}."
+        )
+    changed = [
+        f"{address or 'itself'} ({type(layers[address]).__name__})"
+        for address, mark in description["training"].items()
+        if address in layers
+        and layers[address].built
+        and not isinstance(layers[address], adapters.Adapter)
+        and len(keras_internals.own_trainable_variables(layers[address])) != len(mark["plan"][1])
+    ]
+    if changed:
+        raise ValueError(
+            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has other variables at {changed}. "
+            f"Expected a class whose `get_config` says all that its constructor needs; {type(owner).__name__} does not, and a "
+            "plain model of it would not load either. Keep the adapter apart with `keras_lora.save_adapter`."
+        )
