@@ -61,7 +61,10 @@ class Owner:
             return super().from_config(config)  # type: ignore[misc]
         description = config[KEY]
         layer = rebuilding.rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
-        keras_internals.when_built(layer, lambda: restore(layer, description))
+        if description["adapters"].keys() & {linear.part for linear in maps_of(layer)}:
+            restore(layer, description)  # adapted itself, and so again before it is built
+        else:
+            keras_internals.when_built(layer, lambda: restore(layer, description))
         return layer
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,6 +129,7 @@ class AdaptedLayer(Owner):
         methods = [adapter for _, adapter in self.adapted_maps]
         inside = [each for adapter in methods for each in keras_internals.sublayers(adapter)]
         training.freeze(walk(self), adapted=[self], trained=[*methods, *inside])
+        keras_internals.track_torch_parameters(self)
 
     @property
     def linear_map(self) -> LinearMap:
@@ -369,8 +373,11 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             holder = place.layer  # an adapter follows the layer it belongs to, and has its weights once that is built
         if place.address in description["training"]:
             _when_built(holder, functools.partial(training.mark, place.layer, **description["training"][place.address]))
+    for layer in layers.values():
+        if isinstance(layer, AdaptedLayer) and not description["training"]:  # it was saved before it was built
+            _when_built(layer, layer._freeze_base)
     set_owners(owner)
-    keras_internals.track_torch_parameters(owner)
+    _when_built(owner, keras_internals.track_torch_parameters, owner)
 
 
 def _when_built(layer: keras.layers.Layer, function: Any, *args: Any) -> None:

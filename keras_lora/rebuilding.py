@@ -81,7 +81,8 @@ def check_addresses(
     ]
     if changed:
         raise ValueError(
-            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has other variables at {changed}. "
-            f"Expected a class whose `get_config` says all that its constructor needs; {type(owner).__name__} does not, and a "
-            "plain model of it would not load either. Keep the adapter apart with `keras_lora.save_adapter`."
+            f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has other variables at "
+            f"{changed}. "
+            f"Expected a `get_config` that says all that the constructor needs. Received: a {type(owner).__name__} that "
+            "does not; a plain model of it would not load either. Keep the adapter apart with `keras_lora.save_adapter`."
         )

@@ -46,6 +46,28 @@ def test_apply_keeps_objects_names_classes_and_outputs(name):
     assert difference(outputs(model, specimen.x), before) <= (0 if exact else max(1e-6, specimen.tolerance / 10))
 
 
+def test_a_layer_made_by_hand_is_copied_before_it_is_built():
+    first = keras_lora.LoRADense(4, rank=1)
+    second = type(first).from_config(first.get_config())
+    third = type(second).from_config(second.get_config())
+    for layer in (first, second, third):
+        layer.build((None, 3))
+        assert [v.name for v in layer.trainable_variables] == ["lora_a", "lora_b"]
+        assert len(layer.variables) == 4
+        if keras.backend.backend() == "torch":
+            assert len(list(layer.parameters())) == 4
+
+
+def test_who_reads_the_kernel_of_an_adapted_layer_gets_the_changed_one():
+    layer = layers.Dense(4)
+    layer.build((None, 3))
+    keras_lora.apply_lora(layer, rank=1)
+    perturb(layer)
+    merged = value(layer.linear_map.kernel) + value(layer.adapter.delta_kernel(layer.linear_map.matrix))
+    assert difference(value(layer.kernel), merged) < 1e-6
+    assert difference(value(layer.linear_map.kernel), merged) > 1e-3
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_remove_restores_everything_as_found(name):
     specimen = ZOO[name]()
