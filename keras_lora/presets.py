@@ -18,11 +18,22 @@ class Preset:
     why: str
 
 
-_VISION = "preset: the vision encoder stays as it was trained"
-_ROUTER = "preset: routers keep choosing the experts as they were trained to"
+_ENCODERS = "preset: the encoder of another modality stays as it was trained"
+_ROUTER = "preset: the router goes on choosing experts as it was trained to"
+_SPARSE = Preset(("*/sparse_feedforward_gate_dense",), _ROUTER)
 
 #: By the class name of a KerasHub backbone. A pattern that matches nothing (a text-only variant) says nothing.
-PRESETS: dict[str, tuple[Preset, ...]] = {}
+PRESETS: dict[str, tuple[Preset, ...]] = {
+    "Gemma3Backbone": (Preset(("*vision_encoder*",), _ENCODERS),),
+    "Gemma4Backbone": (Preset(("*vision_encoder*", "*audio_encoder*"), _ENCODERS), Preset(("*/moe_router*",), _ROUTER)),
+    "GptOssBackbone": (Preset(("*/router_dense",), _ROUTER),),
+    "MixtralBackbone": (_SPARSE,),
+    "PaliGemmaBackbone": (Preset(("*pali_gemma_vit*",), _ENCODERS),),
+    "Qwen3MoeBackbone": (_SPARSE,),
+    "Qwen3_5MoeBackbone": (Preset(("*/router_gate",), _ROUTER),),
+    "QwenMoeBackbone": (_SPARSE,),
+    "T5Gemma2Backbone": (Preset(("*vision_encoder*",), _ENCODERS),),
+}
 
 
 def left_out(model: keras.layers.Layer, places: list[Place]) -> list[tuple[Place, str]]:

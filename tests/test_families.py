@@ -12,6 +12,7 @@ from sweep import check, move_adapters
 import keras_lora
 from keras_lora.adapted import adapted_maps
 from keras_lora.hub import BANKS
+from keras_lora.presets import PRESETS
 
 #: One of many kinds, each quick to build.
 SLICE = [
@@ -98,3 +99,32 @@ def test_generate_works_adapted_and_merged(name):
     keras_lora.merge_lora(model)
     model.compile(sampler="greedy")
     assert np.asarray(model.generate(prompt, stop_token_ids=None)["token_ids"]).tolist() == expected.tolist()
+
+
+WITH_PRESETS = {
+    "gemma3_vision/Gemma3Backbone": "vision_encoder",
+    "gemma4/Gemma4Backbone": "audio_encoder",
+    "gemma4_moe/Gemma4Backbone": "moe_router",
+    "gpt_oss/GptOssBackbone": "router_dense",
+    "mixtral/MixtralBackbone": "sparse_feedforward_gate_dense",
+    "pali_gemma/PaliGemmaBackbone": "pali_gemma_vit",
+    "qwen3_5_moe/Qwen3_5MoeBackbone": "router_gate",
+    "qwen3_moe/Qwen3MoeBackbone": "sparse_feedforward_gate_dense",
+    "qwen_moe/QwenMoeBackbone": "sparse_feedforward_gate_dense",
+    "t5gemma2/T5Gemma2Backbone": "vision_encoder",
+}
+
+
+@pytest.mark.parametrize("name", WITH_PRESETS)
+def test_a_preset_leaves_frozen_what_it_names_and_says_why(name):
+    model, _ = MODELS[name]()
+    rows, everything = keras_lora.list_targets(model), keras_lora.list_targets(model, targets="all-linear")
+    left_out = [row for row in rows.of("freeze") if row.why.startswith("preset:")]
+    assert any(WITH_PRESETS[name] in row.path for row in left_out)
+    assert not any(WITH_PRESETS[name] in row.path for row in rows.of("adapt"))
+    assert any(WITH_PRESETS[name] in row.path for row in everything.of("adapt"))
+    assert type(model).__name__ in PRESETS
+
+
+def test_every_preset_has_a_case():
+    assert {name.split("/")[1] for name in WITH_PRESETS} == set(PRESETS)

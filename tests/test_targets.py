@@ -237,3 +237,45 @@ def test_a_layer_that_the_graph_does_not_use_is_listed_and_left_alone():
     assert [row.path for row in rows.values() if row.action == "adapt"] == ["holder/used"]
     keras_lora.apply_lora(model)
     assert not model.get_layer("holder").unused.built
+
+
+def blocks(count=4):
+    """A model of like blocks, then one more layer."""
+    x = inputs = keras.Input((8,))
+    for index in range(count):
+        inside = keras.Input((8,))
+        x = keras.Model(inside, layers.Dense(8, name="dense")(inside), name=f"block_{index}")(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(layers.Dense(8, name="last")(x)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (0, [0]),
+        (-1, [3]),
+        ([0, 2], [0, 2]),
+        (range(1, 3), [1, 2]),
+        (slice(-2, None), [2, 3]),
+        (slice(0.5, None), [2, 3]),
+        (slice(0.0, 0.25), [0]),
+        (slice(None, None, 2), [0, 2]),
+    ],
+    ids=str,
+)
+def test_blocks_are_chosen_by_index_range_and_depth(chosen, expected):
+    rows = keras_lora.list_targets(blocks(), blocks=chosen)
+    assert [row.path for row in rows.of("adapt")] == [f"block_{index}/dense" for index in expected]
+    assert {row.why for row in rows.of("freeze")} == {"outside `blocks`", "output head"}
+
+
+def test_blocks_that_are_not_there_are_refused():
+    for chosen, match in [
+        (7, r"names no block at \[7\]; the model has 4 named like 'block_0'"),
+        (slice(4, 9), "names no block"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            keras_lora.apply_lora(blocks(), blocks=chosen)
+    with pytest.raises(ValueError, match="has no series of like blocks"):
+        keras_lora.apply_lora(keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)]), blocks=0)
+    with pytest.raises(TypeError, match="`blocks` must be an index"):
+        keras_lora.apply_lora(blocks(), blocks="last")
