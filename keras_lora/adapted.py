@@ -126,7 +126,7 @@ class AdaptedLayer(Owner):
         keras_internals.when_built(self, self._freeze_base)
 
     def _freeze_base(self) -> None:
-        methods = [adapter for _, adapter in self.adapted_maps]
+        methods = [adapter for _, adapter in self.adapted_maps()]
         inside = [each for adapter in methods for each in keras_internals.sublayers(adapter)]
         training.freeze(walk(self), adapted=[self], trained=[*methods, *inside])
         keras_internals.track_torch_parameters(self)
@@ -136,9 +136,8 @@ class AdaptedLayer(Owner):
         """The layer's only or main kernel as a linear map."""
         return self.linear_maps[0](self)
 
-    @property
     def adapted_maps(self) -> list[tuple[LinearMap, adapters.Adapter]]:
-        """The kernels of this layer that have an adapter, each with it."""
+        """The kernels of this layer that have an adapter, each with it. No property: Keras saves what those hold."""
         pairs = [(linear, adapter_of(linear)) for linear in maps_of(self)]
         return [(linear, adapter) for linear, adapter in pairs if adapter is not None]
 
@@ -157,12 +156,12 @@ class AdaptedLayer(Owner):
 
     def load_own_variables(self, store: Any) -> None:
         seen_with(self, self.base_class).load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
-        for linear, adapter in self.adapted_maps:
+        for linear, adapter in self.adapted_maps():
             if adapter.built:
                 adapter.base_changed(linear)
 
     def __repr__(self) -> str:
-        methods = ", ".join(type(adapter).__name__ for _, adapter in self.adapted_maps)
+        methods = ", ".join(type(adapter).__name__ for _, adapter in self.adapted_maps())
         return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={methods}>"  # type: ignore[attr-defined]
 
 
@@ -182,7 +181,7 @@ class EffectiveLayer(AdaptedLayer):
     def with_changed_kernels(self) -> Any:
         """The plain layer with the changed kernels, sharing everything else with this one."""
         kernels: dict[str, Any] = {}
-        for linear, adapter in self.adapted_maps:
+        for linear, adapter in self.adapted_maps():
             dtype = keras_internals.dtype_in_call(self, linear.kernel_variable)
             kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
         return seen_with(self, self.base_class, **kernels)
@@ -297,7 +296,7 @@ def set_owners(model: keras.layers.Layer) -> None:
 def set_plain(layer: Any) -> None:
     """Give one adapted layer or owner its own class back; an adapted layer loses its adapter."""
     if isinstance(layer, AdaptedLayer):
-        for linear, _ in layer.adapted_maps:
+        for linear, _ in layer.adapted_maps():
             keras_internals.forget_sublayer(layer, linear.slot)
     if isinstance(layer, Owner):
         vars(layer).pop(_REBUILDS, None)
@@ -310,7 +309,7 @@ def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, adapte
     pairs = {}
     for place in walk(model):
         if isinstance(place.layer, AdaptedLayer):
-            for linear, adapter in place.layer.adapted_maps:
+            for linear, adapter in place.layer.adapted_maps():
                 pairs[address_of(place.address, linear)] = (linear, adapter)
     return pairs
 
@@ -350,7 +349,7 @@ def describe(owner: Any) -> dict[str, Any]:
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
-            for linear, adapter in place.layer.adapted_maps:
+            for linear, adapter in place.layer.adapted_maps():
                 address = address_of(place.address, linear)
                 description["adapters"][address] = keras.saving.serialize_keras_object(adapter)
         if (quantized := quantization.describe(place.layer)) is not None:

@@ -75,6 +75,7 @@ def check_addresses(
         f"{address or 'itself'} ({type(layers[address]).__name__})"
         for address, mark in description["training"].items()
         if address in layers
+        and address not in description["quantized"]  # these get their variables when they are quantised again
         and layers[address].built
         and not isinstance(layers[address], adapters.Adapter)
         and len(keras_internals.own_trainable_variables(layers[address])) != len(mark["plan"][1])

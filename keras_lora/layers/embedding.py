@@ -144,7 +144,7 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
     linear_maps = (ReversibleEmbeddingMap, UntiedReverseMap)
 
     def call(self, inputs: Any, reverse: bool = False, training: bool | None = None) -> Any:  # type: ignore[override]
-        adapters = {linear.part: adapter for linear, adapter in self.adapted_maps}
+        adapters = {linear.part: adapter for linear, adapter in self.adapted_maps()}
         tied = self.tie_weights
         if not reverse:
             linear, adapter = self.linear_map, adapters.get("")

@@ -76,7 +76,7 @@ class AdaptedSeparableConv(AdaptedLayer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         layer: Any = self
-        adapters = {linear.part: (linear, adapter) for linear, adapter in self.adapted_maps}
+        adapters = {linear.part: (linear, adapter) for linear, adapter in self.adapted_maps()}
         depthwise = ops.convert_to_tensor(layer.depthwise_kernel)
         if "depthwise_kernel" in adapters:
             linear, adapter = adapters["depthwise_kernel"]
