@@ -212,8 +212,8 @@ def _changed_kernel(map_class: type[LinearMap]) -> property:
     def kernel(self: Any) -> Any:
         linear = map_class(self)
         adapter, plain = adapter_of(linear), getattr(linear.plain, linear.kernel_name)
-        if adapter is None or not adapter.built:
-            return plain
+        if adapter is None or not adapter.built or quantization.mode_of(self) is not None:
+            return plain  # of a quantised layer Keras gives the stored integers, which no change can be added to
         return keras.ops.cast(linear.changed_kernel(adapter), keras.ops.convert_to_tensor(plain).dtype)
 
     return property(kernel)

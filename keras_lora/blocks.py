@@ -35,11 +35,13 @@ def choose(model: keras.layers.Layer, places: list[Place], blocks: Any) -> tuple
         places: Where its layers are.
         blocks: As for `keras_lora.apply_lora`.
     """
+    if isinstance(blocks, Iterable):
+        blocks = list(blocks)
     series = series_of(places)
     if not series:
         return {}, [f"blocks={blocks!r}: '{model.name}' has no series of like blocks; use patterns in `targets` instead"]
     chosen = {group[index].key: group[index] for group in series for index in _indices(blocks, len(group))}
-    asked = set(blocks) if isinstance(blocks, Iterable) else {blocks} if isinstance(blocks, int) else set()
+    asked = set(blocks) if isinstance(blocks, list) else {blocks} if isinstance(blocks, int) else set()
     missing = sorted(index for index in asked if not any(-len(group) <= index < len(group) for group in series))
     if missing or not chosen:
         lengths = ", ".join(f"{len(group)} named like '{group[0].path}'" for group in series)
@@ -52,7 +54,7 @@ def _indices(blocks: Any, count: int) -> list[int]:
     if isinstance(blocks, slice):
         ends = [round(end * count) if isinstance(end, float) else end for end in (blocks.start, blocks.stop)]
         return list(range(count)[ends[0] : ends[1] : blocks.step])
-    named: list[Any] = [blocks] if isinstance(blocks, int) else list(blocks) if isinstance(blocks, Iterable) else [None]
+    named: list[Any] = blocks if isinstance(blocks, list) else [blocks]
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in named):
         raise TypeError(
             "`blocks` must be an index, several, or a slice of indices or of fractions of the depth, as slice(-4, None) "

@@ -36,8 +36,8 @@ PRESETS: dict[str, tuple[Preset, ...]] = {
 }
 
 
-def left_out(model: keras.layers.Layer, places: list[Place]) -> list[tuple[Place, str]]:
-    """The places in `model` that a preset leaves frozen, each with the reason."""
+def left_out(places: list[Place]) -> list[tuple[Place, str]]:
+    """The places that a preset leaves frozen, each with the reason."""
     found = []
     for holder in places:
         for preset in PRESETS.get(type(holder.layer).__name__, ()) if _is_of_keras_hub(holder.layer) else ():

@@ -91,7 +91,7 @@ def _room_like(layer_class: type, like: type) -> tuple[type[AdaptedLayer], tuple
     maps = tuple(type(each.__name__, (each,), {"layer_class": layer_class}) for each in known.linear_maps)
     # The adapted behaviour of `like` without `like` itself: what stands before it in the order of its classes.
     rooms = [each for each in known.__mro__[1:] if issubclass(each, AdaptedLayer)]
-    body = {name: vars(known)[name] for name in ("call",) if name in vars(known)}
+    body = {"call": vars(known)["call"]} if "call" in vars(known) else {}
     return type(known.__name__, (rooms[0],), {"linear_maps": maps, **body}), maps
 
 

@@ -144,18 +144,18 @@ def list_targets(
         chosen = {site.key: site for site in sites if site.layer is model or site.linear.by_default}
         for key in _with_insides(_heads(search, model, head, places), places):
             why_not.setdefault(key, "output head")
-        for place, why in presets.left_out(model, places) if targets is None else []:
-            for key in _with_insides({place.key: place}, places):
-                why_not.setdefault(key, why)
+        for place, why in presets.left_out(places) if targets is None else []:
+            why_not.setdefault(place.key, why)
         _warn_of_subclasses(places)
     else:
         chosen = search.find("targets", targets, sites)
     if blocks is not None:
-        inside, problems = blocks_.choose(model, places, blocks)
+        found, problems = blocks_.choose(model, places, blocks)
+        inside = _with_insides(found, places)
         search.problems += problems
-        for site in chosen.values():
-            if not problems and (id(site.layer), "") not in _with_insides(inside, places):
-                why_not.setdefault(site.key, "outside `blocks`")
+        for key in chosen if not problems else ():
+            if (key[0], "") not in inside:
+                why_not.setdefault(key, "outside `blocks`")
     chosen = {key: site for key, site in chosen.items() if key not in why_not and (key[0], "") not in why_not | trained}
     chosen |= {key: site for key, site in named.sites.items() if (key[0], "") not in excluded | trained}
     ranks = search.find_values("rank_pattern", rank_pattern, chosen.values()).values
@@ -171,30 +171,46 @@ def list_targets(
 
     rows = TargetList()
     for place in places:
-        key = place.key
-        variables = keras_internals.own_variables(place.layer)
-        with_bias = bias == "all" or (bias == "lora_only" and any(key[0] == each[0] for each in chosen))
-        biases = sum(_size(v) for v in variables if with_bias and v.name == "bias")
-        if not place.layer.built and maps_of(place.layer):
-            rows.append(_row(place, [], action="freeze", why="the model does not use it: it has no weights", trainable=0))
-        if key in trained and variables:
-            count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
-            rows.append(_row(place, variables, action="train", why="named in `train`", trainable=count))
-            continue
-        for each, own in _parts(place, _sites_of(place), variables):
-            if each.key in chosen:
-                shape, adapter = chosen[each.key].linear.matrix_shape, methods[each.key]
-                count = adapter.parameter_count(shape)
-                rank_of = getattr(adapter, "rank", None)
-                row = {"shape": shape, "rank": rank_of, "adapter": adapter, "linear": chosen[each.key].linear}
-                rows.append(_row(each, own, action="adapt", why="target", trainable=count + biases, **row))
-            else:
-                why = why_not.get(each.key) or why_not.get(key) or "not a target"
-                why = why if isinstance(each, Site) or key in excluded else f"no adapter for {type(place.layer).__name__}"
-                known = isinstance(each, Site) and _is_readable(each.linear)
-                row = {"shape": each.linear.matrix_shape if known else None}  # type: ignore[attr-defined]
-                rows.append(_row(each, own, action="freeze", why=why, trainable=biases, **row))
-            biases = 0
+        rows += _rows_of(place, chosen, methods, trained, why_not, bias)
+    return rows
+
+
+def _rows_of(
+    place: Place,
+    chosen: dict[Key, Site],
+    methods: dict[Key, adapters.Adapter],
+    trained: dict[Key, Any],
+    why_not: dict[Key, str],
+    bias: str,
+) -> list[Target]:
+    """The rows of one layer: none where it has no variables, several where it has several kernels."""
+    variables = keras_internals.own_variables(place.layer)
+    if not place.layer.built and maps_of(place.layer):
+        return [_row(place, [], action="freeze", why="the model does not use it: it has no weights", trainable=0)]
+    if place.key in trained and variables:
+        count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
+        return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
+    with_bias = bias == "all" or (bias == "lora_only" and any(id(place.layer) == key[0] for key in chosen))
+    biases = sum(_size(v) for v in variables if with_bias and v.name == "bias")
+    rows = []
+    for each, own in _parts(place, _sites_of(place), variables):
+        if each.key in chosen:
+            linear, adapter = chosen[each.key].linear, methods[each.key]
+            row = {
+                "shape": linear.matrix_shape,
+                "rank": getattr(adapter, "rank", None),
+                "adapter": adapter,
+                "linear": linear,
+            }
+            count = adapter.parameter_count(linear.matrix_shape) + biases
+            rows.append(_row(each, own, action="adapt", why="target", trainable=count, **row))
+        else:
+            known = isinstance(each, Site)
+            why = why_not.get(each.key) or why_not.get(place.key) or "not a target"
+            why = why if known or why == "excluded" else f"no adapter for {type(place.layer).__name__}"
+            shape = each.linear.matrix_shape if isinstance(each, Site) and _is_readable(each.linear) else None
+            rows.append(_row(each, own, action="freeze", why=why, trainable=biases, shape=shape))
+        biases = 0  # they are in the first row
     return rows
 
 
@@ -304,7 +320,8 @@ def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
             f"'{model.name}' is adapted already. Expected a plain model. Call `keras_lora.remove_lora(model)` or "
             "`keras_lora.merge_lora(model)` first."
         )
-    unbuilt = [place.path for place in places if not place.layer.built and place.key not in _inside_graphs(places)]
+    unused = _inside_graphs(places)
+    unbuilt = [place.path for place in places if not place.layer.built and place.key not in unused]
     if unbuilt:
         raise ValueError(
             f"'{model.name}' is not built: {', '.join(unbuilt[:8])} have no weights yet. Expected a built model. Call the "

@@ -68,6 +68,16 @@ def test_who_reads_the_kernel_of_an_adapted_layer_gets_the_changed_one():
     assert difference(value(layer.linear_map.kernel), merged) > 1e-3
 
 
+def test_the_kernel_of_a_quantised_adapted_layer_is_the_stored_integers_as_in_keras():
+    layer = layers.Dense(4)
+    layer.build((None, 3))
+    layer.quantize("int8")
+    stored = value(layer.kernel)
+    keras_lora.apply_lora(layer, rank=1)
+    perturb(layer)
+    assert np.array_equal(value(layer.kernel), stored)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_remove_restores_everything_as_found(name):
     specimen = ZOO[name]()

@@ -119,3 +119,26 @@ def test_compiled_functions_are_dropped(dense):
     assert model.predict_function is not None
     internals.drop_compiled_functions(model)
     assert model.predict_function is None
+
+
+def test_the_dtype_in_which_a_layer_sees_a_variable():
+    for policy, autocast, expected in [
+        ("float32", True, "float32"),
+        ("mixed_bfloat16", True, "bfloat16"),
+        ("mixed_bfloat16", False, "float32"),
+    ]:
+        layer = layers.Dense(3, dtype=policy, autocast=autocast)
+        layer.build((None, 2))
+        assert internals.dtype_in_call(layer, layer.kernel) == expected
+
+
+def test_a_mask_is_copied():
+    masked = layers.Embedding(5, 2, mask_zero=True)(np.array([[1, 0]], "int32"))
+    to = keras.ops.ones((1, 2, 2))
+    assert internals.copy_mask(masked, to) is to
+    assert value(internals.copy_mask(to, keras.ops.zeros((1, 2, 2)))._keras_mask).tolist() == [[True, False]]
+    assert not hasattr(internals.copy_mask(keras.ops.ones((1, 2)), keras.ops.zeros((1, 2))), "_keras_mask")
+
+
+def test_the_class_of_conv_lstm_cells():
+    assert type(layers.ConvLSTM2D(2, 1).cell) is internals.conv_lstm_cell()

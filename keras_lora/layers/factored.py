@@ -48,9 +48,6 @@ class BankMap(EinsumMap):
         found = "".join("g" if a in axes.groups else "i" if a in axes.contracted else "o" for a in kernel)
         return used if found == self.stated_axes and all(a in axes.outputs for a in axes.groups + axes.free) else None
 
-    def base_output(self, x: Any) -> Any:
-        return self.apply(x, self.matrix)
-
     def apply(self, x: Any, matrix: Any) -> Any:
         return ops.einsum(self.equation, x, self.as_kernel(matrix))
 
