@@ -1,23 +1,32 @@
 """One model of any kind, put through all that a user does with it: what `test_families.py` and the coverage table check.
 
-python sweep.py NAME [NAME ...]      # prints a JSON line for each, on the backend of KERAS_BACKEND
+    KERAS_BACKEND=torch python tests/sweep.py [--json FILE] [NAME ...]     # all models, if none is named
+
+prints a JSON line for each model, and enters it in FILE. `coverage_page.py` makes a page of the docs of such files.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
+import math
 import os
-import sys
+import platform
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and os.environ.get("KERAS_BACKEND") == "torch":
-    import torch  # noqa: F401  # before TensorFlow
+if __name__ == "__main__":
+    if os.environ.get("KERAS_BACKEND") == "torch":
+        import torch  # noqa: F401  # before TensorFlow
+    # Each program runs once here: compiling it well takes longer than running it badly.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import keras
 import numpy as np
@@ -59,29 +68,67 @@ def settle(model: Any, x: Any) -> None:
 
 
 def move_adapters(model: Any) -> None:
-    """Move every adapter away from its start, by so much that its change is a tenth of an ordinary kernel."""
+    """Move every adapter away from its start, by so much that a change is seen, and deep models stay finite."""
     rng = np.random.default_rng(11)
     for v in model.trainable_variables:
-        size = 0.3 / np.sqrt(v.shape[-2] if len(v.shape) > 1 else 100)
+        size = 0.1 / np.sqrt(v.shape[-2] if len(v.shape) > 1 else 100)
         v.assign(value(v).astype("float32") + size * rng.normal(size=tuple(v.shape)).astype("float32"))
 
 
-def train_one_step(model: Any, x: Any, y: list[np.ndarray]) -> None:
-    """One step of `fit` towards other outputs, whatever their structure."""
-    rng = np.random.default_rng(1)
+def pull(x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True) -> Any:
+    """A loss that any outputs have: the squared distance of each from waves of its own shape."""
+    parts = [each for each in keras.tree.flatten(y_pred) if "float" in keras.backend.standardize_dtype(each.dtype)]
+    waves = [keras.ops.sin(keras.ops.cast(keras.ops.arange(math.prod(each.shape)), each.dtype)) for each in parts]
+    return sum(
+        keras.ops.mean(keras.ops.square(each - keras.ops.reshape(wave, each.shape)))
+        for each, wave in zip(parts, waves, strict=True)
+    )
 
-    def moved(each: Any) -> np.ndarray:
-        return np.asarray(value(each)) + rng.normal(size=np.shape(each))
 
-    y_true = keras.tree.map_structure(moved, model.predict(x, verbose=0))
-    arguments: dict[str, Any] = {"optimizer": keras.optimizers.SGD(0.01), "loss": "mse"}
-    keras.Model.compile(model, **arguments)
+def train_one_step(model: Any, x: Any) -> None:
+    """One step of Keras's `fit`. Detectors and others have losses that want targets of their own, so `pull` is the loss."""
+    model.compute_loss = pull
+    keras.Model.compile(model, optimizer=keras.optimizers.SGD(0.01, global_clipnorm=1.0))
     model._compile_metrics = None  # Keras keeps those of an earlier `compile`: KerasHub tasks have been compiled
-    keras.Model.fit(model, x, y_true, epochs=1, batch_size=keras.tree.flatten(x)[0].shape[0], verbose=0)
+    keras.Model.fit(model, x, epochs=1, batch_size=keras.tree.flatten(x)[0].shape[0], verbose=0)
+    del model.compute_loss
+
+
+def round_trip(model: Any, x: Any, expected: list[np.ndarray]) -> Any:
+    """The difference after `.keras` and back, or the reason why there is no back. The adapters must be where they were."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        try:
+            model.save(path)
+            loaded = keras.saving.load_model(path)
+            found = difference(outputs(loaded, x), expected)
+        except Exception as error:
+            return reason(error)
+    assert adapted_maps(loaded).keys() == adapted_maps(model).keys()
+    if adapted_maps(model):
+        assert [v.shape for v in loaded.trainable_variables] == [v.shape for v in model.trainable_variables]
+    return found
+
+
+def trained(model: Any, x: Any) -> dict[str, Any]:
+    """What a step of training moved: the share of the adapters' weights, and the paths of all that is not an adapter's."""
+    adapters = {id(v) for _, adapter in adapted_maps(model).values() for v in adapter.variables}
+    found = [value(v).copy() for v in model.variables]
+    try:
+        train_one_step(model, x)
+    except Exception as error:
+        return {"moved": reason(error)}
+    moved = [v for v, was in zip(model.variables, found, strict=True) if not np.array_equal(value(v), was)]
+    moved = [v for v in moved if "seed" not in v.path]
+    share = sum(id(v) in adapters for v in moved) / max(len(model.trainable_variables), 1)
+    return {"moved": [v.path for v in moved if id(v) not in adapters], "moved_adapters": share}
 
 
 def check(build: Callable[[], tuple[Any, Any]], **apply: Any) -> dict[str, Any]:
-    """What was seen of one model: counts, and the largest relative difference at each step (0 is bit-equal)."""
+    """What was seen of one model: counts, and the largest relative difference at each step (0 is bit-equal).
+
+    Where a step fails, a string says why, and `plain_...` says what the same step gives without adapters.
+    """
     model, x = build()
     settle(model, x)
     before = outputs(model, x)
@@ -96,35 +143,27 @@ def check(build: Callable[[], tuple[Any, Any]], **apply: Any) -> dict[str, Any]:
     move_adapters(model)
     changed = outputs(model, x)
     seen["effect"] = difference(changed, before)
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.keras"
-        try:
-            model.save(path)
-            loaded = keras.saving.load_model(path)
-            seen["round_trip"] = difference(outputs(loaded, x), changed)
-            assert adapted_maps(loaded).keys() == adapted_maps(model).keys()
-            assert [v.shape for v in loaded.trainable_variables] == [v.shape for v in model.trainable_variables]
-        except Exception as error:
-            seen["round_trip"] = reason(error)
-
-    adapters = {id(v) for _, adapter in adapted_maps(model).values() for v in adapter.variables}
-    found = [value(v).copy() for v in model.variables]
-    try:
-        train_one_step(model, x, changed)
-        moved = [v for v, was in zip(model.variables, found, strict=True) if not np.array_equal(value(v), was)]
-        moved = [v for v in moved if "seed" not in v.path]
-        seen["moved"] = [v.path for v in moved if id(v) not in adapters]
-        seen["moved_adapters"] = sum(id(v) in adapters for v in moved) / max(len(model.trainable_variables), 1)
-        changed = outputs(model, x)
-    except Exception as error:
-        seen["moved"] = reason(error)
-
+    seen["round_trip"] = round_trip(model, x, changed)
+    seen |= trained(model, x)
+    changed = outputs(model, x)
     keras_lora.merge_lora(model)
     seen["merge"] = difference(outputs(model, x), changed)
     assert not adapted_maps(model)
     assert all(type(place.layer).__module__ != "keras_lora.adapted" for place in walk(model))
+
+    if not holds(seen["round_trip"]):
+        plain, x = build()
+        settle(plain, x)
+        seen["plain_round_trip"] = round_trip(plain, x, outputs(plain, x))
+    if isinstance(seen["moved"], str):
+        plain, x = build()
+        seen["plain_moved"] = trained(plain, x)["moved"]
     return seen
+
+
+def holds(found: Any, tolerance: float = 1e-5) -> bool:
+    """Whether a difference is one, and small."""
+    return not isinstance(found, str) and found <= tolerance
 
 
 def reason(error: Exception) -> str:
@@ -136,15 +175,33 @@ def main() -> None:
     """Print what is seen of the models named, one JSON line each."""
     from families import MODELS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
 
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="family/ClassName; all if none is given")
+    parser.add_argument("--json", type=Path, help="a file to enter the results in, beside what it has")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {"models": {}}
+    backend = keras.backend.backend()
+    results["versions"] = {name: version(name) for name in ("keras", "keras-hub", backend.replace("flow", "flow-cpu"))}
+    results["versions"]["python"] = platform.python_version()
+    for name in arguments.names or sorted(MODELS):
         start = time.time()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 seen = check(MODELS[name])
         except Exception as error:
-            seen = {"error": reason(error), "trace": traceback.format_exc()}
+            seen = {"error": reason(error)}
+            traceback.print_exc()
         print(json.dumps({"name": name, **seen, "seconds": round(time.time() - start, 1)}), flush=True)
+        results["models"][name] = seen
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        keras.backend.clear_session()
+        if backend == "jax":
+            import jax
+
+            jax.clear_caches()
+        gc.collect()
 
 
 if __name__ == "__main__":
