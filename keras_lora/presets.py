@@ -12,27 +12,42 @@ from keras_lora.structure import Place, walk
 
 @dataclass(frozen=True)
 class Preset:
-    """Patterns of what `apply_lora` leaves frozen by default in a backbone, and why."""
+    """What `apply_lora` leaves frozen by default in a backbone, and why: attributes of the backbone, or patterns."""
 
     frozen: tuple[str, ...]
     why: str
 
+    def names(self, place: Place, backbone: keras.layers.Layer) -> bool:
+        """Whether `place`, somewhere in `backbone`, is to be left frozen."""
+        parts = [getattr(backbone, each, None) for each in self.frozen if each.isidentifier()]
+        patterns = [each for each in self.frozen if not each.isidentifier()]
+        return any(matches(each, place) for each in (*parts, *patterns) if each is not None)
+
 
 _ENCODERS = "preset: the encoder of another modality stays as it was trained"
+_DIFFUSER = "preset: the diffuser learns; the text encoders and the autoencoder stay as they were trained"
 _ROUTER = "preset: the router goes on choosing experts as it was trained to"
+_VISION = Preset(("vision_encoder",), _ENCODERS)
+_VISION_AND_AUDIO = Preset(("vision_encoder", "audio_encoder"), _ENCODERS)
 _SPARSE = Preset(("*/sparse_feedforward_gate_dense",), _ROUTER)
 
-#: By the class name of a KerasHub backbone. A pattern that matches nothing (a text-only variant) says nothing.
+#: By the class name of a KerasHub backbone. What a variant does not have (a text-only one, an encoder) says nothing.
 PRESETS: dict[str, tuple[Preset, ...]] = {
-    "Gemma3Backbone": (Preset(("*vision_encoder*",), _ENCODERS),),
-    "Gemma4Backbone": (Preset(("*vision_encoder*", "*audio_encoder*"), _ENCODERS), Preset(("*/moe_router*",), _ROUTER)),
+    "BLIP2Backbone": (_VISION,),
+    "Gemma3Backbone": (_VISION,),
+    "Gemma3nBackbone": (_VISION_AND_AUDIO,),
+    "Gemma4Backbone": (_VISION_AND_AUDIO, Preset(("*/moe_router*",), _ROUTER)),
     "GptOssBackbone": (Preset(("*/router_dense",), _ROUTER),),
     "MixtralBackbone": (_SPARSE,),
-    "PaliGemmaBackbone": (Preset(("*pali_gemma_vit*",), _ENCODERS),),
+    "PaliGemmaBackbone": (Preset(("vit_encoder",), _ENCODERS),),
     "Qwen3MoeBackbone": (_SPARSE,),
-    "Qwen3_5MoeBackbone": (Preset(("*/router_gate",), _ROUTER),),
+    "Qwen3_5Backbone": (_VISION,),
+    "Qwen3_5MoeBackbone": (_VISION, Preset(("*/router_gate",), _ROUTER)),
     "QwenMoeBackbone": (_SPARSE,),
-    "T5Gemma2Backbone": (Preset(("*vision_encoder*",), _ENCODERS),),
+    "StableDiffusion3Backbone": (
+        Preset(("clip_l", "clip_l_projection", "clip_g", "clip_g_projection", "t5", "vae"), _DIFFUSER),
+    ),
+    "T5Gemma2Backbone": (_VISION,),
 }
 
 
@@ -43,7 +58,7 @@ def left_out(places: list[Place]) -> list[tuple[Place, str]]:
         for preset in PRESETS.get(type(holder.layer).__name__, ()) if _is_of_keras_hub(holder.layer) else ():
             inside = {id(each.layer) for each in walk(holder.layer)}
             within = [place for place in places if id(place.layer) in inside]
-            found += [(place, preset.why) for place in within if any(matches(each, place) for each in preset.frozen)]
+            found += [(place, preset.why) for place in within if preset.names(place, holder.layer)]
     return found
 
 

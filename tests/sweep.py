@@ -36,7 +36,6 @@ import keras_lora
 from keras_lora.adapted import adapted_maps
 from keras_lora.structure import walk
 
-
 #: How far adapters are moved from their start, for inputs of variance one.
 MOVE = 0.1
 

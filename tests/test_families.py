@@ -102,12 +102,16 @@ def test_generate_works_adapted_and_merged(name):
 
 
 WITH_PRESETS = {
+    "blip2/BLIP2Backbone": "vision_encoder",
+    "gemma3n/Gemma3nBackbone": "mobile_net_v5",
+    "stable_diffusion_3/StableDiffusion3Backbone": "clip_l",
     "gemma3_vision/Gemma3Backbone": "vision_encoder",
     "gemma4/Gemma4Backbone": "audio_encoder",
     "gemma4_moe/Gemma4Backbone": "moe_router",
     "gpt_oss/GptOssBackbone": "router_dense",
     "mixtral/MixtralBackbone": "sparse_feedforward_gate_dense",
     "pali_gemma/PaliGemmaBackbone": "pali_gemma_vit",
+    "qwen3_5/Qwen3_5Backbone": "vision_encoder",
     "qwen3_5_moe/Qwen3_5MoeBackbone": "router_gate",
     "qwen3_moe/Qwen3MoeBackbone": "sparse_feedforward_gate_dense",
     "qwen_moe/QwenMoeBackbone": "sparse_feedforward_gate_dense",
@@ -117,7 +121,7 @@ WITH_PRESETS = {
 
 @pytest.mark.parametrize("name", WITH_PRESETS)
 def test_a_preset_leaves_frozen_what_it_names_and_says_why(name):
-    model, _ = MODELS[name]()
+    model = text.qwen3_5_with_vision() if name == "qwen3_5/Qwen3_5Backbone" else MODELS[name]()[0]
     rows, everything = keras_lora.list_targets(model), keras_lora.list_targets(model, targets="all-linear")
     left_out = [row for row in rows.of("freeze") if row.why.startswith("preset:")]
     assert any(WITH_PRESETS[name] in row.path for row in left_out)

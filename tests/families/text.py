@@ -255,6 +255,22 @@ def qwen3_5() -> Entries:
     return models("Qwen3_5", ["CausalLM"], inputs(), grouped(**QWEN3_5))
 
 
+def qwen3_5_with_vision() -> Any:
+    """Not entered: the vision encoder takes its grid out as NumPy numbers, so no compiled step can hold it."""
+    from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import Qwen3_5VisionEncoder
+
+    vision = Qwen3_5VisionEncoder(
+        depth=1,
+        hidden_size=8,
+        num_heads=2,
+        intermediate_size=16,
+        patch_size=4,
+        out_hidden_size=16,
+        num_position_embeddings=16,
+    )
+    return keras_hub.models.Qwen3_5Backbone(vision_encoder=vision, **grouped(**QWEN3_5))
+
+
 @family("rwkv7", "decoder")
 def rwkv7() -> Entries:
     config = sizes(hidden_size=16, head_size=4, gate_lora=8, mv_lora=4, aaa_lora=4, decay_lora=4)
