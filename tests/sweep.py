@@ -41,14 +41,8 @@ MOVE = 0.1
 
 
 def outputs(model: Any, x: Any) -> list[np.ndarray]:
-    """The float outputs of a call of the model, jitted on JAX."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        trainable, others = model.trainable_variables, model.non_trainable_variables
-        call = jax.jit(lambda *values: model.stateless_call(*values, x, training=False)[0])
-        y = call([v.value for v in trainable], [v.value for v in others])
-    elif keras.backend.backend() == "tensorflow":
+    """The float outputs of a call of the model: on TensorFlow in a graph, elsewhere operation by operation."""
+    if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         y = tf.function(lambda: model(x, training=False))()
@@ -215,10 +209,6 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
         keras.backend.clear_session()
-        if backend == "jax":
-            import jax
-
-            jax.clear_caches()
         gc.collect()
 
 

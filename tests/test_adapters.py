@@ -260,3 +260,16 @@ def test_one_adapter_of_a_tied_embedding_serves_both_ways_and_merges():
         perturb(model)
         before = model.predict(x, verbose=0)
         assert np.abs(keras_lora.merge_lora(model).predict(x, verbose=0) - before).max() < 1e-4
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has ragged tensors")
+@pytest.mark.parametrize("method", [keras_lora.LoRA(rank=2), keras_lora.DoRA(rank=2), keras_lora.TrainableTokens([1, 3])])
+def test_ragged_ids_give_the_rows_that_flat_ids_give(method):
+    import tensorflow as tf
+
+    layer = keras_lora.LoRAEmbedding(7, 4, adapter=method)
+    layer.build((None,))
+    perturb(layer)
+    rows = layer(tf.ragged.constant([[1, 2, 3], [4]]))
+    assert rows.row_lengths().numpy().tolist() == [3, 1]
+    assert np.array_equal(rows.flat_values.numpy(), value(layer(np.array([1, 2, 3, 4]))).astype("float32"))

@@ -113,6 +113,11 @@ class LoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
 
     linear_maps = (EmbeddingMap,)
 
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        if hasattr(inputs, "with_flat_values"):  # ragged ids, of TensorFlow: all ids in one row inside
+            return inputs.with_flat_values(super().call(inputs.flat_values, training=training))
+        return super().call(inputs, training=training)
+
 
 class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
     """A `ReversibleEmbedding` with a frozen table and a trainable low-rank change of it, the same in both directions.
