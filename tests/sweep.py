@@ -59,15 +59,15 @@ def difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
 
 
 def settle(model: Any, x: Any) -> None:
-    """Give every BatchNormalization the statistics of `x`: with those of its start, deep random networks give constants."""
+    """Give every BatchNormalization the statistics of `x`: without them a deep random network explodes or dies out."""
     norms = [place.layer for place in walk(model) if isinstance(place.layer, keras.layers.BatchNormalization)]
-    momenta = [norm.momentum for norm in norms]
+    found = [(norm.momentum, norm.trainable) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.momentum, norm.trainable = 0.0, True
     if norms:
         model(keras.tree.map_structure(keras.ops.convert_to_tensor, x), training=True)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for norm, (momentum, trainable) in zip(norms, found, strict=True):
+        norm.momentum, norm.trainable = momentum, trainable
 
 
 def move_adapters(model: Any) -> None:
@@ -145,8 +145,9 @@ def check(build: Callable[[], tuple[Any, Any]], **apply: Any) -> dict[str, Any]:
         "apply": difference(outputs(model, x), before),
     }
     move_adapters(model)
+    seen["effect"] = difference(outputs(model, x), before)
+    settle(model, x)
     changed = outputs(model, x)
-    seen["effect"] = difference(changed, before)
     seen["round_trip"] = round_trip(model, x, changed)
     seen |= trained(model, x)
     changed = outputs(model, x)
