@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from families import KINDS, MODELS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
-from sweep import check, move_adapters
+from sweep import check, holds, move_adapters
 
 import keras_lora
 from keras_lora.adapted import adapted_maps
@@ -29,32 +29,25 @@ SLICE = [
     "segformer/SegFormerBackbone",
     "xception/XceptionBackbone",
 ]
-#: What does not hold, and why; seen on plain models too.
-PLAIN_FAILS = {
-    "efficientnet/EfficientNetBackbone": "KerasHub rebuilds another model from its config: the plain one fails too",
-    "efficientnet/EfficientNetImageClassifier": "KerasHub rebuilds another model from its config: the plain one fails too",
-    "llama3/Llama3Backbone": "KerasHub's config lacks `tie_word_embeddings`: the plain one does not load either",
-    "llama3/Llama3CausalLM": "KerasHub's config lacks `tie_word_embeddings`: the plain one does not load either",
-    "parseq/PARSeqCausalLM": "needs a tokenizer that only tensorflow-text has",
-}
 
 
 def hold(name):
+    """What was seen of a model; what does not hold of it does not hold of the plain model either."""
     seen = check(MODELS[name])
     assert seen["adapted"] > 0
     assert seen["trainable"] < seen["parameters"]
     assert seen["apply"] <= 1e-6
     assert seen["effect"] > 1e-5
-    assert seen["merge"] < 1e-4
-    if name not in PLAIN_FAILS:
-        assert seen["round_trip"] < 1e-5
-    assert not seen["moved"] or isinstance(seen["moved"], str)  # a reason why this model has no ordinary `fit`
+    assert holds(seen["merge"], max(1e-4, 10 * seen.get("last_bit", 0)))
+    assert holds(seen["round_trip"]) or not holds(seen["plain_round_trip"])
+    assert not seen["moved"] or seen["moved"] == seen["plain_moved"]
     return seen
 
 
 @pytest.mark.parametrize("name", SLICE)
 def test_a_slice_of_the_families(name):
     seen = hold(name)
+    assert holds(seen["round_trip"])
     assert seen["moved"] == []
     assert seen["moved_adapters"] > 0.5
 
@@ -82,23 +75,55 @@ def test_banks_of_experts_have_a_pair_of_factors_for_each_expert(name):
         assert tuple(adapter.lora_b.shape) == (experts, 2, out_dim)
 
 
-@pytest.mark.parametrize("name", ["llama/LlamaCausalLM", "gemma/GemmaCausalLM", "mixtral/MixtralCausalLM"])
-def test_generate_works_adapted_and_merged(name):
-    model, _ = MODELS[name]()
+GENERATING = ["llama/LlamaCausalLM", "gpt2/GPT2CausalLM", "mixtral/MixtralCausalLM", "bart/BartSeq2SeqLM"]
+ALL_GENERATING = [name for name in sorted(MODELS) if name.endswith(("CausalLM", "Seq2SeqLM"))]
+#: What `generate` needs beside the input of these models.
+CANNOT_GENERATE = {
+    "gemma3/Gemma3CausalLM": "without images it makes an array of `None`, unless a preprocessor has been there",
+    "parseq/PARSeqCausalLM": "needs a tokenizer that only tensorflow-text has",
+    "rwkv7/RWKV7CausalLM": "needs what its preprocessor makes of a prompt",
+}
+
+
+def generated(model, given, side):
+    """The tokens that `generate` gives, and those that a loop without its cache gives."""
+    tokens, mask = f"{side}token_ids", f"{side}padding_mask"
+    length = given[tokens].shape[1]
+    model.compile(sampler="greedy")
+    by_generate = np.asarray(model.generate(given, stop_token_ids=None)[tokens])
+    looped = {key: np.array(each) for key, each in given.items()}
+    for position in range(length - 2, length):
+        looped[mask] = np.repeat((np.arange(length) < position).astype("int32")[None], len(looped[mask]), axis=0)
+        logits = keras.ops.convert_to_numpy(model(looped))
+        looped[tokens][:, position] = logits[:, position - 1].argmax(-1)
+    return by_generate.tolist(), looped[tokens].tolist()
+
+
+def generated_adapted_and_merged(name):
+    """The last two tokens of the model's input left to be generated: adapted, and as the plain model it is once merged."""
+    model, x = MODELS[name]()
     keras_lora.apply_lora(model, rank=2)
     move_adapters(model)
-    model.compile(sampler="greedy")
-    prompt = {"token_ids": np.array([[3, 5, 2, 0, 0, 0, 0, 0]]), "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0]])}
-    adapted = np.asarray(model.generate(prompt, stop_token_ids=None)["token_ids"])
-    expected = np.array(prompt["token_ids"])
-    for position in range(3, 8):  # without the cache: the whole sequence again for each token
-        mask = (np.arange(8) < position).astype("int32")[None]
-        logits = keras.ops.convert_to_numpy(model({"token_ids": expected, "padding_mask": mask}))
-        expected[0, position] = logits[0, position - 1].argmax()
-    assert adapted.tolist() == expected.tolist()
-    keras_lora.merge_lora(model)
-    model.compile(sampler="greedy")
-    assert np.asarray(model.generate(prompt, stop_token_ids=None)["token_ids"]).tolist() == expected.tolist()
+    side = "decoder_" if name.endswith("Seq2SeqLM") else ""
+    given = {key: np.array(each) for key, each in x.items()}
+    given[f"{side}padding_mask"][:, -2:] = 0
+    given[f"{side}token_ids"][:, -2:] = 0
+    adapted = generated(model, given, side)
+    assert adapted_maps(model)
+    return adapted, generated(keras_lora.merge_lora(model), given, side)
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_generate_works_adapted_and_merged(name):
+    (adapted, looped), (merged, _) = generated_adapted_and_merged(name)
+    assert adapted == looped == merged
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(set(ALL_GENERATING) - set(GENERATING) - set(CANNOT_GENERATE)))
+def test_generate_of_an_adapted_model_is_that_of_the_plain_model_it_becomes(name):
+    adapted, merged = generated_adapted_and_merged(name)
+    assert adapted == merged
 
 
 WITH_PRESETS = {

@@ -1,0 +1,214 @@
+"""The page `docs/coverage.md`: what was seen of every layer type, and of every model of KerasHub and keras.applications.
+
+    KERAS_BACKEND=jax python tests/coverage_page.py law                   # enters docs/coverage/law_jax.json
+    KERAS_BACKEND=jax python tests/sweep.py --json docs/coverage/models_jax.json
+    python tests/coverage_page.py                                         # writes the page from these files
+
+`test_coverage_page.py` holds the page to the files.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+METHODS = {"lora": "LoRA", "dora": "DoRA", "trainable_tokens": "trainable tokens"}
+INTRODUCTION = """# Coverage
+
+What `apply_lora` was seen to do, layer type by layer type and model by model. Nothing here is typed in: the tables are
+written by `tests/coverage_page.py` from what `tests/test_law.py` and `tests/sweep.py` measured.
+"""
+OF_LAYERS = """
+## Layer types
+
+For each layer type, every case of the law test: strides, padding, dilation, groups, data formats, masks, states, directions
+and dtypes where the layer has them. A number is the largest difference between what runs and a plain Keras layer that holds
+`W + ΔW`, over the cases and over {backends}, relative to the largest output where that exceeds one. A dash: the method
+changes rows of an embedding, and this is none.
+
+{table}
+
+Dropout of the adapter's input is refused where a kernel never sees that input alone: depthwise, separable and recurrent
+kernels, embeddings, and registered kernels. The two sides of a bfloat16 row round differently.
+
+Measured with {versions}.
+"""
+OF_MODELS = """
+## Models
+
+Built from small configs without weights, given random numbers, adapted with the default targets at rank 2, and put through
+what a user does:
+
+- **share**: what trains of all parameters. It is large because these models are tiny; real ones are at 0.1 to 2 %.
+- **forward**: the difference that `apply_lora` makes. 0 is bit for bit.
+- **training**: whether one step of `fit` moved adapters and nothing else, towards outputs of no meaning.
+- **`.keras`**, **merge**: the difference after saving and loading, and after merging, once the adapters have moved.
+
+A number is the largest over the backends that the last column names, relative to the largest number of an output.
+
+What does not hold, and why; the table says "see" and the number:
+
+{reasons}
+
+{table}
+
+Measured with {versions}.
+"""
+
+
+def say(found: float) -> str:
+    """A difference in a table."""
+    return "0" if found == 0 else f"{found:.0e}".replace("e-0", "e-")
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the columns after the first `left` are to the right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def results(kind: str) -> dict[str, dict[str, Any]]:
+    """What was measured, by backend."""
+    paths = {backend: DOCS / "coverage" / f"{kind}_{backend}.json" for backend in BACKENDS}
+    return {backend: json.loads(path.read_text()) for backend, path in paths.items() if path.exists()}
+
+
+def versions(measured: dict[str, dict[str, Any]]) -> str:
+    """The packages that these results were measured with."""
+    return ", ".join(sorted({f"{name} {each}" for found in measured.values() for name, each in found["versions"].items()}))
+
+
+# Layer types.
+
+
+def measure_law() -> None:
+    """Every case of the law test on this backend, into its file."""
+    from test_law import CASES, PAIRS, law
+
+    import keras_lora  # noqa: F401
+
+    backend = os.environ["KERAS_BACKEND"]
+    rows: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    counts = collections.Counter(row_of(case) for case in CASES.values())
+    for name, method in PAIRS:
+        row = rows[row_of(CASES[name])]
+        row[method] = max(row.get(method, 0.0), law(name, method)[0])
+    path = DOCS / "coverage" / f"law_{backend}.json"
+    path.parent.mkdir(exist_ok=True)
+    package = {"jax": "jax", "tensorflow": "tensorflow-cpu", "torch": "torch"}[backend]
+    found = {"layers": rows, "cases": counts, "versions": {name: version(name) for name in ("keras", package)}}
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+def row_of(case: Any) -> str:
+    """The row of the table that a case belongs to."""
+    registered = " (registered)" if case.cls.__module__ == "test_law" else ""
+    return case.cls.__name__ + registered + (" (bfloat16)" if case.tolerance > 1e-3 else "")
+
+
+def layers_section() -> str:
+    """The section on layer types."""
+    measured = results("law")
+    rows = []
+    for name in sorted(next(iter(measured.values()))["layers"]):
+        cells = [[each["layers"][name].get(method) for each in measured.values()] for method in METHODS]
+        shown = [say(max(found)) if None not in found else "-" for found in cells]
+        layer, mark, rest = name.partition(" ")
+        rows.append([f"`{layer}`{mark}{rest}", str(next(iter(measured.values()))["cases"][name]), *shown])
+    backends = ", ".join(BACKENDS[each] for each in measured)
+    shown = table(["layer", "cases", *METHODS.values()], rows)
+    return OF_LAYERS.format(backends=backends, table=shown, versions=versions(measured))
+
+
+# Models.
+
+
+class Reasons:
+    """Why something does not hold: each reason once, shown in the table by its number."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def number(self, text: str) -> str:
+        """What a cell of the table says."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"see {self.texts.index(text) + 1}"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{number}. {text}" for number, text in enumerate(self.texts, 1))
+
+
+def models_section() -> str:
+    """The section on models."""
+    from families import KINDS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
+
+    measured, reasons, rows = results("models"), Reasons(), []
+    for name in sorted(set().union(*(each["models"] for each in measured.values())), key=str.lower):
+        family, model = name.split("/")
+        seen = {backend: each["models"][name] for backend, each in measured.items() if name in each["models"]}
+        kind = KINDS[family]
+        rows.append([family if family != model else "-", f"`{model}`", kind, *cells(seen, reasons)])
+    header = ["family", "model", "kind", "adapted", "share", "forward", "training", "`.keras`", "merge", "seen on"]
+    return OF_MODELS.format(reasons=reasons, table=table(header, rows, left=3), versions=versions(measured))
+
+
+def cells(seen: dict[str, dict[str, Any]], reasons: Reasons) -> list[str]:
+    """The cells of a model, of what was seen of it by backend."""
+    built = {backend: each for backend, each in seen.items() if "error" not in each}
+    on = [BACKENDS[backend] for backend in built]
+    on += [reasons.number(f"{BACKENDS[backend]}: {seen[backend]['error']}") for backend in seen.keys() - built.keys()]
+    if not built:
+        return [*["-"] * 6, ", ".join(on)]
+    first = next(iter(built.values()))
+    share = f"{100 * first['trainable'] / first['parameters']:.1f} %"
+    of = {key: number(key, built, reasons) for key in ("apply", "round_trip", "merge")}
+    trains = training(built, reasons)
+    return [str(first["adapted"]), share, of["apply"], trains, of["round_trip"], of["merge"], ", ".join(on)]
+
+
+def number(key: str, built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
+    """The cell of a difference."""
+    for backend, each in built.items():
+        plain = each.get(f"plain_{key}")
+        if isinstance(plain, str):
+            return reasons.number(f"{BACKENDS[backend]}, the plain model as well: {plain}")
+        if plain is not None and plain > 1e-5:
+            return reasons.number(f"{BACKENDS[backend]}: the plain model comes back another as well, by {say(plain)}.")
+    return say(max(each[key] for each in built.values()))
+
+
+def training(built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
+    """The cell of a step of training."""
+    for backend, each in built.items():
+        if each["moved"] and each["moved"] != each["plain_moved"]:
+            return reasons.number(f"{BACKENDS[backend]}: {each['moved']}")
+        if isinstance(each["moved"], str):
+            return reasons.number(f"{BACKENDS[backend]}, the frozen plain model as well: {each['moved']}")
+        if each["moved"]:
+            inside = ", ".join(sorted({path.split("/")[-1] for path in each["moved"]}))
+            return reasons.number(
+                f"The frozen plain model moves these by itself when it trains, and so it does here: {inside}."
+            )
+    return "yes"
+
+
+def page() -> str:
+    """The whole page."""
+    return INTRODUCTION + layers_section() + models_section()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["law"]:
+        if os.environ["KERAS_BACKEND"] == "torch":
+            import torch  # noqa: F401  # before TensorFlow
+        measure_law()
+    else:
+        (DOCS / "coverage.md").write_text(page())

@@ -1,0 +1,28 @@
+"""The page of what was seen of layers and models says what the committed results say, and leaves nothing out."""
+
+from coverage_page import BACKENDS, DOCS, METHODS, page, results, row_of
+from families import KINDS, MODELS
+from test_law import CASES, PAIRS
+
+
+def test_the_page_is_written_from_the_results():
+    assert (DOCS / "coverage.md").read_text() == page(), "run `python tests/coverage_page.py`"
+
+
+def test_the_law_was_measured_of_every_layer_type_and_method_on_every_backend():
+    measured = results("law")
+    assert measured.keys() == BACKENDS.keys()
+    for each in measured.values():
+        assert {(name, method) for name, row in each["layers"].items() for method in row} == {
+            (row_of(CASES[name]), method) for name, method in PAIRS
+        }
+    assert METHODS.keys() == {method for _, method in PAIRS}
+
+
+def test_every_model_was_measured_on_jax_and_more_than_ten_families_on_the_others():
+    measured = results("models")
+    assert measured["jax"]["models"].keys() == MODELS.keys()
+    for backend in ("tensorflow", "torch"):
+        families = {name.split("/")[0] for name in measured[backend]["models"]}
+        assert len(families) >= 10
+        assert len({KINDS[family] for family in families}) >= 9
