@@ -155,7 +155,9 @@ class AdaptedLayer(Owner):
         store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        seen_with(self, self.base_class).load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
+        view = seen_with(self, self.base_class)
+        view.load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
+        vars(self).update(vars(view))  # a layer may note something when it is loaded
         for linear, adapter in self.adapted_maps():
             if adapter.built:
                 adapter.base_changed(linear)

@@ -38,7 +38,6 @@ FILES = {
 }
 _QUANTIZE = "Keras quantises layers of exactly its own classes and refuses any subclass: quantise first, then adapt"
 _LORA = "counts weights or losses of Keras's own `enable_lora`; here the layer has an adapter of ours besides"
-_KERNEL = "takes `layer.kernel` for a variable; of an adapted layer it is the tensor `W + ΔW` (docs/how_it_works.md)"
 #: Tests that are left out, by `file::pattern of the test's name`, and why.
 EXPLAINED = {
     "*::test_*dense_quantize_[bci]*": _QUANTIZE,
@@ -58,20 +57,22 @@ EXPLAINED = {
     "conv_test::test_enable_lora_conv?d_*": _LORA,
     "dense_test::test_lora_rank_argument": _LORA,
     "conv_test::test_lora_rank_argument": "Keras's own `lora_rank` besides an adapter of ours, which `apply_lora` refuses",
-    "conv_test::test_conv[123]d[0-9]": _KERNEL,
-    "conv_test::test_enable_lora_with_alpha": _KERNEL,
-    "conv_test::test_conv_constraints": _KERNEL,
-    "dense_test::test_dense_constraints": _KERNEL,
-    "einsum_dense_test::test_einsum_dense_constraints": _KERNEL,
-    "embedding_test::test_embedding_constraints": _KERNEL,
-    "embedding_test::test_enable_lora_with_alpha": _KERNEL,
-    "*embedding_test::test_correctness": _KERNEL,
-    "embedding_test::test_correctness_sparse": _KERNEL,
 }
-if keras.backend.backend() == "tensorflow":
-    EXPLAINED["dense_test::test_dense_sparse"] = _KERNEL  # asks for the gradient by it
-else:
-    EXPLAINED["embedding_test::test_weights_constructor_arg"] = _KERNEL  # asks for its `numpy()`
+#: Tests that take `layer.kernel` for a variable: they assign it, ask for its constraint or a gradient by it. Of an adapted
+#: layer it is the tensor `W + ΔW`. For these alone our property is taken away, so that they run with Keras's own.
+READ_THE_VARIABLE = [
+    "conv_test::test_conv[123]d[0-9]",
+    "conv_test::test_enable_lora_with_alpha",
+    "conv_test::test_conv_constraints",
+    "dense_test::test_dense_constraints",
+    "dense_test::test_dense_sparse",
+    "einsum_dense_test::test_einsum_dense_constraints",
+    "embedding_test::test_embedding_constraints",
+    "embedding_test::test_enable_lora_with_alpha",
+    "*embedding_test::test_correctness",
+    "embedding_test::test_correctness_sparse",
+    "embedding_test::test_weights_constructor_arg",
+]
 
 
 # The stand-ins.
@@ -182,8 +183,7 @@ def pytest_collection_modifyitems(config, items):
     _adapt_cells_of_the_tests()
     kept = []
     for item in items:
-        name = f"{item.path.stem}::{item.name}"
-        patterns = [each for each in EXPLAINED if fnmatch.fnmatchcase(name, each)]
+        patterns = _matching(item, EXPLAINED)
         _used.update(patterns)
         if patterns:
             _left_out[EXPLAINED[patterns[0]]] += 1
@@ -192,6 +192,11 @@ def pytest_collection_modifyitems(config, items):
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def _matching(item, patterns):
+    name = f"{item.path.stem}::{item.name}"
+    return [each for each in patterns if fnmatch.fnmatchcase(name, each)]
 
 
 def _adapt_cells_of_the_tests():
@@ -203,9 +208,22 @@ def _adapt_cells_of_the_tests():
     keras_lora.register_layer(rnn_test.TwoStatesRNNCell, kernels=kernels)
 
 
-def pytest_runtest_setup(item):
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
     keras.utils.set_random_seed(0)
     _started.clear()
+    found = []
+    if _matching(item, READ_THE_VARIABLE):
+        _counts[item.path.stem]["with the stored kernel"] += 1
+        found = [(each, m.kernel_name) for each in TABLE for m in each.linear_maps if m.kernel_name in vars(each)]
+    properties = {(cls, name): vars(cls)[name] for cls, name in found}
+    for cls, name in properties:
+        delattr(cls, name)
+    try:
+        return (yield)
+    finally:
+        for (cls, name), each in properties.items():
+            setattr(cls, name, each)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -192,3 +192,25 @@ def test_an_unregistered_subclass_is_left_frozen_with_a_word():
     model = keras.Sequential([keras.Input((6,)), Mine(4, name="mine"), layers.Dense(4), layers.Dense(2)])
     with pytest.warns(UserWarning, match=r"Left frozen, because a subclass .* mine \(Mine\)\. `keras_lora.register_layer`"):
         keras_lora.apply_lora(model)
+
+
+def test_what_a_layer_notes_when_it_is_loaded_is_kept(tmp_path):
+    class Noting(keras.layers.Layer):
+        loaded = False
+
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1], 3), name="w")
+
+        def call(self, x):
+            return keras.ops.matmul(x, self.w)
+
+        def load_own_variables(self, store):
+            super().load_own_variables(store)
+            self.loaded = True
+
+    keras_lora.register_layer(Noting, kernels={"w": "io"})
+    model = keras.Sequential([keras.Input((8,)), Noting(name="noting")])
+    keras_lora.apply_lora(model, head=None)
+    model.save_weights(tmp_path / "some.weights.h5")
+    model.load_weights(tmp_path / "some.weights.h5")
+    assert model.get_layer("noting").loaded
