@@ -13,7 +13,8 @@ demo: .venv/demo-$(KERAS_BACKEND)
 
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS))
-	for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python examples/movie_reviews.py --quick || exit 1; done
+	for backend in $(BACKENDS); do for example in movie_reviews every_layer; do \
+		KERAS_BACKEND=$$backend $(BIN)/python examples/$$example.py --quick || exit 1; done; done
 
 lint: .venv/tests
 	$(BIN)/ruff format --check .
@@ -22,6 +23,7 @@ lint: .venv/tests
 
 $(addprefix test-,$(BACKENDS)): test-%: .venv/tests
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet -p no:cacheprovider tests
+	cd tests && KERAS_BACKEND=$* ../$(BIN)/python -m pytest --quiet -p no:cacheprovider -p keras_own_tests -c /dev/null --rootdir=/
 
 docs: .venv/tests
 	$(BIN)/mkdocs build --strict --quiet --site-dir .cache/site

@@ -78,7 +78,7 @@ def main() -> None:
     keras.utils.set_random_seed(0)
     pretrained = network()
     fit(pretrained, images[:1000], labels[:1000], 3e-3, 1 if quick else 10)
-    table = Table("", "accuracy", "trained", title=f"{len(images[few])} digits on their side, {len(images[test])} to test")
+    table = Table("", "accuracy", "trained")
     console = Console()
     for method, learning_rate in METHODS.items():
         keras.utils.set_random_seed(1)
@@ -95,6 +95,7 @@ def main() -> None:
         if method.startswith("LoRA"):
             check_files_and_merging(model, on_their_side[test], logits)
     console.print(table)
+    console.print(f"{len(images[few])} digits on their side to train, {len(images[test])} to test; one seed.")
 
 
 def check_files_and_merging(model: keras.Model, x: np.ndarray, logits: np.ndarray) -> None:

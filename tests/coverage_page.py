@@ -2,6 +2,7 @@
 
     KERAS_BACKEND=jax python tests/coverage_page.py law                   # enters docs/coverage/law_jax.json
     KERAS_BACKEND=jax python tests/sweep.py --json docs/coverage/models_jax.json
+    KERAS_OWN_TESTS_JSON=docs/coverage/keras_tests_jax.json ...           # as `keras_own_tests.py` says
     python tests/coverage_page.py                                         # writes the page from these files
 
 `test_coverage_page.py` holds the page to the files.
@@ -40,13 +41,27 @@ kernels, embeddings, and registered kernels. The two sides of a bfloat16 row rou
 
 Measured with {versions}.
 """
+OF_KERAS_TESTS = """
+## Keras's own tests
+
+The tests that Keras {keras} ships for these layers, run by `tests/keras_own_tests.py` with adapted layers, whose adapters
+add zero, in the place of Keras's. No test that ran failed. "Skipped" are those that Keras skips on a backend; "with the
+stored kernel" are tests that assign `layer.kernel`, read its constraint or ask for a gradient by it, which run with the
+frozen kernel in the place of `W + ΔW`. Each cell is {order}.
+
+{table}
+
+Left out, with the number of tests:
+
+{reasons}
+"""
 OF_MODELS = """
 ## Models
 
 Built from small configs without weights, given random numbers, adapted with the default targets at rank 2, and put through
 what a user does:
 
-- **share**: what trains of all parameters. It is large because these models are tiny; real ones are at 0.1 to 2 %.
+- **share**: what trains of all parameters. It is large because these models are tiny; the README has a real one.
 - **forward**: the difference that `apply_lora` makes. 0 is bit for bit.
 - **training**: whether one step of `fit` moved adapters and nothing else, towards outputs of no meaning.
 - **`.keras`**, **merge**: the difference after saving and loading, and after merging, once the adapters have moved.
@@ -127,6 +142,26 @@ def layers_section() -> str:
     return OF_LAYERS.format(backends=backends, table=shown, versions=versions(measured))
 
 
+# Keras's own tests.
+
+
+def keras_tests_section() -> str:
+    """The section on Keras's own tests."""
+    measured = results("keras_tests")
+    kinds = ["passed", "skipped", "with the stored kernel", "left out"]
+    rows = []
+    for file in sorted(set().union(*(each["files"] for each in measured.values()))):
+        counts = [each["files"].get(file, {}) for each in measured.values()]
+        assert not any(count.get("failed") for count in counts), f"tests of {file} failed"
+        rows.append([f"`{file}`", *(" · ".join(str(count.get(kind, 0)) for kind in kinds) for count in counts)])
+    left_out = next(iter(measured.values()))["left out"]
+    reasons = "\n".join(f"- {count}: {reason}." for reason, count in sorted(left_out.items(), key=lambda each: -each[1]))
+    keras_version = next(iter(measured.values()))["versions"]["keras"]
+    order = "passed · skipped · with the stored kernel (of those passed) · left out"
+    shown = table(["file", *(BACKENDS[each] for each in measured)], rows)
+    return OF_KERAS_TESTS.format(keras=keras_version, table=shown, reasons=reasons, order=order)
+
+
 # Models.
 
 
@@ -164,7 +199,7 @@ def cells(seen: dict[str, dict[str, Any]], reasons: Reasons) -> list[str]:
     """The cells of a model, of what was seen of it by backend."""
     built = {backend: each for backend, each in seen.items() if "error" not in each}
     on = [BACKENDS[backend] for backend in built]
-    on += [reasons.number(f"{BACKENDS[backend]}: {seen[backend]['error']}") for backend in seen.keys() - built.keys()]
+    on += [reasons.number(f"On {BACKENDS[backend]}: {seen[backend]['error']}") for backend in seen.keys() - built.keys()]
     if not built:
         return [*["-"] * 6, ", ".join(on)]
     first = next(iter(built.values()))
@@ -179,9 +214,9 @@ def number(key: str, built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
     for backend, each in built.items():
         plain = each.get(f"plain_{key}")
         if isinstance(plain, str):
-            return reasons.number(f"{BACKENDS[backend]}, the plain model as well: {plain}")
+            return reasons.number(f"The plain model fails as well. {plain}")
         if plain is not None and plain > 1e-5:
-            return reasons.number(f"{BACKENDS[backend]}: the plain model comes back another as well, by {say(plain)}.")
+            return reasons.number(f"On {BACKENDS[backend]} the plain model comes back another as well, by {say(plain)}.")
     return say(max(each[key] for each in built.values()))
 
 
@@ -191,7 +226,7 @@ def training(built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
         if each["moved"] and each["moved"] != each["plain_moved"]:
             return reasons.number(f"{BACKENDS[backend]}: {each['moved']}")
         if isinstance(each["moved"], str):
-            return reasons.number(f"{BACKENDS[backend]}, the frozen plain model as well: {each['moved']}")
+            return reasons.number(f"The frozen plain model cannot be trained so either. {each['moved']}")
         if each["moved"]:
             inside = ", ".join(sorted({path.split("/")[-1] for path in each["moved"]}))
             return reasons.number(
@@ -202,7 +237,7 @@ def training(built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
 
 def page() -> str:
     """The whole page."""
-    return INTRODUCTION + layers_section() + models_section()
+    return INTRODUCTION + layers_section() + keras_tests_section() + models_section()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
     cd tests && KERAS_BACKEND=jax python -m pytest -p keras_own_tests -p no:cacheprovider -c /dev/null --rootdir=/ -q
 
-Without paths it runs all of `FILES`; paths of Keras's test files, or `-k`, narrow it. Where a test says `layers.Dense` it
-gets `keras_lora.LoRADense`; a layer around cells or around other layers is Keras's own, adapted by `apply_lora` right after
-its first `build`. What the tests then say about outputs, shapes, dtypes, masks, states, errors, saving and training holds
-for adapted layers too, or is in `EXPLAINED`.
+Without paths it runs all of `FILES`; paths of Keras's test files, or `-k`, narrow it. `KERAS_OWN_TESTS_JSON` names a file
+for the counts. Where a test says `layers.Dense` it gets `keras_lora.LoRADense`; a layer around cells or around other layers
+is Keras's own, adapted by `apply_lora` right after its first `build`. What the tests then say about outputs, shapes, dtypes,
+masks, states, errors, saving and training holds for adapted layers too, or is in `EXPLAINED`.
 """
 
 import collections
 import fnmatch
 import functools
+import json
 import os
 import pathlib
 
@@ -241,6 +242,9 @@ def pytest_terminal_summary(terminalreporter):
     say(f"\nKeras {keras.__version__}'s own tests, on {keras.backend.backend()}")
     for name, counts in sorted(_counts.items()):
         say(f"  {name}: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+    if path := os.environ.get("KERAS_OWN_TESTS_JSON"):
+        found = {"files": _counts, "left out": _left_out, "versions": {"keras": keras.__version__}}
+        pathlib.Path(path).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     ran = sum(counts["passed"] + counts["failed"] for counts in _counts.values())
     say(f"{ran} ran, {sum(_left_out.values())} were left out:")
     for reason, count in _left_out.most_common():

@@ -180,8 +180,11 @@ def holds(found: Any, tolerance: float = 1e-5) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, short enough for a table."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+    """The line of an error that says what is wrong, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    kind = type(error).__name__
+    line = next((each for each in lines if each.startswith(f"{kind}: ")), lines[0])  # TensorFlow's is below a trace
+    return f"{kind}: {line.removeprefix(f'{kind}: ')[:160]}"
 
 
 def main() -> None:

@@ -26,3 +26,7 @@ def test_every_model_was_measured_on_jax_and_more_than_ten_families_on_the_other
         families = {name.split("/")[0] for name in measured[backend]["models"]}
         assert len(families) >= 10
         assert len({KINDS[family] for family in families}) >= 9
+
+
+def test_keras_own_tests_were_run_on_every_backend():
+    assert results("keras_tests").keys() == BACKENDS.keys()
