@@ -326,8 +326,8 @@ def test_a_fresh_adapter_changes_nothing(name, method):
     case = CASES[name]
     before = result(case.built(), case)
     layer, _ = case.adapted(method)
-    # The others add exact zeros; DoRA divides a norm by itself, which recurrent cells then repeat. On torch Keras dilates the
-    # 1 × 1 kernel of a dilated separable convolution too, which sums in another order when there is one core.
+    # The others add exact zeros; DoRA divides a norm by itself, which recurrent cells then repeat. On torch Keras dilates
+    # the 1 × 1 kernel of a dilated separable convolution too, which sums in another order when there is one core.
     exact = method != "dora" and name != "separable2d_dilated"
     bfloat16 = case.tolerance > 1e-3
     assert difference(result(layer, case), before) <= (0 if exact else 1e-2 if bfloat16 else 1e-6)
