@@ -179,6 +179,21 @@ def holds(found: Any, tolerance: float = 1e-5) -> bool:
     return not isinstance(found, str) and found <= tolerance
 
 
+def problems(seen: dict[str, Any]) -> list[str]:
+    """What does not hold of an adapted model, beside what does not hold of the plain model either."""
+    expected = {
+        "adapted": seen["adapted"] > 0,
+        "trainable": seen["trainable"] < seen["parameters"],
+        "apply": holds(seen["apply"], 1e-6),
+        "effect": seen["effect"] > 1e-5,
+        "merge": holds(seen["merge"], max(1e-4, 10 * seen.get("last_bit", 0))),
+        "round_trip": holds(seen["round_trip"]) or not holds(seen["plain_round_trip"]),
+        "moved": not seen["moved"] or seen["moved"] == seen["plain_moved"],
+        "moved_adapters": seen.get("moved_adapters", 1) > 0.5 or isinstance(seen["moved"], str),
+    }
+    return [f"{key}: {seen.get(key)}" for key, held in expected.items() if not held]
+
+
 def reason(error: Exception) -> str:
     """The line of an error that says what is wrong, short enough for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from families import KINDS, MODELS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
-from sweep import check, holds, move_adapters
+from sweep import check, holds, move_adapters, problems
 
 import keras_lora
 from keras_lora.adapted import adapted_maps
@@ -31,31 +31,18 @@ SLICE = [
 ]
 
 
-def hold(name):
-    """What was seen of a model; what does not hold of it does not hold of the plain model either."""
-    seen = check(MODELS[name])
-    assert seen["adapted"] > 0
-    assert seen["trainable"] < seen["parameters"]
-    assert seen["apply"] <= 1e-6
-    assert seen["effect"] > 1e-5
-    assert holds(seen["merge"], max(1e-4, 10 * seen.get("last_bit", 0)))
-    assert holds(seen["round_trip"]) or not holds(seen["plain_round_trip"])
-    assert not seen["moved"] or seen["moved"] == seen["plain_moved"]
-    return seen
-
-
 @pytest.mark.parametrize("name", SLICE)
 def test_a_slice_of_the_families(name):
-    seen = hold(name)
+    seen = check(MODELS[name])
+    assert problems(seen) == []
     assert holds(seen["round_trip"])
     assert seen["moved"] == []
-    assert seen["moved_adapters"] > 0.5
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_model(name):
-    hold(name)
+    assert problems(check(MODELS[name])) == []
 
 
 def test_every_family_of_the_slice_is_of_another_kind_or_another_layer():
