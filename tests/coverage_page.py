@@ -74,6 +74,8 @@ What does not hold, and why; the table says "see" and the number:
 
 {table}
 
+Every backbone and task that KerasHub exports is in the table, but for {not_here}.
+
 Measured with {versions}.
 """
 
@@ -183,7 +185,7 @@ class Reasons:
 
 def models_section() -> str:
     """The section on models."""
-    from families import KINDS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
+    from families import KINDS, NOT_HERE, applications, multimodal, text, vision  # noqa: F401  # they enter their models
 
     measured, reasons, rows = results("models"), Reasons(), []
     for name in sorted(set().union(*(each["models"] for each in measured.values())), key=str.lower):
@@ -192,7 +194,9 @@ def models_section() -> str:
         kind = KINDS[family]
         rows.append([family if family != model else "-", f"`{model}`", kind, *cells(seen, reasons)])
     header = ["family", "model", "kind", "adapted", "share", "forward", "training", "`.keras`", "merge", "seen on"]
-    return OF_MODELS.format(reasons=reasons, table=table(header, rows, left=3), versions=versions(measured))
+    not_here = ", ".join(f"`{name}` ({why})" for name, why in NOT_HERE.items())
+    shown = table(header, rows, left=3)
+    return OF_MODELS.format(reasons=reasons, table=shown, not_here=not_here, versions=versions(measured))
 
 
 def cells(seen: dict[str, dict[str, Any]], reasons: Reasons) -> list[str]:

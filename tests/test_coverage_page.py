@@ -1,7 +1,10 @@
 """The page of what was seen of layers and models says what the committed results say, and leaves nothing out."""
 
+import inspect
+
+import keras_hub
 from coverage_page import BACKENDS, DOCS, METHODS, page, results, row_of
-from families import KINDS, MODELS
+from families import KINDS, MODELS, NOT_HERE
 from sweep import problems
 from test_law import CASES, PAIRS
 
@@ -27,6 +30,14 @@ def test_every_model_was_measured_on_jax_and_more_than_ten_families_on_the_other
         families = {name.split("/")[0] for name in measured[backend]["models"]}
         assert len(families) >= 10
         assert len({KINDS[family] for family in families}) >= 9
+
+
+def test_every_backbone_and_task_of_keras_hub_is_a_model_here_or_has_a_reason():
+    kinds = (keras_hub.models.Backbone, keras_hub.models.Task)
+    exported = {each for each in vars(keras_hub.models).values() if inspect.isclass(each) and issubclass(each, kinds)}
+    abstract = {*kinds, *(each for each in exported if keras_hub.models.Task in each.__bases__)}
+    names = {each.__name__ for each in exported - abstract}
+    assert names - {name.split("/")[1] for name in MODELS} == set(NOT_HERE)
 
 
 def test_what_does_not_hold_of_an_adapted_model_does_not_hold_of_the_plain_one_either():

@@ -15,6 +15,18 @@ import numpy as np
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {}
 #: What each family is, in two words: "text encoder", "decoder", "mixture of experts", "vision", "image and text", ...
 KINDS: dict[str, str] = {}
+#: Classes of KerasHub that are no model of their own here, and why.
+NOT_HERE = {
+    "CLIPTextEncoder": "a part of `CLIPBackbone`",
+    "CLIPVisionEncoder": "a part of `CLIPBackbone`",
+    "FeaturePyramidBackbone": "an abstract class",
+    "Gemma4AssistantCausalLM": "runs only inside the `generate` of another model, with that model's cache",
+    "MetaCLIP2TextEncoder": "a part of `MetaCLIP2Backbone`",
+    "MetaCLIP2VisionEncoder": "a part of `MetaCLIP2Backbone`",
+    "Seq2SeqLM": "an abstract class",
+    "SigLIPTextEncoder": "a part of `SigLIPBackbone`",
+    "SigLIPVisionEncoder": "a part of `SigLIPBackbone`",
+}
 
 
 def family(name: str, kind: str) -> Callable[[Callable[[], dict[str, Callable[[], tuple[Any, Any]]]]], Any]:
