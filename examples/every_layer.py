@@ -105,7 +105,7 @@ def check_files_and_merging(model: keras.Model, x: np.ndarray, logits: np.ndarra
         loaded = keras.saving.load_model(Path(folder) / "digits.keras")
     assert np.allclose(loaded.predict(x, verbose=0), logits, atol=1e-4)
     merged = keras_lora.merge_lora(loaded)
-    assert type(merged.layers[-1]) is layers.Dense
+    assert not any(type(layer).__module__.startswith("keras_lora") for layer in merged.layers)
     assert np.allclose(merged.predict(x, verbose=0), logits, atol=1e-3)
 
 

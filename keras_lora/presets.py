@@ -17,11 +17,12 @@ class Preset:
     frozen: tuple[str, ...]
     why: str
 
-    def names(self, place: Place, backbone: keras.layers.Layer) -> bool:
-        """Whether `place`, somewhere in `backbone`, is to be left frozen."""
+    def places_in(self, backbone: keras.layers.Layer, places: list[Place]) -> list[Place]:
+        """Those of `places` that are to be left frozen."""
         parts = [getattr(backbone, each, None) for each in self.frozen if each.isidentifier()]
+        inside = {id(place.layer) for part in parts if part is not None for place in walk(part)}
         patterns = [each for each in self.frozen if not each.isidentifier()]
-        return any(matches(each, place) for each in (*parts, *patterns) if each is not None)
+        return [place for place in places if id(place.layer) in inside or any(matches(each, place) for each in patterns)]
 
 
 _ENCODERS = "preset: the encoder of another modality stays as it was trained"
@@ -53,14 +54,16 @@ PRESETS: dict[str, tuple[Preset, ...]] = {
 
 def left_out(places: list[Place]) -> list[tuple[Place, str]]:
     """The places that a preset leaves frozen, each with the reason."""
+    # On torch a KerasHub task keeps its backbone where Keras does not track it.
+    layers = [each for place in places for each in (place.layer, getattr(place.layer, "backbone", None))]
     found = []
-    for holder in places:
-        for preset in PRESETS.get(type(holder.layer).__name__, ()) if _is_of_keras_hub(holder.layer) else ():
-            inside = {id(each.layer) for each in walk(holder.layer)}
-            within = [place for place in places if id(place.layer) in inside]
-            found += [(place, preset.why) for place in within if preset.names(place, holder.layer)]
+    for backbone in {id(each): each for each in layers if _is_of_keras_hub(each)}.values():
+        presets = PRESETS.get(type(backbone).__name__, ())
+        inside = {id(each.layer) for each in walk(backbone)} if presets else set()
+        within = [place for place in places if id(place.layer) in inside]
+        found += [(place, preset.why) for preset in presets for place in preset.places_in(backbone, within)]
     return found
 
 
-def _is_of_keras_hub(layer: keras.layers.Layer) -> bool:
+def _is_of_keras_hub(layer: object) -> bool:
     return type(layer).__module__.partition(".")[0] == "keras_hub"

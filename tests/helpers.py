@@ -29,7 +29,7 @@ def difference(left: Any, right: Any) -> float:
     left, right = keras.tree.flatten(left), keras.tree.flatten(right)
     assert len(left) == len(right)
     scale = max(1.0, *(float(np.abs(each).max()) for each in right))
-    return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True)) / scale
+    return float(np.max([np.abs(a - b).max() for a, b in zip(left, right, strict=True)])) / scale
 
 
 def perturb(layer_or_model: Any, size: float = 0.1, seed: int = 11) -> None:

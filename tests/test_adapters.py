@@ -264,10 +264,11 @@ def test_one_adapter_of_a_tied_embedding_serves_both_ways_and_merges():
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has ragged tensors")
 @pytest.mark.parametrize("method", [keras_lora.LoRA(rank=2), keras_lora.DoRA(rank=2), keras_lora.TrainableTokens([1, 3])])
-def test_ragged_ids_give_the_rows_that_flat_ids_give(method):
+@pytest.mark.parametrize("cls", [keras_lora.LoRAEmbedding, keras_lora.LoRAReversibleEmbedding])
+def test_ragged_ids_give_the_rows_that_flat_ids_give(cls, method):
     import tensorflow as tf
 
-    layer = keras_lora.LoRAEmbedding(7, 4, adapter=method)
+    layer = cls(7, 4, adapter=method)
     layer.build((None,))
     perturb(layer)
     rows = layer(tf.ragged.constant([[1, 2, 3], [4]]))

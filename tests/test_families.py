@@ -137,9 +137,18 @@ def test_a_preset_leaves_frozen_what_it_names_and_says_why(name):
     rows, everything = keras_lora.list_targets(model), keras_lora.list_targets(model, targets="all-linear")
     left_out = [row for row in rows.of("freeze") if row.why.startswith("preset:")]
     assert any(WITH_PRESETS[name] in row.path for row in left_out)
+    attributes = [each for preset in PRESETS[type(model).__name__] for each in preset.frozen if each.isidentifier()]
+    assert all(hasattr(model, each) for each in attributes)
     assert not any(WITH_PRESETS[name] in row.path for row in rows.of("adapt"))
     assert any(WITH_PRESETS[name] in row.path for row in everything.of("adapt"))
     assert type(model).__name__ in PRESETS
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted"), [("stable_diffusion_3/StableDiffusion3TextToImage", 27), ("sam/SAMImageSegmenter", 63)]
+)
+def test_a_backbone_that_keras_does_not_track_on_torch_is_the_backbone_all_the_same(name, adapted):
+    assert len(keras_lora.list_targets(MODELS[name]()[0]).of("adapt")) == adapted
 
 
 def test_every_preset_has_a_case():

@@ -149,6 +149,8 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
     linear_maps = (ReversibleEmbeddingMap, UntiedReverseMap)
 
     def call(self, inputs: Any, reverse: bool = False, training: bool | None = None) -> Any:  # type: ignore[override]
+        if not reverse and hasattr(inputs, "with_flat_values"):  # ragged, as above
+            return inputs.with_flat_values(self.call(inputs.flat_values, training=training))
         adapters = {linear.part: adapter for linear, adapter in self.adapted_maps()}
         tied = self.tie_weights
         if not reverse:
