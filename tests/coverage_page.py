@@ -64,8 +64,8 @@ what a user does:
 
 - **share**: what trains of all parameters. It is large because these models are tiny; the README has a real one.
 - **forward**: the difference that `apply_lora` makes. 0 is bit for bit.
-- **training**: what one step of `fit` moved, towards outputs of no meaning. "yes" is more than half of the adapters' weights,
-  and nothing else.
+- **training**: what one step of `fit` moved, towards outputs of no meaning. "yes" is more than half of the adapters'
+  weights, and nothing else.
 - **`.keras`**, **merge**: the difference after saving and loading, and after merging, once the adapters have moved. Where
   merging exceeds 1e-4, the last bit of the input changes about as much.
 
