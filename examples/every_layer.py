@@ -3,9 +3,9 @@
     KERAS_BACKEND=jax python examples/every_layer.py      # jax (the default), torch or tensorflow; a minute
 
 A small network learns scikit-learn's 8 × 8 images of handwritten digits, and is then adapted to a few of the same kind that
-lie on their side. "as it was" is not trained again, "head" trains a new head only, LoRA trains the head
-and a change of low rank to every kernel that `list_targets` names, "full" trains everything. The adapted model goes through
-a `.keras` file and is merged into a plain Keras model: neither may change what it predicts.
+lie on their side. "as it was" is not trained again, "head" trains the head only, LoRA trains the head and a change of low
+rank to every kernel that `list_targets` names, "full" trains everything. The adapted model goes through a `.keras` file and
+is merged into a plain Keras model: neither may change what it predicts.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,15 @@ import keras
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layers that `layer` tracks, in its own order (`Model.layers` is public, but only models have it)."""
     return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def set_past_tracking(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The attributes of `layer` that Keras did not track: on torch, those KerasHub gives a model before its `__init__`."""
+    theirs = (cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == "keras_hub")
+    if keras.backend.backend() != "torch" or not any("__setattr__" in vars(cls) for cls in theirs):
+        return {}
+    early = itertools.takewhile(lambda name: name != "_layers", vars(layer))
+    return {name: vars(layer)[name] for name in early if name != "_modules"}  # torch's own, of later attributes
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:

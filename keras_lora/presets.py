@@ -54,16 +54,10 @@ PRESETS: dict[str, tuple[Preset, ...]] = {
 
 def left_out(places: list[Place]) -> list[tuple[Place, str]]:
     """The places that a preset leaves frozen, each with the reason."""
-    # On torch a KerasHub task keeps its backbone where Keras does not track it.
-    layers = [each for place in places for each in (place.layer, getattr(place.layer, "backbone", None))]
     found = []
-    for backbone in {id(each): each for each in layers if _is_of_keras_hub(each)}.values():
-        presets = PRESETS.get(type(backbone).__name__, ())
-        inside = {id(each.layer) for each in walk(backbone)} if presets else set()
-        within = [place for place in places if id(place.layer) in inside]
-        found += [(place, preset.why) for preset in presets for place in preset.places_in(backbone, within)]
+    for backbone in (place.layer for place in places if type(place.layer).__module__.partition(".")[0] == "keras_hub"):
+        if presets := PRESETS.get(type(backbone).__name__, ()):
+            inside = {id(each.layer) for each in walk(backbone)}
+            within = [place for place in places if id(place.layer) in inside]
+            found += [(place, preset.why) for preset in presets for place in preset.places_in(backbone, within)]
     return found
-
-
-def _is_of_keras_hub(layer: object) -> bool:
-    return type(layer).__module__.partition(".")[0] == "keras_hub"

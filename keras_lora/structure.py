@@ -60,7 +60,10 @@ def by_address(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
 
 
 def _children(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
-    children = [child for child in keras_internals.sublayers(layer) if not isinstance(child, keras.layers.InputLayer)]
+    # Where Keras tracks what KerasHub sets, it comes before the layers of the graph; so an address is the same everywhere.
+    untracked = (child for _, child in _layers_in(keras_internals.set_past_tracking(layer), ""))
+    children = list({id(child): child for child in (*untracked, *keras_internals.sublayers(layer))}.values())
+    children = [child for child in children if not isinstance(child, keras.layers.InputLayer)]
     if not children:
         return
     tracked = {id(child) for child in children}

@@ -256,9 +256,7 @@ def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
     """
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, keras.layers.Layer):
-        # On torch KerasHub keeps parts of a backbone that are not in its graph where Keras does not track them.
-        parts = [backbone, *(each for each in vars(backbone).values() if isinstance(each, keras.layers.Layer))]
-        inside = {id(place.layer) for part in parts for place in walk(part)}
+        inside = {id(place.layer) for place in walk(backbone)}
         return [place for place in places if id(place.layer) not in inside and maps_of(place.layer)]
     if not isinstance(model, keras.Model):
         return []

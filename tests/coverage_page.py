@@ -45,10 +45,10 @@ OF_KERAS_TESTS = """
 ## Keras's own tests
 
 The tests that Keras {keras} ships for these layers, run by `tests/keras_own_tests.py` with adapted layers, whose adapters
-add zero, in the place of Keras's. No test that ran failed. "Without an adapter" are tests that
-need none, such as those of wrong arguments; "skipped" are those that Keras skips on a backend; "with the
-stored kernel" are tests that assign `layer.kernel`, read its constraint or ask for a gradient by it, which run with the
-frozen kernel in the place of `W + ΔW`. Each cell is {order}.
+add zero, in the place of Keras's. No test that ran failed. "Without an adapter" are tests that need none, such as those of
+wrong arguments; "skipped" are those that Keras skips on a backend; "with the stored kernel" are tests that assign
+`layer.kernel`, read its constraint or ask for a gradient by it, which run with the frozen kernel in the place of `W + ΔW`.
+Each cell is {order}.
 
 {table}
 
@@ -112,8 +112,6 @@ def measure_law() -> None:
     """Every case of the law test on this backend, into its file."""
     from test_law import CASES, PAIRS, law
 
-    import keras_lora  # noqa: F401
-
     backend = os.environ["KERAS_BACKEND"]
     rows: dict[str, dict[str, float]] = collections.defaultdict(dict)
     counts = collections.Counter(row_of(case) for case in CASES.values())
@@ -123,7 +121,6 @@ def measure_law() -> None:
         assert apart < CASES[name].tolerance, name
         row[method] = max(row.get(method, 0.0), apart)
     path = DOCS / "coverage" / f"law_{backend}.json"
-    path.parent.mkdir(exist_ok=True)
     package = {"jax": "jax", "tensorflow": "tensorflow-cpu", "torch": "torch"}[backend]
     found = {"layers": rows, "cases": counts, "versions": {name: version(name) for name in ("keras", package)}}
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")

@@ -23,6 +23,15 @@ def test_sublayers_are_the_direct_ones_in_order():
     assert internals.sublayers(layers.Dense(1)) == []
 
 
+def test_what_keras_hub_sets_past_tracking_is_found_on_torch():
+    hub = pytest.importorskip("keras_hub")
+    config = {"vocabulary_size": 9, "num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4}
+    model = hub.models.BertBackbone(**config)
+    found = internals.set_past_tracking(model)
+    assert ("pooled_dense" in found) == (keras.backend.backend() == "torch")
+    assert internals.set_past_tracking(keras.Sequential([layers.Dense(1)])) == {}
+
+
 def test_own_variables_are_without_those_of_sublayers():
     norm = layers.BatchNormalization()
     norm.build((None, 2))
