@@ -36,9 +36,6 @@ import keras_lora
 from keras_lora.adapted import adapted_maps
 from keras_lora.structure import walk
 
-#: How far adapters are moved from their start, for inputs of variance one.
-MOVE = 0.1
-
 
 def outputs(model: Any, x: Any) -> list[np.ndarray]:
     """The float outputs of a call of the model: on TensorFlow in a graph, elsewhere operation by operation."""
@@ -71,12 +68,12 @@ def settle(model: Any, x: Any) -> None:
         norm.momentum, norm.trainable = momentum, trainable
 
 
-def move_adapters(model: Any) -> None:
+def move_adapters(model: Any, size: float = 0.1) -> None:
     """Move every adapter away from its start, by so much that a change is seen, and deep models stay finite."""
     rng = np.random.default_rng(11)
     for v in model.trainable_variables:
-        size = MOVE / np.sqrt(v.shape[-2] if len(v.shape) > 1 else 100)
-        v.assign(value(v).astype("float32") + size * rng.normal(size=tuple(v.shape)).astype("float32"))
+        step = size / np.sqrt(v.shape[-2] if len(v.shape) > 1 else 100)
+        v.assign(value(v).astype("float32") + step * rng.normal(size=tuple(v.shape)).astype("float32"))
 
 
 def pull(x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True) -> Any:

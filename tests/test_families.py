@@ -86,30 +86,31 @@ def generated(model, given, side):
     return by_generate.tolist(), looped[tokens].tolist()
 
 
-def generated_adapted_and_merged(name):
-    """The last two tokens of the model's input left to be generated: adapted, and as the plain model it is once merged."""
+def generated_plain_adapted_and_merged(name):
+    """What is generated as the last two tokens of the model's input: before, adapted, and as the plain model once merged."""
     model, x = MODELS[name]()
-    keras_lora.apply_lora(model, rank=2)
-    move_adapters(model)
     side = "decoder_" if name.endswith("Seq2SeqLM") else ""
     given = {key: np.array(each) for key, each in x.items()}
     given[f"{side}padding_mask"][:, -2:] = 0
     given[f"{side}token_ids"][:, -2:] = 0
+    plain = generated(model, given, side)
+    keras_lora.apply_lora(model, rank=2)
+    move_adapters(model, size=2.0)  # so far that other tokens come
     adapted = generated(model, given, side)
     assert adapted_maps(model)
-    return adapted, generated(keras_lora.merge_lora(model), given, side)
+    return plain, adapted, generated(keras_lora.merge_lora(model), given, side)
 
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generate_works_adapted_and_merged(name):
-    (adapted, looped), (merged, _) = generated_adapted_and_merged(name)
-    assert adapted == looped == merged
+    (plain, _), (adapted, looped), (merged, _) = generated_plain_adapted_and_merged(name)
+    assert plain != adapted == looped == merged
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", sorted(set(ALL_GENERATING) - set(GENERATING) - set(CANNOT_GENERATE)))
 def test_generate_of_an_adapted_model_is_that_of_the_plain_model_it_becomes(name):
-    adapted, merged = generated_adapted_and_merged(name)
+    _, adapted, merged = generated_plain_adapted_and_merged(name)
     assert adapted == merged
 
 
