@@ -6,7 +6,7 @@ BACKENDS := jax tensorflow torch
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint docs clean $(addprefix test-,$(BACKENDS))
+.PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS))
 
 demo: .venv/demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/movie_reviews.py $(DEMO)
@@ -28,6 +28,9 @@ $(addprefix test-,$(BACKENDS)): test-%: .venv/tests
 docs: .venv/tests
 	$(BIN)/mkdocs build --strict --quiet --site-dir .cache/site
 
+bench: .venv/bench
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
 clean:
 	rm -rf .venv .cache
 
@@ -40,6 +43,10 @@ clean:
 .venv/demo-%: .venv/package requirements/%.txt requirements/no-deps.txt examples/requirements.txt
 	$(PIP) -r requirements/$*.txt -r examples/requirements.txt
 	$(PIP) --no-deps -r requirements/no-deps.txt
+	touch $@
+
+.venv/bench: .venv/tests requirements/bench.txt
+	$(PIP) -r requirements/bench.txt
 	touch $@
 
 .venv/tests: .venv/package $(wildcard requirements/*.txt) examples/requirements.txt

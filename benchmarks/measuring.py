@@ -1,0 +1,130 @@
+"""How time is measured here, and what a measurement is written down as."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+WARM_UP = 3
+PACKAGES = ("keras", "jax", "tensorflow-cpu", "tensorflow", "torch", "keras-hub", "keras_lora", "numpy", "peft", "loralib")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+
+
+class Budget(NamedTuple):
+    """How long the variants of one setting may take turns."""
+
+    seconds: float
+    rounds: int = 60
+    at_least: int = 5
+
+
+class Record(TypedDict):
+    """One measurement. `case` is the name of the group that made it."""
+
+    case: str
+    setting: dict[str, Any]
+    quantity: str
+    unit: str  # "s", "bytes", "flops" or "count"
+    variant: str
+    median: float
+    minimum: float
+    repeats: int
+
+
+def record(case: str, setting: dict[str, Any], quantity: str, unit: str, variant: str, values: list[float]) -> Record:
+    return {
+        "case": case,
+        "setting": setting,
+        "quantity": quantity,
+        "unit": unit,
+        "variant": variant,
+        "median": statistics.median(values),
+        "minimum": min(values),
+        "repeats": len(values),
+    }
+
+
+def pin(backend: str) -> None:
+    """One core and one thread, for a process that has not imported a backend yet."""
+    os.environ["KERAS_BACKEND"] = backend
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    core = int(os.environ.get("BENCH_CORE", max(os.sched_getaffinity(0))))
+    os.sched_setaffinity(0, {core})
+    if backend == "torch":
+        import torch  # before TensorFlow, which KerasHub imports: the other order crashes in one process
+
+        torch.set_num_threads(1)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def interleaved(
+    calls: dict[str, Callable[[], Any]], seconds: float, rounds: int, at_least: int = 5
+) -> dict[str, list[float]]:
+    """The CPU seconds of each call, by name. The calls take turns, so what slows the machine slows all of them alike.
+
+    After the warm-up there are `rounds` turns, or as many as begin within `seconds`, but `at_least` so many. Every other
+    turn goes backwards. Garbage is collected between the turns only.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(WARM_UP):
+        for call in calls.values():
+            call()
+    gc.collect()
+    gc.freeze()  # else every collection walks through the backend
+    gc.disable()
+    try:
+        end, turn = time.monotonic() + seconds, 0
+        while turn < at_least or (turn < rounds and time.monotonic() < end):
+            for name in calls if turn % 2 == 0 else reversed(calls):
+                times[name].append(cpu_seconds(calls[name]))
+            gc.collect()
+            turn += 1
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return times
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    """The CPU time of this process that one call takes, on all its threads."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine as this process sees it; call it after `pin`."""
+    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "pinned core": sorted(os.sched_getaffinity(0)),
+        "memory GiB": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+    }
+
+
+def load_average() -> float:
+    return round(os.getloadavg()[0], 2)

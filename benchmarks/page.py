@@ -1,0 +1,531 @@
+"""The page `docs/benchmarks.md` and its plots in `docs/benchmarks/`, written from what `benchmarks/run.py` measured.
+
+    python benchmarks/page.py         # needs matplotlib
+
+It reads `benchmarks/results/{jax,tensorflow,torch}.json`, and `gpu.json` where there is one. `BARS` holds what keras_lora is
+held to. `text` needs no matplotlib, so `tests/test_benchmark_page.py` can hold the page to the results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+FULL, FROZEN, BASE, LIMIT, OURS = "full", "frozen", "base", "limit", "keras_lora"
+VARIANTS = [
+    *(FULL, BASE, LIMIT, FROZEN, "enable_lora", OURS, f"{OURS} dropout", f"{OURS} DoRA", f"{OURS} merged"),
+    *("PEFT", "PEFT DoRA", "loralib"),
+]
+# The quantities with a table of their own; the others are in the table "Once".
+TIMES = ("step", "layers", "inference")
+SIZES = {
+    "peak bytes": "Peak memory of a process of its own, beyond its imports",
+    "temp bytes": "Temporary bytes of the gradient, as XLA counts them",
+    "saved bytes": "Bytes that torch keeps for the backward pass, the weights not counted",
+    "optimizer bytes": "The optimizer's variables",
+    "checkpoint bytes": "The file with what was trained: of `keras_lora` the adapters alone, of the others all weights",
+    "trainable parameters": "Parameters that train",
+    "flops": "FLOPs of the gradient, as XLA counts them",
+}
+SWEEPS = {"depth": "layers", "ranks": "rank", "adapters": "adapters"}  # the case and what it varies
+
+INTRODUCTION = """# Benchmarks
+
+Nothing here is typed in: `benchmarks/page.py` wrote this page from what `benchmarks/run.py` measured, which is in
+`benchmarks/results/`.
+
+Times are CPU seconds of one pinned core. What a table compares ran side by side in one run, in turns, so only ratios are
+to be read: the seconds of a shared machine say little. A ratio is of medians. Where that of minima differs from it by more
+than 10 %, the number has a †: the machine was disturbed, and the number is not to be relied on.
+
+{gpu}{quick}
+
+What ran: `full` trains every weight. `frozen` is the floor, the whole forward and backward pass with next to nothing to
+train. `enable_lora` is Keras's own. `PEFT` and `loralib` hold the same weights in torch, in a bare torch loop. `limit` did
+not run: it is what a step with adapters would take by its FLOPs, at the speed of `full`. `base` has no adapters.
+"""
+NO_GPU = "**No GPU figure has been measured.** What holds on a CPU need not hold on a GPU."
+QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
+OF_BARS = """
+## The bars
+
+What keras_lora is held to, in stacks of Dense layers of width 1,024, at rank 8. The ratio of medians decides; that of minima
+is in brackets.
+
+{table}
+"""
+
+
+class Ratio(NamedTuple):
+    """How two variants of one run compare."""
+
+    median: float
+    minimum: float
+
+    @property
+    def mark(self) -> str:
+        """A dagger where the median and the minimum tell different stories."""
+        return "†" if abs(self.median / self.minimum - 1) > 0.1 else ""
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}{self.mark}"
+
+
+class Bar(NamedTuple):
+    """The least and the most that a ratio of two variants may be, by backend."""
+
+    over: str
+    under: str
+    case: str
+    quantity: str
+    setting: dict[str, int]  # and any others
+    limits: dict[str, tuple[float, float]]
+
+
+def at_least(*least: float) -> dict[str, tuple[float, float]]:
+    """One bar for each backend."""
+    return {backend: (each, math.inf) for backend, each in zip(BACKENDS, least, strict=True)}
+
+
+def at_most(*most: float) -> dict[str, tuple[float, float]]:
+    """One bar for each backend."""
+    return {backend: (0.0, each) for backend, each in zip(BACKENDS, most, strict=True)}
+
+
+LAYERS = {"d": 1024, "rank": 8}
+TRAINING = {**LAYERS, "tokens": 256}
+BARS = [
+    Bar("enable_lora", OURS, "dense", "step", TRAINING, at_least(1.5, 1.3, 1.4)),
+    Bar(OURS, FULL, "dense", "step", TRAINING, at_most(0.66, 0.78, 0.70)),
+    Bar(OURS, FROZEN, "dense", "step", TRAINING, at_most(1.08, 1.12, 1.12)),
+    Bar(OURS, "PEFT", "layers", "layers", TRAINING, {"torch": (0.0, 1.00)}),
+    Bar(OURS, "PEFT", "dense", "step", TRAINING, {"torch": (0.0, 1.03)}),
+    Bar(f"{OURS} DoRA", OURS, "dense", "step", TRAINING, at_most(1.10, 1.15, 1.15)),
+    Bar("enable_lora", OURS, "inference", "inference", {**LAYERS, "tokens": 1}, at_least(2.5, 2.5, 2.5)),
+    Bar(f"{OURS} merged", BASE, "inference", "inference", LAYERS, dict.fromkeys(BACKENDS, (0.97, 1.03))),
+]
+
+# What was measured.
+
+Record = dict[str, Any]
+Results = dict[str, dict[str, Any]]  # by the name of the file: a backend, or "gpu"
+Groups = dict[str, dict[str, Record]]  # by case and setting, then by variant
+
+
+def read() -> Results:
+    """The results that are there."""
+    paths = {name: RESULTS / f"{name}.json" for name in (*BACKENDS, "gpu")}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def shown(results: Results) -> Results:
+    """The results without those called "gpu" that no GPU was there for."""
+    return {
+        name: each for name, each in results.items() if name != "gpu" or (each["records"] and each["machine"].get("gpu"))
+    }
+
+
+def title(name: str, result: dict[str, Any]) -> str:
+    """What a table calls these results."""
+    return BACKENDS[result["backend"]] + (" on a GPU" if name == "gpu" else "")
+
+
+def label(record: Record) -> str:
+    """The case and the setting of a record."""
+    return ", ".join([record["case"], *(f"{key} {value}" for key, value in record["setting"].items())])
+
+
+def groups(result: dict[str, Any], quantity: str) -> Groups:
+    """The records of a quantity that ran side by side."""
+    found: Groups = {}
+    for record in result["records"]:
+        if record["quantity"] == quantity:
+            variants = found.setdefault(label(record), {})
+            if record["variant"] in variants:
+                raise ValueError(f"{result['backend']} has {record['variant']!r} of {quantity!r} twice: {label(record)}.")
+            variants[record["variant"]] = record
+    return found
+
+
+def ratio(variants: dict[str, Record], over: str, under: str) -> Ratio | None:
+    """How two variants compare; None where that was not measured."""
+    if not {over, under} <= variants.keys() or variants[under]["minimum"] <= 0:
+        return None
+    found = (variants[over][each] / variants[under][each] for each in ("median", "minimum"))
+    return Ratio(*found) if variants[over]["minimum"] > 0 else None
+
+
+def first(variants: dict[str, Record]) -> Record:
+    """Any of the records that ran side by side, for what they share."""
+    return next(iter(variants.values()))
+
+
+def ratios(result: dict[str, Any], quantity: str, to: str) -> list[tuple[dict[str, Record], dict[str, Ratio]]]:
+    """What ran side by side, and the ratio of each variant to one of them."""
+    found = []
+    for variants in groups(result, quantity).values():
+        of = {each: ratio(variants, each, to) for each in variants}
+        found.append((variants, {each: one for each, one in of.items() if one}))
+    return found
+
+
+# How a number is written.
+
+
+def scaled(value: float, units: dict[float, str]) -> str:
+    """A number in the largest unit that leaves one before the point."""
+    size = next((each for each in units if value >= each), min(units))
+    number = value / size
+    return f"{number:,.{0 if number >= 100 or number == int(number) else 1 if number >= 10 else 2}f} {units[size]}".strip()
+
+
+UNITS = {
+    "s": {1: "s", 1e-3: "ms", 1e-6: "µs"},
+    "bytes": {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "B"},
+    "flops": {1e9: "GFLOP", 1e6: "MFLOP", 1: "FLOP"},
+    "count": {1: ""},
+}
+
+
+def amount(record: Record) -> str:
+    """The median of a record with its unit."""
+    return scaled(record["median"], UNITS[record["unit"]])
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 2) -> str:
+    """A Markdown table; the columns after the first `left` are to the right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def ordered(variants: Iterable[str]) -> list[str]:
+    """Variants in the order of `VARIANTS`, and unknown ones after them."""
+    return sorted(set(variants), key=lambda each: (VARIANTS.index(each) if each in VARIANTS else len(VARIANTS), each))
+
+
+# The sections of the page.
+
+
+def limits(least: float, most: float) -> str:
+    """A bar, written out."""
+    if most == math.inf:
+        return f"≥ {least:.2f}"
+    return f"≤ {most:.2f}" if least == 0 else f"{least:.2f} to {most:.2f}"
+
+
+def at_the_bar(bar: Bar, result: dict[str, Any]) -> list[tuple[str, Ratio]]:
+    """The ratios that a bar is about, written out and as they are."""
+    found = []
+    for variants in groups(result, bar.quantity).values():
+        case, setting = first(variants)["case"], first(variants)["setting"]
+        measured = ratio(variants, bar.over, bar.under)
+        if measured and case == bar.case and bar.setting.items() <= setting.items():
+            tokens = "" if "tokens" in bar.setting else f", tokens {setting['tokens']}"
+            found.append((f"{measured.median:.3f}{measured.mark} ({measured.minimum:.3f}){tokens}", measured))
+    return found
+
+
+def bars_section(results: Results) -> str:
+    """Which bars are met."""
+    rows = []
+    for bar in BARS:
+        what = f"{bar.quantity}, tokens {bar.setting.get('tokens', 'any')}"
+        for backend, (least, most) in bar.limits.items():
+            found = at_the_bar(bar, results[backend]) if backend in results else []
+            met = all(least <= each.median <= most for _, each in found)
+            verdict = ("met" if met else "**not met**") if found else "not measured"
+            measured = "<br>".join(written for written, _ in found) or "-"
+            rows.append([what, f"`{bar.over}` / `{bar.under}`", BACKENDS[backend], limits(least, most), measured, verdict])
+    return OF_BARS.format(table=table(["of", "ratio", "backend", "bar", "measured", ""], rows, left=3))
+
+
+def training_section(results: Results) -> str:
+    """Every training step, as ratios to full, and the layers alone, as ratios to the floor."""
+    whole = section("A whole training step: ratios to `full`", compared(results, "step", FULL))
+    layers = section("Forward and backward of the layers alone: ratios to `frozen`", compared(results, "layers", FROZEN))
+    return chapter("Training", "What the ratios are to has its median in its own column.", [whole, layers])
+
+
+def inference_section(results: Results) -> str:
+    """Every forward pass, as ratios to the base."""
+    found = table_of(compared(results, "inference", BASE))
+    return chapter("Inference", "Ratios to `base`, whose own column has the median.", [found])
+
+
+Rows = list[tuple[str, str, dict[str, str]]]  # a backend, a case with its setting, and the cells by variant
+
+
+def chapter(heading: str, about: str, parts: list[str]) -> str:
+    """A part of the page; nothing where nothing was measured."""
+    return "\n" + "\n\n".join([f"## {heading}", about, *filter(None, parts)]) + "\n" if any(parts) else ""
+
+
+def section(heading: str, rows: Rows) -> str:
+    """A heading and a table; nothing where there are no rows."""
+    return f"### {heading}\n\n{table_of(rows)}" if rows else ""
+
+
+def table_of(rows: Rows) -> str:
+    """A table with a column for each variant; nothing where there are no rows."""
+    columns = ordered(variant for _, _, cells in rows for variant in cells)
+    lines = [[backend, case, *(cells.get(each, "-") for each in columns)] for backend, case, cells in rows]
+    return table(["backend", "case", *(f"`{each}`" for each in columns)], lines) if rows else ""
+
+
+def compared(results: Results, quantity: str, to: str) -> Rows:
+    """The rows of a quantity as ratios to a variant, which itself shows what was measured."""
+    rows = []
+    for name, result in results.items():
+        for variants, found in ratios(result, quantity, to):
+            cells = {each: str(found.get(each, "-")) for each in variants.keys() | found.keys()}
+            cells |= {to: amount(variants[to])} if to in variants else {}
+            rows.append((title(name, result), label(first(variants)), cells))
+    return rows
+
+
+def amounts(results: Results, quantity: str) -> Rows:
+    """The rows of a quantity: what was measured, and in brackets the ratio to full."""
+    rows = []
+    for name, result in results.items():
+        for case, variants in groups(result, quantity).items():
+            cells = {each: amount(record) for each, record in variants.items()}
+            for each in variants.keys() - {FULL}:
+                if found := ratio(variants, each, FULL):
+                    cells[each] += f" ({found.median:.3g}{found.mark})"
+            rows.append((title(name, result), case, cells))
+    return rows
+
+
+def sizes_section(results: Results) -> str:
+    """Memory, files and FLOPs."""
+    tables = [section(heading, amounts(results, quantity)) for quantity, heading in SIZES.items()]
+    return chapter("Memory, files and FLOPs", "In brackets the ratio to `full`.", tables)
+
+
+def once_section(results: Results) -> str:
+    """What happens once, of the cases that are no sweep."""
+    plain = {
+        name: {**each, "records": [one for one in each["records"] if one["case"] not in SWEEPS]}
+        for name, each in results.items()
+    }
+    quantities = dict.fromkeys(one["quantity"] for each in plain.values() for one in each["records"])  # in their order
+    others = [each for each in quantities if each not in {*TIMES, *SIZES}]
+    return chapter(
+        "Once", "In brackets the ratio to `full`.", [section(each.capitalize(), amounts(plain, each)) for each in others]
+    )
+
+
+def sweep(result: dict[str, Any], case: str) -> dict[tuple[str, str], dict[float, Record]]:
+    """By quantity and variant of a sweep: the records by what the sweep varies."""
+    found: dict[tuple[str, str], dict[float, Record]] = {}
+    for record in result["records"]:
+        if record["case"] == case:
+            line = found.setdefault((record["quantity"], record["variant"]), {})
+            at = record["setting"][SWEEPS[case]]
+            if at in line:
+                raise ValueError(f"{result['backend']} has {record['quantity']!r} at {SWEEPS[case]} {at} twice in a sweep.")
+            line[at] = record
+    return found
+
+
+def sweeps_section(results: Results) -> str:
+    """What grows with the layers, the rank and the number of adapters."""
+    parts = []
+    for case, varied in SWEEPS.items():
+        lines = {
+            (title(name, result), *key): line
+            for name, result in results.items()
+            for key, line in sweep(result, case).items()
+        }
+        ats = sorted({at for line in lines.values() for at in line})
+        rows = [
+            [backend, quantity, f"`{variant}`", *(amount(line[at]) if at in line else "-" for at in ats)]
+            for (backend, quantity, variant), line in lines.items()
+        ]
+        if rows:
+            header = ["backend", "quantity", "variant", *(f"{varied} {at}" for at in ats)]
+            parts += [f"### Over {case}", table(header, rows, left=3)]
+    return chapter("Sweeps", "The median of each quantity as one thing grows.", parts)
+
+
+def machine_section(results: Results) -> str:
+    """Where and with what each run was."""
+    parts = []
+    for name, result in results.items():
+        facts = {"date": result["date"], "seconds": f"{result['seconds']:.0f}", "records": len(result["records"])}
+        rows = [[key, str(value)] for key, value in {**facts, **result["machine"], **result["versions"]}.items()]
+        parts.append(f"### {title(name, result)}\n\n{table(['', ''], rows)}")
+    return chapter("Machine and versions", "What each run was measured on.", parts)
+
+
+def text(results: Results) -> str:
+    """The whole page."""
+    results = shown(results)
+    gpu = f"What is said to be on a GPU was measured on {results['gpu']['machine']['gpu']}." if "gpu" in results else NO_GPU
+    hasty = ", ".join(title(name, each) for name, each in results.items() if each["quick"])
+    quick = QUICK.format(names=hasty) if hasty else ""
+    plots = chapter(
+        "Plots",
+        "Ratios of medians; the dashed line is the limit.",
+        [f"![{each.title}](benchmarks/{each.name}.svg)" for each in figures(results)],
+    )
+    sections = [training_section, inference_section, sizes_section, once_section, sweeps_section, machine_section]
+    return (
+        INTRODUCTION.format(gpu=gpu, quick=quick)
+        + bars_section(results)
+        + plots
+        + "".join(each(results) for each in sections)
+    )
+
+
+# The plots.
+
+
+class Figure(NamedTuple):
+    """What a plot shows: in each panel lines by name, each of them y by x."""
+
+    name: str
+    title: str
+    x: str
+    y: str
+    panels: dict[str, dict[str, dict[Any, float]]]
+    scale: str = "linear"
+
+
+def figures(results: Results) -> list[Figure]:
+    """The plots that these results allow."""
+    full, base = "ratio to full", "ratio to base"
+    drawn = [
+        Figure("training_step", "A training step of the dense case", "", full, dense_steps(results)),
+        Figure("tokens", "A training step by tokens", "tokens", full, panels(results, over_tokens)),
+        Figure("ranks", "A training step by rank", "rank", full, panels(results, over_ranks)),
+        Figure("depth", "What happens once, by layers", "layers", "seconds", panels(results, over_layers), "log"),
+        Figure("inference", "Inference by rows of a batch", "rows", base, panels(results, over_batches)),
+    ]
+    return [each for each in drawn if each.panels]
+
+
+def panels(results: Results, lines: Callable[[dict[str, Any]], dict[str, dict[Any, float]]]) -> dict[str, Any]:
+    """A panel for each backend that has lines of at least two points."""
+    found = {}
+    for name, result in results.items():
+        measured = lines(result)
+        kept = {each: dict(sorted(measured[each].items())) for each in ordered(measured) if len(measured[each]) > 1}
+        if kept:
+            found[title(name, result)] = kept
+    return found
+
+
+def dense_steps(results: Results) -> dict[str, Any]:
+    """The one panel of bars: by backend, then by variant, at the setting of the bars."""
+    found = {}
+    for name, result in results.items():
+        for variants, measured in ratios(result, "step", FULL):
+            if first(variants)["case"] == "dense" and TRAINING.items() <= first(variants)["setting"].items():
+                found[title(name, result)] = {each: measured[each].median for each in ordered(measured)}
+    return {"": found} if found else {}
+
+
+def over_tokens(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
+    """The step ratios of the dense case, by tokens."""
+    return over(ratios(result, "step", FULL), "dense", LAYERS, "tokens")
+
+
+def over_ranks(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
+    """The step ratios of the sweep over ranks."""
+    return over(ratios(result, "step", FULL), "ranks", {}, "rank")
+
+
+def over_batches(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
+    """The inference ratios by rows of a batch."""
+    return over(ratios(result, "inference", BASE), "inference", LAYERS, "tokens")
+
+
+def over(
+    measured: list[tuple[dict[str, Record], dict[str, Ratio]]], case: str, setting: dict[str, int], varied: str
+) -> dict[str, dict[Any, float]]:
+    """Of each variant the ratios of a case by what varies, at this setting of the rest."""
+    found: dict[str, dict[Any, float]] = {}
+    for variants, found_ratios in measured:
+        record = first(variants)
+        if record["case"] == case and setting.items() <= record["setting"].items() and varied in record["setting"]:
+            for variant, each in found_ratios.items():
+                found.setdefault(variant, {})[record["setting"][varied]] = each.median
+    return found
+
+
+def over_layers(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
+    """The seconds of what keras_lora does once, by layers."""
+    return {
+        quantity: {at: record["median"] for at, record in line.items() if record["median"] > 0}
+        for (quantity, variant), line in sweep(result, "depth").items()
+        if variant == OURS and line[min(line)]["unit"] == "s"
+    }
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Draws a plot; the same plot is the same bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"svg.hashsalt": "keras_lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    with matplotlib.rc_context({**style, "axes.spines.right": False}):
+        width = 8 if "" in figure.panels else 1 + 3.2 * len(figure.panels)
+        drawing, axes = pyplot.subplots(1, len(figure.panels), squeeze=False, sharey=True, figsize=(width, 3.6))
+        for ax, (name, lines) in zip(axes[0], figure.panels.items(), strict=True):
+            (draw_lines if name else draw_bars)(ax, lines, figure)
+            ax.set(title=name, xlabel=figure.x)
+        axes[0][0].set(ylabel=figure.y, **({"ylim": (0, None)} if figure.scale == "linear" else {}))
+        entries = {each: handle for ax in axes[0] for handle, each in zip(*ax.get_legend_handles_labels(), strict=True)}
+        drawing.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
+        drawing.set_layout_engine("constrained")
+        drawing.savefig(path, metadata={"Date": None, "Creator": None})
+        pyplot.close(drawing)
+
+
+def draw_lines(ax: Any, lines: dict[str, dict[Any, float]], figure: Figure) -> None:
+    """Lines over an axis that doubles, with a colour for each name."""
+    names = ordered({name for each in figure.panels.values() for name in each})
+    for name, line in lines.items():
+        look = {"color": "black", "linestyle": "--"} if name == LIMIT else {"color": f"C{names.index(name)}", "marker": "o"}
+        ax.plot(list(line), list(line.values()), label=name, markersize=3, **look)
+    ax.set(xscale="log", yscale=figure.scale)
+    ats = sorted({at for line in lines.values() for at in line})
+    ax.set_xticks(ats, [str(at) for at in ats])
+    ax.minorticks_off()
+
+
+def draw_bars(ax: Any, lines: dict[str, dict[Any, float]], figure: Figure) -> None:
+    """A bar for each variant and backend, and a line at the limit."""
+    variants = ordered({variant for line in lines.values() for variant in line} - {LIMIT})
+    width = 0.8 / len(lines)
+    for shift, (name, line) in enumerate(lines.items()):
+        ats = [variants.index(variant) + shift * width - 0.4 + width / 2 for variant in line if variant != LIMIT]
+        ax.bar(ats, [value for variant, value in line.items() if variant != LIMIT], width, label=name)
+    for limit in sorted({line[LIMIT] for line in lines.values() if LIMIT in line}):
+        ax.axhline(limit, color="black", linestyle="--", linewidth=1, label=LIMIT)
+    ax.set_xticks(range(len(variants)), [each.replace(" ", "\n") for each in variants])
+
+
+def write() -> None:
+    """The page and its plots, and no plot of another day."""
+    results = read()
+    (DOCS / "benchmarks.md").write_text(text(results))
+    (DOCS / "benchmarks").mkdir(exist_ok=True)
+    for old in (DOCS / "benchmarks").glob("*.svg"):
+        old.unlink()
+    for figure in figures(shown(results)):
+        draw(figure, DOCS / "benchmarks" / f"{figure.name}.svg")
+
+
+if __name__ == "__main__":
+    write()

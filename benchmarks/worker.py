@@ -1,0 +1,76 @@
+"""Measure some groups on one backend, in this process.
+
+    KERAS_BACKEND=jax python benchmarks/worker.py --group dense --group block [--quick] [--json FILE]
+
+A group that fails is named at the end; the others run. `run.py` is the command for everything.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import measuring
+
+GROUPS = (
+    *("dense", "layers", "inference", "block", "convolution", "embedding", "hub"),  # timings.py
+    *("depth", "ranks", "adapters"),  # sweeps.py
+    *("bytes", "memory"),  # sizes.py
+)
+
+
+def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list[str]]:
+    """The records, and the names of the groups that failed."""
+    import sizes
+    import sweeps
+    import timings
+
+    functions = {
+        **{name: getattr(timings, name) for name in GROUPS[:7]},
+        **{name: getattr(sweeps, name) for name in GROUPS[7:10]},
+        "bytes": sizes.count,
+        "memory": sizes.memory,
+    }
+    records: list[measuring.Record] = []
+    failed = []
+    for name in names:
+        start = time.monotonic()
+        try:
+            own = list(functions[name](quick))
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        else:
+            records += own
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    return records, failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", action="append", choices=GROUPS, help="may be given several times; all by default")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--isolated", nargs=2, metavar=("CASE", "VARIANT"), help="used by the group 'memory'")
+    arguments = parser.parse_args()
+    measuring.pin(os.environ.get("KERAS_BACKEND", "jax"))
+    if arguments.isolated:
+        import sizes
+
+        sizes.isolated(*arguments.isolated, arguments.quick)
+        return
+    records, failed = measure(arguments.group or list(GROUPS), arguments.quick)
+    result = {"records": records, "failed": failed, "versions": measuring.versions(), "machine": measuring.machine()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result))
+    else:
+        print(json.dumps(records, indent=1))
+    if failed:
+        sys.exit(f"FAILED: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
