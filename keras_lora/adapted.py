@@ -143,9 +143,7 @@ class AdaptedLayer(Owner):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
-        y = linear.base_output(inputs)
-        y = getattr(self, linear.slot).adapted_output(inputs, y, linear, training=training)
-        return linear.finish(y)
+        return linear.finish(getattr(self, linear.slot).output(inputs, linear, training=training))
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
@@ -184,7 +182,7 @@ class EffectiveLayer(AdaptedLayer):
         """The plain layer with the changed kernels, sharing everything else with this one."""
         kernels: dict[str, Any] = {}
         for linear, adapter in self.adapted_maps():
-            dtype = keras_internals.dtype_in_call(self, linear.kernel_variable)
+            dtype = keras_internals.dtype_in_call(self, linear.kernel_variable, stored_apart=linear.base_dtype is not None)
             kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
         return seen_with(self, self.base_class, **kernels)
 
@@ -299,6 +297,7 @@ def set_plain(layer: Any) -> None:
     """Give one adapted layer or owner its own class back; an adapted layer loses its adapter."""
     if isinstance(layer, AdaptedLayer):
         for linear, _ in layer.adapted_maps():
+            linear.store_kernel(None)
             keras_internals.forget_sublayer(layer, linear.slot)
     if isinstance(layer, Owner):
         vars(layer).pop(_REBUILDS, None)
@@ -346,6 +345,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "base": keras_internals.public_name(owner.base_class),
         "build_config": owner.get_build_config(),
         "adapters": {},
+        "base_dtypes": {},
         "quantized": {},
         "training": training.marks_of(owner),
     }
@@ -354,6 +354,8 @@ def describe(owner: Any) -> dict[str, Any]:
             for linear, adapter in place.layer.adapted_maps():
                 address = address_of(place.address, linear)
                 description["adapters"][address] = keras.saving.serialize_keras_object(adapter)
+                if linear.layer.built and linear.base_dtype is not None:
+                    description["base_dtypes"][address] = linear.base_dtype
         if (quantized := quantization.describe(place.layer)) is not None:
             description["quantized"][place.address] = quantized
     return description
@@ -368,6 +370,8 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     for address, config in description["adapters"].items():
         if adapter_of(maps[address]) is None:
             set_adapter(maps[address], adapters.get(config))
+    for address, dtype in description.get("base_dtypes", {}).items():
+        _when_built(maps[address].layer, maps[address].store_kernel, dtype)
     holder = owner
     for place in walk(owner):
         if not isinstance(place.layer, adapters.Adapter):

@@ -16,6 +16,9 @@ from keras_lora.patterns import Pattern, Patterns
 from keras_lora.structure import walk
 from keras_lora.targets import list_targets
 
+#: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
+BASE_DTYPES = ("bfloat16",)
+
 
 def apply_lora(
     model: Any,
@@ -32,6 +35,7 @@ def apply_lora(
     alpha_pattern: Mapping[Pattern, float] | None = None,
     adapter_pattern: Mapping[Pattern, Any] | None = None,
     blocks: Any = None,
+    base_dtype: str | None = None,
     input_shape: Any = None,
 ) -> Any:
     """Freeze a model and add adapters to its linear layers, in place.
@@ -62,6 +66,9 @@ def apply_lora(
         blocks: Adapt only inside these of the model's repeated blocks: an index, several, or a slice of indices
             (`slice(-4, None)`, the last four) or of fractions of the depth (`slice(0.5, None)`, the upper half). Each series
             of blocks (an encoder, a decoder) is counted on its own.
+        base_dtype: `"bfloat16"` stores the float kernels of the adapted layers in it, at half the memory of float32, and
+            computes their products in it, without a float32 copy of them; the adapters stay float32. By default kernels
+            stay as they are. `remove_lora` and `merge_lora` give them their own dtype back, not the digits they lost.
         input_shape: Builds an unbuilt model first.
 
     Returns:
@@ -85,6 +92,8 @@ def apply_lora(
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
     method = adapters.get(adapter, rank=rank, alpha=alpha)
+    if base_dtype not in (None, *BASE_DTYPES):
+        raise ValueError(f"`base_dtype` must be None or one of {BASE_DTYPES}. Received: base_dtype={base_dtype!r}.")
     if input_shape is not None and not model.built:
         model.build(input_shape)
     rows = list_targets(
@@ -102,6 +111,9 @@ def apply_lora(
     )
     started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
     inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
+    if base_dtype is not None:
+        for linear, _ in started:
+            linear.store_kernel(base_dtype)
     forget_traces(model)
     return model
 

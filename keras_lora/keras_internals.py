@@ -82,11 +82,38 @@ def track_torch_parameters(layer: keras.layers.Layer) -> None:
             each._track_variables()
 
 
-def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable) -> str:
-    """The dtype in which the code of `layer` sees `variable` while it is called."""
-    dtype = keras.backend.standardize_dtype(variable.dtype)
-    casts = layer.autocast and getattr(variable, "_autocast", True) and keras.backend.is_float_dtype(dtype)
+def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_apart: bool = False) -> str:
+    """The dtype in which the code of `layer` sees `variable` while it is called, or would if it were not stored apart."""
+    dtype = layer.variable_dtype if stored_apart else keras.backend.standardize_dtype(variable.dtype)
+    autocast = stored_apart or getattr(variable, "_autocast", True)
+    casts = layer.autocast and autocast and keras.backend.is_float_dtype(dtype)
     return layer.compute_dtype if casts else dtype
+
+
+class _DrawnSeed(keras.random.SeedGenerator):
+    def __init__(self, generator: keras.random.SeedGenerator, drawn: Any):
+        self._initial_seed, self._drawn = generator._initial_seed, drawn
+
+    def next(self, ordered: bool = True) -> Any:
+        return self._drawn
+
+
+def drawn_seed(generator: keras.random.SeedGenerator, drawn: Any) -> keras.random.SeedGenerator:
+    """What `generator.next()` gave, as an argument `seed` of `keras.random`, which takes no tensor: the same numbers again.
+
+    On torch a generator without a seed leaves the drawing to torch, which `keras.remat` repeats.
+    """
+    return _DrawnSeed(generator, drawn)
+
+
+def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True) -> None:
+    """Store `variable` in another dtype, in place: a new variable would change the order of the layer's weights.
+
+    Without `autocast` a layer that is called sees it in that dtype, and not in the dtype it computes in.
+    """
+    value = keras.ops.cast(keras.ops.stop_gradient(keras.ops.convert_to_tensor(variable)), dtype)
+    variable._dtype, variable._autocast = dtype, autocast
+    variable._initialize(value)
 
 
 def copy_mask(source: Any, to: Any) -> Any:

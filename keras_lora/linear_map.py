@@ -22,12 +22,13 @@ The right side is the definition, as in the paper. The left side is what runs. W
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_lora import quantization
+from keras_lora import backend, keras_internals, quantization
 
 
 def seen_with(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
@@ -61,6 +62,8 @@ class LinearMap:
     no_dropout: str | None = None
     #: Whether scaling an output unit is scaling entries of `y`.
     scales_outputs = True
+    #: Whether `apply` is `x @ matrix` once the last axes of `x` are taken for one, and `y` is laid out the same way.
+    is_matmul = False
 
     def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
@@ -119,6 +122,19 @@ class LinearMap:
         return f"_{self.kernel_name}" if is_property else self.kernel_name
 
     @property
+    def base_dtype(self) -> str | None:
+        """The dtype in which `store_kernel` has stored the kernel, or `None` where it is in the layer's own."""
+        if quantization.mode_of(self.layer) is not None:
+            return None
+        stored = keras.backend.standardize_dtype(self.kernel_variable.dtype)
+        return None if stored == self.layer.variable_dtype else stored
+
+    def store_kernel(self, dtype: str | None) -> None:
+        """Store the kernel in `dtype`, or again in the layer's own. The base product is then computed in that dtype."""
+        if quantization.mode_of(self.layer) is None and dtype != self.base_dtype:
+            keras_internals.store_variable(self.kernel_variable, dtype or self.layer.variable_dtype, autocast=dtype is None)
+
+    @property
     def constraint(self) -> Any:
         """The constraint put on the kernel, or `None`."""
         return getattr(self.kernel_variable, "constraint", None)
@@ -158,8 +174,14 @@ class LinearMap:
 
     def base_output(self, x: Any) -> Any:
         """The layer's own linear part, float or quantised: `apply(x, W)`."""
+        if self.base_dtype is not None and not self.picks_rows:
+            return self.in_base_dtype(x, lambda x: self.call_with(x, self.kernel))
         view = seen_with(self.layer, self.layer_class, **self.held_out)
         return view.call(x) if quantization.mode_of(self.layer) is None else view.quantized_call(x)
+
+    def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:
+        """`product(x)` in the dtype in which the kernel is stored: a copy of `x` is made, and none of the kernel."""
+        return ops.cast(product(ops.cast(x, self.base_dtype)), self.layer.compute_dtype)
 
     def apply(self, x: Any, matrix: Any) -> Any:
         """The layer's linear part with `matrix` in the place of its own, in the layout of the layer's output."""
@@ -172,6 +194,34 @@ class LinearMap:
     def apply_product(self, x: Any, a: Any, b: Any) -> Any:
         """`apply(x, a b)` with `a (*groups, in_dim, k)` and `b (*groups, k, out_dim)`, without forming `a b`."""
         return self.expand(self.contract(x, a), b)
+
+    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: float, y: Any = None) -> Any:
+        """`y + scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.
+
+        Where `y`, the base output, is not given, it is computed here, together with the change where that is faster.
+        """
+        kernel = None
+        if y is None and self._can_run_in_one:
+            kernel = ops.cast(ops.reshape(self.kernel_variable, self.matrix_shape), self.layer.compute_dtype)
+        elif y is None:
+            y = self.base_output(x)
+        if not self.is_matmul:
+            return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(scale * b, y.dtype)))
+        in_dim, out_dim = self.matrix_shape
+        x = ops.cast(x, self.layer.compute_dtype if y is None else y.dtype)
+        shape = (*ops.shape(x)[: -self.kernel_axes.count("i")], *self._sizes("o")) if y is None else ops.shape(y)
+        if len(x.shape) > 2:
+            x = ops.reshape(x, (-1, in_dim))
+        if y is not None and len(y.shape) > 2:
+            y = ops.reshape(y, (-1, out_dim))
+        y = backend.low_rank_sum(x, a, b, scale, y=y, kernel=kernel)
+        return y if len(shape) == 2 else ops.reshape(y, shape)
+
+    @property
+    def _can_run_in_one(self) -> bool:
+        """Whether the base product and the change can be computed together, the kernel being its own matrix."""
+        as_it_is = self._matrix_order == sorted(self._matrix_order) and quantization.mode_of(self.layer) is None
+        return backend.fuses_base() and self.is_matmul and as_it_is and self.base_dtype is None
 
     def expand(self, h: Any, m: Any) -> Any:
         """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""
@@ -195,6 +245,6 @@ class LinearMap:
 
     def call_with(self, x: Any, kernel: Any) -> Any:
         """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
-        policy = keras.DTypePolicy(keras.backend.standardize_dtype(self.layer.compute_dtype))
+        policy = keras.DTypePolicy(self.base_dtype or keras.backend.standardize_dtype(self.layer.compute_dtype))
         attributes = {**self.held_out, self.kernel_attribute: kernel, "_dtype_policy": policy}
         return seen_with(self.layer, self.layer_class, **attributes).call(x)

@@ -24,6 +24,7 @@ class _Kept:
 
     adapters: dict[str, adapters.Adapter]
     kernels: dict[str, np.ndarray]
+    base_dtypes: dict[str, str | None]
     marks: dict[str, dict[str, Any]]
 
 
@@ -61,13 +62,15 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
             f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
-    kept = _Kept({}, {}, training.marks_of(model)) if keep else None
+    kept = _Kept({}, {}, {}, training.marks_of(model)) if keep else None
     for address, (linear, adapter) in adapted.items():
         variable = linear.kernel_variable
         merged = _merged_kernel(linear, adapter)
         if kept is not None:
             kept.adapters[address] = adapter
             kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
+            kept.base_dtypes[address] = linear.base_dtype
+        linear.store_kernel(None)
         variable.assign(merged)
     take_out(model)
     forget_traces(model, warn=False)  # a merged model is for running; `fit` itself asks for `compile`
@@ -106,6 +109,7 @@ def unmerge_lora(model: Any) -> Any:
     maps = maps_by_address(model)
     for address, adapter in kept.adapters.items():
         set_adapter(maps[address], adapter)
+        maps[address].store_kernel(kept.base_dtypes[address])
         maps[address].kernel_variable.assign(kept.kernels[address])
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():

@@ -23,7 +23,7 @@ ORDER = [
     ["adapted"],
     ["training", "linear_map", "rebuilding"],
     ["structure", "quantization", "adapters"],
-    ["keras_internals"],
+    ["keras_internals", "backend"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
@@ -67,8 +67,10 @@ def test_layers_know_no_particular_method_and_methods_no_layer():
             assert "linear_map" not in names
 
 
-def test_no_file_imports_a_backend():
+def test_one_file_imports_a_backend():
     for path in FILES:
+        if path.stem == "backend":
+            continue
         roots = {name.partition(".")[0] for name in imported(path)}
         assert not roots & {"tensorflow", "jax", "torch"}, path
 

@@ -88,15 +88,28 @@ class DoRA(Adapter):
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         if not linear.scales_outputs:  # a tied embedding in reverse sums over the units that the magnitude scales
             return super().adapted_output(x, y, linear, training)
-        y = ops.add(y, self.lora.low_rank_output(x, y.dtype, linear, training))
-        # g = m / ‖W + sAB‖. Written (g - 1) y because g stays close to 1, where bfloat16 has only 3 digits.
-        gain = ops.subtract(ops.divide(self.magnitude, ops.stop_gradient(self.direction_norm(linear))), 1.0)
-        gain = linear.along_outputs(ops.cast(gain, y.dtype), y)
-        return ops.add(y, ops.multiply(gain, y))
+        return self._scaled(self.lora.adapted_output(x, y, linear, training), linear)
+
+    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+        if not linear.scales_outputs:
+            return super().output(x, linear, training)
+        return self._scaled(self.lora.output(x, linear, training), linear)
+
+    def _scaled(self, y: Any, linear: Any) -> Any:
+        """`y = apply(x, W + sAB)`, with each output unit brought to its magnitude."""
+        gain = ops.divide(self.magnitude, self.direction_norm(linear))
+        if keras.backend.standardize_dtype(y.dtype) == "float32":
+            return ops.multiply(y, linear.along_outputs(gain, y))
+        # Written y + (g - 1) y because g stays close to 1, where bfloat16 has only 3 digits.
+        return ops.add(y, ops.multiply(y, linear.along_outputs(ops.cast(ops.subtract(gain, 1.0), y.dtype), y)))
 
     def direction_norm(self, linear: Any) -> Any:
-        """`‖W + scale · A B‖` of each output, `(*groups, out_dim)`, from products no larger than `(rank, out_dim)`."""
-        a, b = ops.convert_to_tensor(self.lora.lora_a), self.lora.scale * self.lora.lora_b
+        """`‖W + scale · A B‖` of each output, `(*groups, out_dim)`, from products no larger than `(rank, out_dim)`.
+
+        A constant in the gradient (section 4.3 of the paper).
+        """
+        a, b = (ops.stop_gradient(ops.convert_to_tensor(factor)) for factor in (self.lora.lora_a, self.lora.lora_b))
+        b = self.lora.scale * b
         matrix = linear.matrix
         a_transposed = ops.swapaxes(a, -1, -2)
         across = ops.cast(ops.matmul(ops.cast(a_transposed, matrix.dtype), matrix), b.dtype)

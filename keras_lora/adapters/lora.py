@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lora import keras_internals
 from keras_lora.adapters.adapter import Adapter
 
 
@@ -105,13 +106,21 @@ class LoRA(Adapter):
         return self.scale * ops.matmul(self.lora_a, self.lora_b)
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
-        return ops.add(y, self.low_rank_output(x, y.dtype, linear, training))
+        if self.seed_generator is None or not training:
+            return linear.low_rank_sum(x, self.lora_a, self.lora_b, self.scale, y)
 
-    def low_rank_output(self, x: Any, dtype: Any, linear: Any, training: bool | None) -> Any:
-        """`apply(x, ΔW)` as `(x A)(scale · B)`: the scale is folded into the rank-sized side."""
-        if self.seed_generator is not None and training:
-            x = keras.random.dropout(x, self.dropout, seed=self.seed_generator)
-        return linear.apply_product(x, ops.cast(self.lora_a, dtype), ops.cast(self.scale * self.lora_b, dtype))
+        # The dropped input is not kept for the backward pass: it is made again there, from the same seed.
+        def dropped(x: Any, a: Any, drawn: Any) -> Any:
+            seed = keras_internals.drawn_seed(self.seed_generator, drawn)
+            return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
+
+        h = keras.remat(dropped)(x, ops.cast(self.lora_a, y.dtype), self.seed_generator.next())
+        return ops.add(y, linear.expand(h, ops.cast(self.scale * self.lora_b, y.dtype)))
+
+    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+        if self.seed_generator is None or not training:
+            return linear.low_rank_sum(x, self.lora_a, self.lora_b, self.scale)
+        return super().output(x, linear, training)
 
     def get_config(self) -> dict[str, Any]:
         return {

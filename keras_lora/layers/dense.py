@@ -12,6 +12,7 @@ class DenseMap(LinearMap):
     """Kernel `(in, units)`; the defaults of `LinearMap` are written for it."""
 
     layer_class = keras.layers.Dense
+    is_matmul = True
 
 
 class LoRADense(AdaptedLayer, keras.layers.Dense):

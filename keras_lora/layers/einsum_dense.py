@@ -31,6 +31,12 @@ class Axes:
     passed: str  # in the input and the output ("..." included)
     rank: str  # a letter that the equation does not use
 
+    @property
+    def is_matmul(self) -> bool:
+        """Whether all that is summed over stands last in the input, and all that is free last in the output."""
+        before = self.inputs.removesuffix(self.contracted)
+        return not self.groups and self.inputs == before + self.contracted and self.outputs == before + self.free
+
 
 @functools.cache
 def axes_of(equation: str, groups: str | None = None) -> Axes:
@@ -68,6 +74,10 @@ class EinsumMap(LinearMap):
     def kernel_axes(self) -> str:
         axes = self.axes
         return "".join("g" if axis in axes.groups else "i" if axis in axes.contracted else "o" for axis in axes.kernel)
+
+    @property
+    def is_matmul(self) -> bool:  # type: ignore[override]
+        return self.axes.is_matmul
 
     def _letter_sizes(self, letters: str) -> tuple[int, ...]:
         sizes = dict(zip(self.axes.kernel, self.kernel_shape, strict=True))

@@ -78,7 +78,11 @@ class AdaptedKernel:
         linear = self.linear.within(equation)
         if linear is None:
             return ops.einsum(equation, x, self.changed)
-        return self.adapter.adapted_output(x, ops.einsum(equation, x, self.base), linear, training=self.training)
+        if self.linear.base_dtype is None:
+            y = ops.einsum(equation, x, self.base)
+        else:
+            y = self.linear.in_base_dtype(x, lambda x: ops.einsum(equation, x, self.linear.kernel))
+        return self.adapter.adapted_output(x, y, linear, training=self.training)
 
 
 class _Ops(types.ModuleType):

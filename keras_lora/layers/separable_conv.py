@@ -47,7 +47,7 @@ class PointwiseMap(ConvMap):
     groups = ()
 
     def base_output(self, x: Any) -> Any:
-        return self.apply(x, self.matrix)
+        return self.apply(x, self.matrix) if self.base_dtype is None else super().base_output(x)
 
     def call_with(self, x: Any, kernel: Any) -> Any:
         return ops.conv(x, kernel, strides=1, padding="valid", data_format=self.layer.data_format)
@@ -77,7 +77,7 @@ class AdaptedSeparableConv(AdaptedLayer):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         layer: Any = self
         adapters = {linear.part: (linear, adapter) for linear, adapter in self.adapted_maps()}
-        depthwise = ops.convert_to_tensor(layer.depthwise_kernel)
+        depthwise = ops.cast(layer.depthwise_kernel, layer.compute_dtype)
         if "depthwise_kernel" in adapters:
             linear, adapter = adapters["depthwise_kernel"]
             depthwise = ops.cast(linear.changed_kernel(adapter), depthwise.dtype)

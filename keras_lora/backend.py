@@ -1,0 +1,94 @@
+"""The only file that may name a backend: what Keras's own operations cannot say, or say slowly."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+from keras import ops
+
+
+def fuses_base() -> bool:
+    """Whether `low_rank_sum` is faster with the base product in it: XLA fuses what it can itself."""
+    return keras.backend.backend() == "torch"
+
+
+def low_rank_sum(x: Any, a: Any, b: Any, scale: float, *, y: Any = None, kernel: Any = None) -> Any:
+    """`scale · (x a) b`, added to `y` or to `x kernel`, one of which is given.
+
+    Args:
+        x: `(n, in)`, of the dtype of the computation.
+        a, b: The factors `(in, rank)` and `(rank, out)`, in their own dtype.
+        scale: A positive number.
+        y: `(n, out)`.
+        kernel: `(in, out)`.
+
+    How it is written decides how fast it is. The gradient of `a` is `xᵀ dh`, a product with few columns, and that shape is
+    slow: on one CPU core, with 256 rows, width 1,024 and rank 8, it takes about ten times as long as its transpose `dhᵀ x`
+    (`benchmarks/products.py`). So both branches ask for the transpose.
+    """
+    if keras.backend.backend() == "torch":
+        dtype = x.dtype
+        return _torch_low_rank_sum(x, ops.cast(a, dtype), ops.cast(b, dtype), scale, y, kernel)
+    # XLA would exchange the factors of `dhᵀ x` again to save the transposition, were there no multiplication between them.
+    # A multiplication by 1 it would drop: there 2 and 1/2, which are exact.
+    left, right = (2.0, 0.5) if scale == 1 else (scale, 1.0)
+    a = ops.cast(ops.transpose(left * ops.transpose(a)), x.dtype)
+    base = ops.matmul(x, kernel) if y is None else y
+    return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(right * b, x.dtype)))
+
+
+def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, y: Any, kernel: Any) -> Any:
+    """The same for torch, which adds a product to an array in place; there each new array costs more than its numbers."""
+    import torch
+
+    if torch.is_grad_enabled():
+        return _torch_function().apply(x, a, b, scale, y, kernel)[0]
+    base = torch.mm(x, kernel) if y is None else y
+    return torch.addmm(base, torch.mm(x, a), b, alpha=scale)
+
+
+@functools.cache
+def _torch_function() -> Any:
+    """`low_rank_sum` with its gradient written out: two large arrays made where torch's own makes six.
+
+    It keeps `x` only where `a` (or the kernel) trains, and `x a` only where `b` does. `(x a)ᵀ` is an output too, so that
+    the gradient of the gradient is right: torch differentiates `backward` itself.
+    """
+    import torch
+
+    class LowRankSum(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Any, a: Any, b: Any, scale: float, y: Any, kernel: Any) -> tuple[Any, Any]:
+            ht = torch.mm(a.t(), x.t())
+            if kernel is None:
+                return torch.addmm(y, ht.t(), b, alpha=scale), ht
+            return torch.mm(x, kernel).addmm_(ht.t(), b, alpha=scale), ht
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            x, a, b, ctx.scale, _, kernel = inputs
+            _, of_a, of_b, _, _, of_kernel = ctx.needs_input_grad
+            ctx.save_for_backward(x if of_a or of_kernel else None, a, b, kernel, output[1] if of_b else None)
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any, dht: Any) -> tuple[Any, ...]:
+            x, a, b, kernel, ht = ctx.saved_tensors
+            of_x, of_a, of_b, _, _, of_kernel = ctx.needs_input_grad
+            if dy is None:  # only `(x a)ᵀ` was used, by a second differentiation
+                dx = torch.mm(dht.t(), a.t()) if of_x else None
+                return dx, torch.mm(dht, x).t() if of_a else None, None, None, None, None
+            through_b = torch.mm(ctx.scale * b, dy.t())
+            dht = through_b if dht is None else dht + through_b
+            dx = None
+            if of_x:
+                dx = torch.mm(dht.t(), a.t()) if kernel is None else torch.mm(dy, kernel.t()).addmm_(dht.t(), a.t())
+            da = torch.mm(dht, x).t() if of_a else None
+            db = ctx.scale * torch.mm(ht, dy) if of_b else None
+            return dx, da, db, None, dy if kernel is None else None, torch.mm(x.t(), dy) if of_kernel else None
+
+    return LowRankSum
