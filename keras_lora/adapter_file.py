@@ -194,7 +194,8 @@ def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) 
     wanted = adapter.parameter_count(linear.matrix_shape)
     if wanted > held and wanted > 8 * math.prod(linear.matrix_shape):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
-    start_adapter(linear, adapter)
+    with adapters.values_come():
+        start_adapter(linear, adapter)
     return adapter, []
 
 
@@ -251,8 +252,13 @@ def _adapter_misfits(address: str, linear: LinearMap, own: adapters.Adapter | No
         return [f"the kernel at '{address}' has shape {identity['kernel']}; in the file it has {entry['kernel']}"]
     if entry["method"] not in adapters.TABLE:
         return [f"the adapter at '{address}' has the method '{entry['method']}'; known are {sorted(adapters.TABLE)}"]
-    if own is not None and {**identity, **_method_of(own)} != entry:
-        method = _method_of(own)
+    if own is None:
+        return []
+    try:
+        in_file = _method_of(adapters.get(entry["method"], **entry["config"]))  # with arguments that are newer than the file
+    except (TypeError, ValueError) as error:
+        return [f"the adapter at '{address}' cannot be made: {error}"]
+    if (method := _method_of(own)) != in_file:
         return [f"the adapter at '{address}' is {method}; in the file it is {entry['method']} with {entry['config']}"]
     return []
 

@@ -181,7 +181,7 @@ def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, ada
 def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
     """`adapter` with weights for a kernel, and with a stream of random numbers of its own where a seed was given."""
     if adapter.get_config().get("seed") is not None:
-        seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode())
+        seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32
         adapter = adapters.copy_of(adapter, seed=seed)
     start_adapter(linear, adapter)
     return adapter

@@ -30,6 +30,9 @@ from keras import ops
 
 from keras_lora import backend, keras_internals, quantization
 
+#: On a layer, the own dtypes of its kernels that `LinearMap.store_kernel` has stored in another.
+_STORED = "_keras_lora_stored"
+
 
 def seen_with(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
     """A shallow copy of `layer`, of class `cls`, that has `attributes` in the place of its own.
@@ -64,6 +67,8 @@ class LinearMap:
     scales_outputs = True
     #: Whether `apply` is `x @ matrix` once the last axes of `x` are taken for one, and `y` is laid out the same way.
     is_matmul = False
+    #: Whether the layer itself computes it so, with `ops.matmul(x, kernel)`.
+    calls_matmul = False
 
     def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
@@ -123,16 +128,19 @@ class LinearMap:
 
     @property
     def base_dtype(self) -> str | None:
-        """The dtype in which `store_kernel` has stored the kernel, or `None` where it is in the layer's own."""
-        if quantization.mode_of(self.layer) is not None:
-            return None
-        stored = keras.backend.standardize_dtype(self.kernel_variable.dtype)
-        return None if stored == self.layer.variable_dtype else stored
+        """The dtype in which `store_kernel` has stored the kernel, or `None` where it is as the layer made it."""
+        stored = vars(self.layer).get(_STORED, {}).get(self.kernel_name)
+        return None if stored is None else keras.backend.standardize_dtype(self.kernel_variable.dtype)
 
     def store_kernel(self, dtype: str | None) -> None:
-        """Store the kernel in `dtype`, or again in the layer's own. The base product is then computed in that dtype."""
-        if quantization.mode_of(self.layer) is None and dtype != self.base_dtype:
-            keras_internals.store_variable(self.kernel_variable, dtype or self.layer.variable_dtype, autocast=dtype is None)
+        """Store the kernel in `dtype`, or again in its own. The base product is then computed in that dtype."""
+        own = vars(self.layer).get(_STORED, {}).get(self.kernel_name, self.kernel_variable.dtype)
+        if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
+            return
+        others = {name: each for name, each in vars(self.layer).get(_STORED, {}).items() if name != self.kernel_name}
+        keep_own = dtype is None or dtype == own
+        vars(self.layer)[_STORED] = others if keep_own else {**others, self.kernel_name: own}
+        keras_internals.store_variable(self.kernel_variable, own if keep_own else str(dtype), autocast=keep_own)
 
     @property
     def constraint(self) -> Any:
@@ -200,28 +208,25 @@ class LinearMap:
 
         Where `y`, the base output, is not given, it is computed here, together with the change where that is faster.
         """
-        kernel = None
-        if y is None and self._can_run_in_one:
-            kernel = ops.cast(ops.reshape(self.kernel_variable, self.matrix_shape), self.layer.compute_dtype)
-        elif y is None:
+        in_one = y is None and self._can_run_in_one
+        if y is None and not in_one:
             y = self.base_output(x)
         if not self.is_matmul:
             return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(scale * b, y.dtype)))
+        x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
+        kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
+        if len(x.shape) == len(self.kernel_shape) == 2:
+            return backend.low_rank_sum(x, a, b, scale, y=y, kernel=kernel)
         in_dim, out_dim = self.matrix_shape
-        x = ops.cast(x, self.layer.compute_dtype if y is None else y.dtype)
-        shape = (*ops.shape(x)[: -self.kernel_axes.count("i")], *self._sizes("o")) if y is None else ops.shape(y)
-        if len(x.shape) > 2:
-            x = ops.reshape(x, (-1, in_dim))
-        if y is not None and len(y.shape) > 2:
-            y = ops.reshape(y, (-1, out_dim))
-        y = backend.low_rank_sum(x, a, b, scale, y=y, kernel=kernel)
-        return y if len(shape) == 2 else ops.reshape(y, shape)
+        shape = (*ops.shape(x)[:-1], out_dim) if in_one else ops.shape(y)
+        flat_y = None if in_one else ops.reshape(y, (-1, out_dim))
+        return ops.reshape(backend.low_rank_sum(ops.reshape(x, (-1, in_dim)), a, b, scale, y=flat_y, kernel=kernel), shape)
 
     @property
     def _can_run_in_one(self) -> bool:
-        """Whether the base product and the change can be computed together, the kernel being its own matrix."""
-        as_it_is = self._matrix_order == sorted(self._matrix_order) and quantization.mode_of(self.layer) is None
-        return backend.fuses_base() and self.is_matmul and as_it_is and self.base_dtype is None
+        """Whether the base product and the change can be computed together, with the numbers that the layer itself gives."""
+        as_stored = quantization.mode_of(self.layer) is None and self.base_dtype is None
+        return self.calls_matmul and as_stored and backend.fuses_base()
 
     def expand(self, h: Any, m: Any) -> Any:
         """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapters.adapter import Adapter
+from keras_lora.adapters.adapter import Adapter, values_come
 from keras_lora.adapters.dora import DoRA
 from keras_lora.adapters.lora import LoRA
 from keras_lora.adapters.trainable_tokens import TrainableTokens
@@ -62,4 +62,4 @@ def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
     return type(adapter).from_config({**config, **changed})
 
 
-__all__ = ["TABLE", "Adapter", "DoRA", "LoRA", "TrainableTokens", "copy_of", "get"]
+__all__ = ["TABLE", "Adapter", "DoRA", "LoRA", "TrainableTokens", "copy_of", "get", "values_come"]

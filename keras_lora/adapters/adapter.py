@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_lora import keras_internals
+
+_VALUES_COME = contextvars.ContextVar("values_come", default=False)
+
+
+@contextlib.contextmanager
+def values_come() -> Iterator[None]:
+    """Start adapters whose values are read right after: their weights begin as zeros, and nothing random is drawn."""
+    token = _VALUES_COME.set(True)
+    try:
+        yield
+    finally:
+        _VALUES_COME.reset(token)
 
 
 class Adapter(keras.layers.Layer):
@@ -61,6 +76,8 @@ class Adapter(keras.layers.Layer):
 
     def add_factor(self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True) -> keras.Variable:
         """Add a float32 weight. `name` is also its key in files."""
+        if _VALUES_COME.get() and name not in self.derived:
+            initializer = "zeros"
         return self.add_weight(
             shape=shape, initializer=initializer, name=name, dtype="float32", trainable=trainable, autocast=False
         )

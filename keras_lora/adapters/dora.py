@@ -21,7 +21,7 @@ class DoRA(Adapter):
     It trains closer to full fine-tuning than LoRA at low rank, for one more pass over the output.
 
     Args:
-        rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed: As for `keras_lora.LoRA`.
+        rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed, freeze_a: As for `keras_lora.LoRA`.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Example:
@@ -48,10 +48,11 @@ class DoRA(Adapter):
         a_initializer: Any = None,
         b_initializer: Any = None,
         seed: int | None = None,
+        freeze_a: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.lora = LoRA(rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed)
+        self.lora = LoRA(rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed, freeze_a)
 
     def problem_with(self, linear: Any) -> str | None:
         return self.lora.problem_with(linear)

@@ -27,6 +27,8 @@ class LoRA(Adapter):
         a_initializer, b_initializer: Keras initializers. By default `A ~ U(±1/sqrt(in_dim))` and `B = 0`, as PEFT has
             it. For an embedding, whose inputs pick one row of `A`, `A = 0` and `B ~ N(0, 1)`.
         seed: Integer, for the initial values and the dropout. Each layer is given its own stream of it.
+        freeze_a: Train `B` alone (LoRA-FA). The layer's input is then not kept for the backward pass, only `tokens · rank`
+            numbers. `A` must not be zero, so an embedding is refused.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Raises:
@@ -43,6 +45,7 @@ class LoRA(Adapter):
     References:
         - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
         - [Kalajdzievski, 2023](https://arxiv.org/abs/2312.03732), for `rank_stabilized`
+        - [Zhang et al., 2023](https://arxiv.org/abs/2308.03303), for `freeze_a`
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class LoRA(Adapter):
         a_initializer: Any = None,
         b_initializer: Any = None,
         seed: int | None = None,
+        freeze_a: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -70,6 +74,7 @@ class LoRA(Adapter):
         self.a_initializer = keras.initializers.get(a_initializer)
         self.b_initializer = keras.initializers.get(b_initializer)
         self.seed = seed
+        self.freeze_a = bool(freeze_a)
         self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
 
     @property
@@ -78,6 +83,8 @@ class LoRA(Adapter):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def problem_with(self, linear: Any) -> str | None:
+        if self.freeze_a and linear.picks_rows and self.a_initializer is None:
+            return "`freeze_a` keeps A as it starts, and for an embedding that is zero; leave it out or use freeze_a=False"
         if not self.dropout or linear.no_dropout is None:
             return None
         return (
@@ -93,13 +100,15 @@ class LoRA(Adapter):
         b_default: Any = "zeros"
         if linear.picks_rows:
             a_default, b_default = "zeros", keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)
-        self.lora_a = self.add_factor("lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default)
+        self.lora_a = self.add_factor(
+            "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a
+        )
         self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default)
         self.built = True
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         *groups, in_dim, out_dim = matrix_shape
-        return math.prod(groups) * self.rank * (in_dim + out_dim)
+        return math.prod(groups) * self.rank * (out_dim if self.freeze_a else in_dim + out_dim)
 
     def delta_kernel(self, matrix: Any) -> Any:
         # Hu et al., section 4.1: ΔW = scale · A B.
@@ -132,4 +141,5 @@ class LoRA(Adapter):
             "a_initializer": keras.initializers.serialize(self.a_initializer) if self.a_initializer else None,
             "b_initializer": keras.initializers.serialize(self.b_initializer) if self.b_initializer else None,
             "seed": self.seed,
+            "freeze_a": self.freeze_a,
         }

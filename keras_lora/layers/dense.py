@@ -14,6 +14,10 @@ class DenseMap(LinearMap):
     layer_class = keras.layers.Dense
     is_matmul = True
 
+    @property
+    def calls_matmul(self) -> bool:  # type: ignore[override]
+        return self.layer_class is keras.layers.Dense  # a class registered as like it has a `call` of its own
+
 
 class LoRADense(AdaptedLayer, keras.layers.Dense):
     """A `Dense` layer with a frozen kernel and a trainable low-rank change of it.
