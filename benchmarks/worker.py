@@ -19,11 +19,13 @@ GROUPS = (
     *("dense", "layers", "inference", "block", "convolution", "embedding", "hub"),  # timings.py
     *("depth", "ranks", "adapters"),  # sweeps.py
     *("bytes", "memory"),  # sizes.py
+    "products",
 )
 
 
 def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list[str]]:
     """The records, and the names of the groups that failed."""
+    import products
     import sizes
     import sweeps
     import timings
@@ -33,6 +35,7 @@ def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list
         **{name: getattr(sweeps, name) for name in GROUPS[7:10]},
         "bytes": sizes.count,
         "memory": sizes.memory,
+        "products": products.products,
     }
     records: list[measuring.Record] = []
     failed = []

@@ -8,6 +8,7 @@ from keras import layers
 from zoo import BATCH, ZOO, numbers
 
 import keras_lora
+from keras_lora import keras_internals
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -72,3 +73,115 @@ def test_the_float_matrix_of_a_quantised_layer_is_near_the_kernel_it_came_from(m
         keras_lora.apply_lora(layer, rank=1)
         error = np.abs(value(layer.linear_map.kernel) - kernel).max() / np.abs(kernel).max()
         assert error < (0.01 if mode == "int8" else 0.1)
+
+
+# A base that is stored in bfloat16.
+
+
+def mixed_model():
+    ids = keras.Input((6,), dtype="int32")
+    h = layers.Embedding(50, 16, name="tokens")(ids)
+    h = layers.MultiHeadAttention(2, 8)(h, h)
+    h = layers.Conv1D(16, 3, data_format="channels_last")(h)
+    h = layers.SeparableConv1D(12, 2, data_format="channels_last")(h)
+    h = layers.LSTM(7)(h)
+    return keras.Model(ids, layers.Dense(2, name="out")(layers.Dense(9, activation="relu")(h)))
+
+
+EVERYTHING = [layers.Dense, layers.EinsumDense, layers.Embedding, layers.Conv1D, layers.SeparableConv1D, "lstm*"]
+
+
+def stored_in_bfloat16(model):
+    return [v.path for v in model.variables if v.dtype == "bfloat16"]
+
+
+def test_a_base_in_bfloat16_trains_saves_merges_and_is_given_back(tmp_path):
+    model, x = mixed_model(), np.random.default_rng(0).integers(0, 50, (8, 6)).astype("int32")
+    before = outputs(model, x)
+    keras_lora.apply_lora(model, rank=2, targets=EVERYTHING, exclude="out", base_dtype="bfloat16")
+    kernels = stored_in_bfloat16(model)
+    assert len(kernels) == 11
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+    assert 0 < difference(outputs(model, x), before) < 1e-2
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
+    model.fit(x, np.ones((8, 2)), epochs=3, verbose=0)
+    trained = outputs(model, x)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert len(stored_in_bfloat16(loaded)) == len(kernels)
+    assert difference(outputs(loaded, x), trained) == 0
+    keras_lora.merge_lora(loaded, keep=True)
+    assert not stored_in_bfloat16(loaded)
+    assert difference(outputs(loaded, x), trained) < 1e-2
+    keras_lora.unmerge_lora(loaded)
+    assert len(stored_in_bfloat16(loaded)) == len(kernels)
+    assert difference(outputs(loaded, x), trained) == 0
+    keras_lora.remove_lora(loaded)
+    assert not stored_in_bfloat16(loaded)
+    assert difference(outputs(loaded, x), before) < 1e-2
+
+
+def test_merging_into_a_base_in_bfloat16_keeps_a_change_that_bfloat16_would_round_away():
+    layer = layers.Dense(8, use_bias=False)
+    layer.build((None, 8))
+    layer.kernel.assign(np.ones((8, 8), "float32"))
+    keras_lora.apply_lora(layer, rank=1, base_dtype="bfloat16")
+    layer.adapter.lora_a.assign(np.full((8, 1), 1e-2, "float32"))
+    layer.adapter.lora_b.assign(np.full((1, 8), 1e-3, "float32"))
+    keras_lora.merge_lora(layer)
+    assert np.allclose(value(layer.kernel), 1 + 16e-5, atol=1e-6)
+
+
+def test_base_dtype_is_bfloat16_or_none():
+    layer = layers.Dense(8)
+    layer.build((None, 8))
+    with pytest.raises(ValueError, match=r"`base_dtype` must be None or one of .*'bfloat16'.*float16"):
+        keras_lora.apply_lora(layer, rank=1, base_dtype="float16")
+    assert type(layer) is layers.Dense
+
+
+def test_a_base_in_bfloat16_has_no_float32_copy():
+    """Counted in what each backend is asked to do; a CPU without bfloat16 products may widen them inside."""
+    shape = (24, 40)
+    layer = layers.Dense(shape[1])
+    layer.build((None, shape[0]))
+    x = np.ones((4, shape[0]), "float32")
+    keras_lora.apply_lora(layer, rank=2, base_dtype="bfloat16")
+    assert float32_arrays_made(layer, x, shape) == 0
+    plain = layers.Dense(shape[1], dtype="float32")
+    plain.build((None, shape[0]))
+    keras_internals.store_variable(plain.kernel, "bfloat16")  # and cast where it is used
+    assert float32_arrays_made(plain, x, shape) > 0
+
+
+def float32_arrays_made(layer, x, shape):
+    """How many operations of a call of `layer` give a float32 array of this shape."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        trained, rest = [v.value for v in layer.trainable_variables], [v.value for v in layer.non_trainable_variables]
+        program = jax.jit(lambda trained, rest, x: layer.stateless_call(trained, rest, x)[0]).lower(trained, rest, x)
+        return program.as_text().count(f"-> tensor<{shape[0]}x{shape[1]}xf32>")
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.function(layer).get_concrete_function(tf.constant(x)).graph
+        made = [
+            each for operation in graph.get_operations() if operation.type != "ReadVariableOp" for each in operation.outputs
+        ]
+        return sum(tuple(each.shape or ()) == shape and each.dtype == tf.float32 for each in made if each.shape.rank == 2)
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            new = isinstance(result, torch.Tensor) and tuple(result.shape) == shape and result.dtype == torch.float32
+            self.made += new and "detach" not in str(function)
+            return result
+
+    with Counter() as counter:
+        layer(torch.tensor(x))
+    return counter.made

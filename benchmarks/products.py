@@ -1,0 +1,83 @@
+"""The small products that decide how `keras_lora.backend` is written: the gradient of A, and projections that share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from measuring import Budget, Record, interleaved, record
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As the backend runs a training step: through XLA, or eagerly on torch."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        step = jax.jit(function)
+        return lambda *args: jax.block_until_ready(step(*args))
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    return function
+
+
+def gradient_of_a(x: Any, dh: Any) -> Any:
+    return ops.matmul(ops.transpose(x), dh)
+
+
+def transposed_gradient_of_a(x: Any, dh: Any) -> Any:
+    return ops.matmul(ops.transpose(dh), x)
+
+
+def down(x: Any, a: Any) -> Any:
+    """`x a`, as fast as the backend has it."""
+    return ops.transpose(ops.matmul(ops.transpose(a), ops.transpose(x))) if keras.backend.backend() == "torch" else x @ a
+
+
+def base(x: Any, kernel: Any) -> Any:
+    """What three frozen layers compute beside it, forward and backward."""
+    return [(ops.matmul(x, kernel), ops.matmul(x, ops.transpose(kernel))) for _ in range(3)]
+
+
+def apart(x: Any, dh: Any, *factors: Any) -> Any:
+    """Three down-projections of one input, forward and backward, each for itself."""
+    found = []
+    dx = 0.0
+    for a in factors:
+        found += [down(x, a), ops.matmul(ops.transpose(dh), x)]
+        dx = dx + ops.matmul(dh, ops.transpose(a))
+    return dx, found
+
+
+def shared(x: Any, dh: Any, *factors: Any) -> Any:
+    """The same as one product of three times the rank."""
+    a = ops.concatenate(factors, axis=1)
+    wide = ops.concatenate([dh] * len(factors), axis=1)
+    return ops.matmul(wide, ops.transpose(a)), down(x, a), ops.matmul(ops.transpose(wide), x)
+
+
+def products(quick: bool) -> Iterator[Record]:
+    """CPU seconds of each way, in turns."""
+    for width, tokens in [(32, 8)] if quick else [(512, 256), (1024, 256), (1024, 1024)]:
+        rank, rng = 8, np.random.default_rng(0)
+        shapes = [(tokens, width), (tokens, rank), *[(width, rank)] * 3]
+        arrays = [ops.convert_to_tensor(rng.normal(size=shape).astype("float32")) for shape in shapes]
+        ways = {
+            "x^T dh": (gradient_of_a, 2),
+            "dh^T x": (transposed_gradient_of_a, 2),
+            "apart": (apart, 5),
+            "shared": (shared, 5),
+        }
+        calls = {}
+        kernel, three = ops.convert_to_tensor(rng.normal(size=(width, width)).astype("float32")), compiled(base)
+        calls["three kernels"] = lambda: [three(arrays[0], kernel) for _ in range(1 if quick else 20)]
+        for name, (function, count) in ways.items():
+            run, given = compiled(function), arrays[:count]
+            calls[name] = lambda run=run, given=given: [run(*given) for _ in range(1 if quick else 20)]
+        for variant, seconds in interleaved(calls, *(Budget(0, 2, 2) if quick else Budget(6, 60, 10))).items():
+            each = [value / (1 if quick else 20) for value in seconds]
+            yield record("products", {"d": width, "tokens": tokens, "rank": rank}, "product", "s", variant, each)
