@@ -13,7 +13,7 @@ demo: .venv/demo-$(KERAS_BACKEND)
 
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS))
-	for backend in $(BACKENDS); do for example in movie_reviews every_layer; do \
+	for backend in $(BACKENDS); do for example in movie_reviews every_layer small_memory; do \
 		KERAS_BACKEND=$$backend $(BIN)/python examples/$$example.py --quick || exit 1; done; done
 
 lint: .venv/tests

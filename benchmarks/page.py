@@ -134,7 +134,7 @@ def shown(results: Results) -> Results:
 
 def title(name: str, result: dict[str, Any]) -> str:
     """What a table calls these results."""
-    return BACKENDS[result["backend"]] + (" on a GPU" if name == "gpu" else "")
+    return BACKENDS.get(result["backend"], "GPU") + (" on a GPU" if name == "gpu" else "")
 
 
 def label(record: Record) -> str:
@@ -244,6 +244,19 @@ def bars_section(results: Results) -> str:
             measured = "<br>".join(written for written, _ in found) or "-"
             rows.append([what, f"`{bar.over}` / `{bar.under}`", BACKENDS[backend], limits(least, most), measured, verdict])
     return OF_BARS.format(table=table(["of", "ratio", "backend", "bar", "measured", ""], rows, left=3))
+
+
+def summary(results: Results) -> str:
+    """The ratios of the bars in short, for the README."""
+    rows = []
+    for bar in BARS:
+        what = bar.quantity if bar.quantity != "layers" else "forward and backward alone"
+        cells = []
+        for backend in BACKENDS:
+            found = at_the_bar(bar, results[backend]) if backend in results and backend in bar.limits else []
+            cells.append(", ".join(f"{each.median:.2f}" for _, each in found) or "-")
+        rows.append([f"`{bar.over}` / `{bar.under}`", f"{what}, {bar.setting.get('tokens', '1, 32 and 256')} rows", *cells])
+    return table(["ratio", "of", *BACKENDS.values()], rows, left=2)
 
 
 def training_section(results: Results) -> str:

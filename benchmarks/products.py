@@ -1,7 +1,8 @@
-"""The small products that decide how `keras_lora.backend` is written: the gradient of A, and projections that share an input."""
+"""The small products that decide how `keras_lora.backend` is written: the gradient of A, and projections of one input."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,18 +67,21 @@ def products(quick: bool) -> Iterator[Record]:
         rank, rng = 8, np.random.default_rng(0)
         shapes = [(tokens, width), (tokens, rank), *[(width, rank)] * 3]
         arrays = [ops.convert_to_tensor(rng.normal(size=shape).astype("float32")) for shape in shapes]
-        ways = {
-            "x^T dh": (gradient_of_a, 2),
-            "dh^T x": (transposed_gradient_of_a, 2),
-            "apart": (apart, 5),
-            "shared": (shared, 5),
+        kernel = ops.convert_to_tensor(rng.normal(size=(width, width)).astype("float32"))
+        ways: dict[str, tuple[Callable[..., Any], list[Any]]] = {
+            "x^T dh": (gradient_of_a, arrays[:2]),
+            "dh^T x": (transposed_gradient_of_a, arrays[:2]),
+            "apart": (apart, arrays),
+            "shared": (shared, arrays),
+            "three kernels": (base, [arrays[0], kernel]),
         }
-        calls = {}
-        kernel, three = ops.convert_to_tensor(rng.normal(size=(width, width)).astype("float32")), compiled(base)
-        calls["three kernels"] = lambda: [three(arrays[0], kernel) for _ in range(1 if quick else 20)]
-        for name, (function, count) in ways.items():
-            run, given = compiled(function), arrays[:count]
-            calls[name] = lambda run=run, given=given: [run(*given) for _ in range(1 if quick else 20)]
+        times = 1 if quick else 20
+        calls = {name: functools.partial(repeat, compiled(way), given, times) for name, (way, given) in ways.items()}
         for variant, seconds in interleaved(calls, *(Budget(0, 2, 2) if quick else Budget(6, 60, 10))).items():
-            each = [value / (1 if quick else 20) for value in seconds]
+            each = [value / times for value in seconds]
             yield record("products", {"d": width, "tokens": tokens, "rank": rank}, "product", "s", variant, each)
+
+
+def repeat(run: Callable[..., Any], given: list[Any], times: int) -> None:
+    for _ in range(times):
+        run(*given)

@@ -1,4 +1,4 @@
-"""The tables that are printed: every time as a ratio to full fine-tuning, and the ratios the project is held to."""
+"""The tables that are printed: every time as a ratio to full fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,27 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 REFERENCES = ("full", "base", "frozen", "keras_lora")
-HEADLINE = {"d": 1024, "tokens": 256, "rank": 8}
-
-#: What is divided by what: case, quantity, variants, and the settings it is taken from.
-BARS = [
-    ("dense", "step", "enable_lora", "keras_lora", HEADLINE),
-    ("dense", "step", "keras_lora", "full", HEADLINE),
-    ("dense", "step", "keras_lora", "frozen", HEADLINE),
-    ("dense", "step", "keras_lora", "PEFT", HEADLINE),
-    ("dense", "step", "keras_lora DoRA", "keras_lora", HEADLINE),
-    ("layers", "layers", "keras_lora", "PEFT", HEADLINE),
-    ("layers", "layers", "keras_lora", "loralib", HEADLINE),
-    ("layers", "layers", "keras_lora", "frozen", HEADLINE),
-    ("layers", "layers", "keras_lora DoRA", "PEFT DoRA", HEADLINE),
-    ("inference", "inference", "enable_lora", "keras_lora", {"tokens": 1}),
-    ("inference", "inference", "keras_lora", "base", {"tokens": 1}),
-    ("inference", "inference", "keras_lora merged", "base", {"tokens": 1}),
-    ("inference", "inference", "keras_lora merged", "base", {"tokens": 256}),
-    ("embedding", "step", "enable_lora", "keras_lora", {}),
-    ("hub", "step", "keras_lora", "full", {}),
-    ("hub", "step", "keras_lora", "enable_lora", {}),
-]
 
 
 def groups_of(records: list[Record]) -> dict[tuple[str, str], dict[str, Record]]:
@@ -63,19 +42,4 @@ def show_ratios(records: list[Record]) -> None:
             median = f"{each['median'] * 1000:.3f} ms" if each["unit"] == "s" else f"{each['median']:,.0f}"
             shown.add_row(words, quantity, name, median, ratio, reference, str(each["repeats"]))
             words = ""
-    Console(width=150).print(shown)
-
-
-def show_bars(backend: str, records: list[Record]) -> None:
-    """The ratios of medians and of minima; two that differ by more than a tenth ask for another run."""
-    shown = table(f"{backend}: bars", "case", "quantity", "what", "ratio of medians", "ratio of minima", "")
-    for case, quantity, above, below, part in BARS:
-        ours = [each for each in records if each["case"] == case and each["quantity"] == quantity]
-        for variants in groups_of([each for each in ours if part.items() <= each["setting"].items()]).values():
-            if above not in variants or below not in variants:
-                continue
-            medians = variants[above]["median"] / variants[below]["median"]
-            minima = variants[above]["minimum"] / variants[below]["minimum"]
-            noisy = "noisy" if abs(medians / minima - 1) > 0.1 else ""
-            shown.add_row(case, quantity, f"{above} / {below}", f"{medians:.3f}", f"{minima:.3f}", noisy)
     Console(width=150).print(shown)

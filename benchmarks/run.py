@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import load_average
-from ratios import show_bars, show_ratios
+from page import bars_section
+from ratios import show_ratios
 from worker import GROUPS
 
 HERE = Path(__file__).parent
@@ -57,7 +58,6 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
             show_ratios(by_group[group])
         result = done or result
     records = [each for group in by_group.values() for each in group]
-    show_bars(backend, records)
     if len(failed) == len(groups):
         return failed
     machine = {**result["machine"], "load average before": before, "load average after": load_average()}
@@ -70,6 +70,7 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
         "quick": quick,
         "records": records,
     }
+    print(bars_section({backend: written}))
     write(path, json.dumps(written, indent=1) + "\n")
     return failed
 

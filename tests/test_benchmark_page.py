@@ -57,6 +57,13 @@ def test_the_page_is_written_from_the_results():
     assert plots == {f"{each.name}.svg" for each in page.figures(page.shown(results))}
 
 
+def test_the_readme_has_the_summary_of_the_results():
+    results = page.read()
+    if not results:
+        pytest.skip("No results in benchmarks/results/ yet: `python benchmarks/run.py` writes them.")
+    assert page.summary(results) in (PATH.parents[1] / "README.md").read_text(), page.summary(results)
+
+
 def test_the_bars_are_those_that_keras_lora_is_held_to():
     def of(over, under, case="dense", quantity="step", **setting):
         setting = {"d": 1024, "rank": 8, **setting}
