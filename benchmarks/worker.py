@@ -19,7 +19,7 @@ GROUPS = (
     *("dense", "layers", "inference", "block", "convolution", "embedding", "hub"),  # timings.py
     *("depth", "ranks", "adapters"),  # sweeps.py
     *("bytes", "memory"),  # sizes.py
-    "products",
+    *("products", "startup"),
 )
 
 
@@ -27,6 +27,7 @@ def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list
     """The records, and the names of the groups that failed."""
     import products
     import sizes
+    import startup
     import sweeps
     import timings
 
@@ -36,6 +37,7 @@ def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list
         "bytes": sizes.count,
         "memory": sizes.memory,
         "products": products.products,
+        "startup": startup.startup,
     }
     records: list[measuring.Record] = []
     failed = []

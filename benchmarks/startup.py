@@ -1,0 +1,57 @@
+"""What comes before the first step: importing the package, and adapting a model of thousands of layers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+from measuring import Record, cpu_seconds, record
+
+import keras_lora
+
+IMPORT = "import time, keras; start = time.process_time(); import {package}; print(time.process_time() - start)"
+
+
+class Deep(keras.Model):
+    """Many small Dense layers, one after the other. Keras makes no graph of so many: it would recurse too deep."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.stack = [keras.layers.Dense(8) for _ in range(depth)]
+
+    def build(self, input_shape: Any) -> None:
+        for layer in self.stack:
+            layer.build((None, 8))
+        self.built = True
+
+
+def deep(depth: int) -> keras.Model:
+    model = Deep(depth)
+    model.build((None, 8))
+    return model
+
+
+def startup(quick: bool) -> Iterator[Record]:
+    """CPU seconds; the import of keras_lora is what it adds to that of Keras, in fresh processes."""
+    keras_lora.apply_lora(deep(2), rank=2, head=None)  # compiles what every apply uses
+    command = [sys.executable, "-c", IMPORT.format(package="keras_lora")]
+    added = [
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2 if quick else 5)
+    ]
+    yield record("startup", {}, "import beside Keras", "s", "keras_lora", added)
+    for depth in (8, 16) if quick else (1024, 4096):
+        with tempfile.TemporaryDirectory() as folder:
+            path, model, fresh = Path(folder) / "adapter.safetensors", deep(depth), deep(depth)
+            seconds = {
+                "apply_lora": cpu_seconds(lambda model=model: keras_lora.apply_lora(model, rank=2, head=None)),
+                "save_adapter": cpu_seconds(lambda model=model, path=path: keras_lora.save_adapter(model, path)),
+                "load_adapter": cpu_seconds(lambda fresh=fresh, path=path: keras_lora.load_adapter(fresh, path)),
+                "merge_lora": cpu_seconds(lambda model=model: keras_lora.merge_lora(model)),
+            }
+        for quantity, value in seconds.items():
+            yield record("startup", {"layers": depth}, quantity, "s", "keras_lora", [value])
