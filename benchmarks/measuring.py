@@ -6,6 +6,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -75,10 +76,11 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """The CPU seconds of each call, by name. The calls take turns, so what slows the machine slows all of them alike.
 
-    After the warm-up there are `rounds` turns, or as many as begin within `seconds`, but `at_least` so many. Every other
-    turn goes backwards. Garbage is collected between the turns only.
+    After the warm-up there are `rounds` turns, or as many as begin within `seconds`, but `at_least` so many. The order is
+    drawn for each turn: what ran before has an effect. Garbage is collected between the turns only.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    draw = random.Random(0)
     for _ in range(WARM_UP):
         for call in calls.values():
             call()
@@ -88,7 +90,7 @@ def interleaved(
     try:
         end, turn = time.monotonic() + seconds, 0
         while turn < at_least or (turn < rounds and time.monotonic() < end):
-            for name in calls if turn % 2 == 0 else reversed(calls):
+            for name in draw.sample(list(calls), len(calls)):
                 times[name].append(cpu_seconds(calls[name]))
             gc.collect()
             turn += 1

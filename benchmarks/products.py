@@ -75,9 +75,9 @@ def products(quick: bool) -> Iterator[Record]:
             "shared": (shared, arrays),
             "three kernels": (base, [arrays[0], kernel]),
         }
-        times = 1 if quick else 20
+        times = 1 if quick else 5
         calls = {name: functools.partial(repeat, compiled(way), given, times) for name, (way, given) in ways.items()}
-        for variant, seconds in interleaved(calls, *(Budget(0, 2, 2) if quick else Budget(6, 60, 10))).items():
+        for variant, seconds in interleaved(calls, *(Budget(0, 2, 2) if quick else Budget(2, 60, 5))).items():
             each = [value / times for value in seconds]
             yield record("products", {"d": width, "tokens": tokens, "rank": rank}, "product", "s", variant, each)
 

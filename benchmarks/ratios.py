@@ -34,7 +34,7 @@ def show_ratios(records: list[Record]) -> None:
         return
     shown = table(records[0]["case"], "setting", "quantity", "variant", "median", "ratio", "ratio to", "repeats")
     for (quantity, setting), variants in groups_of(records).items():
-        reference = next(name for name in REFERENCES if name in variants)
+        reference = next((name for name in REFERENCES if name in variants), next(iter(variants)))
         words = ", ".join(f"{key} {value}" for key, value in json.loads(setting).items())
         for name, each in variants.items():
             below = variants[reference]["median"]

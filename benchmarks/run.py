@@ -44,7 +44,6 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
     start, before = time.monotonic(), load_average()
     old = json.loads(path.read_text())["records"] if path.exists() else []
     by_group = {group: [each for each in old if each["case"] == group] for group in GROUPS}
-    result: dict[str, Any] = {}
     failed = []
     # Tiny sizes need no fresh process each, and starting one takes longer than measuring them.
     for together in [groups] if quick else [[group] for group in groups]:
@@ -56,22 +55,20 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
                 continue
             by_group[group] = [each for each in done["records"] if each["case"] == group]
             show_ratios(by_group[group])
-        result = done or result
-    records = [each for group in by_group.values() for each in group]
-    if len(failed) == len(groups):
-        return failed
-    machine = {**result["machine"], "load average before": before, "load average after": load_average()}
-    written = {
-        "backend": backend,
-        "versions": result["versions"],
-        "machine": machine,
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.monotonic() - start),
-        "quick": quick,
-        "records": records,
-    }
-    print(bars_section({backend: written}))
-    write(path, json.dumps(written, indent=1) + "\n")
+        if done is not None and len(failed) < len(groups):  # written after each, so that a stop loses nothing
+            machine = {**done["machine"], "load average before": before, "load average after": load_average()}
+            written = {
+                "backend": backend,
+                "versions": done["versions"],
+                "machine": machine,
+                "date": time.strftime("%Y-%m-%d"),
+                "seconds": round(time.monotonic() - start),
+                "quick": quick,
+                "records": [each for group in by_group.values() for each in group],
+            }
+            write(path, json.dumps(written, indent=1) + "\n")
+    if path.exists():
+        print(bars_section({backend: json.loads(path.read_text())}))
     return failed
 
 

@@ -14,10 +14,10 @@ from variants import ESSENTIAL, TRAINING, limit, prepare
 
 FEW = ("full", "keras_lora")  # in a quick run, where most of the time goes to compiling
 TINY = Budget(0, 2, 2)
-USUAL = Budget(6)
-SHORT = Budget(3, at_least=3)
+USUAL = Budget(3)
+SHORT = Budget(1.5, at_least=3)
 HEADLINE = {"d": 1024, "tokens": 256, "rank": 8}
-HEADLINE_BUDGET = Budget(30, 200, 30)
+HEADLINE_BUDGET = Budget(24, 200, 30)
 
 
 def timed(case: Case, quantity: str, calls: dict[str, Callable[[], Any]], budget: Budget) -> list[Record]:
@@ -79,7 +79,7 @@ def embedding(quick: bool) -> Iterator[Record]:
 def hub(quick: bool) -> Iterator[Record]:
     size = {"depth": 1, "width": 24, "batch": 2, "rank": 2} if quick else {}
     names = FEW if quick else (*ESSENTIAL, "keras_lora DoRA")
-    yield from steps(cases.hub(**size), names, TINY if quick else Budget(20, at_least=3))
+    yield from steps(cases.hub(**size), names, TINY if quick else Budget(10, at_least=3))
 
 
 def inference(quick: bool) -> Iterator[Record]:
@@ -93,7 +93,7 @@ def inference(quick: bool) -> Iterator[Record]:
             found = peers.checked(case, models)
             del found["loralib"]  # which merges on `eval()`
             calls |= {name: peers.predict_call(peer, case) for name, peer in found.items()}
-        yield from timed(case, "inference", calls, TINY if quick else Budget(6, 200, 10))
+        yield from timed(case, "inference", calls, TINY if quick else Budget(8, 400, 20))
 
 
 def layers(quick: bool) -> Iterator[Record]:
