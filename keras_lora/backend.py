@@ -43,10 +43,18 @@ def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, y: Any, kernel: An
     """The same for torch, which adds a product to an array in place; there each new array costs more than its numbers."""
     import torch
 
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not _torch_transforms(x):
         return _torch_function().apply(x, a, b, scale, y, kernel)[0]
     base = torch.mm(x, kernel) if y is None else y
     return torch.addmm(base, torch.mm(x, a), b, alpha=scale)
+
+
+def _torch_transforms(x: Any) -> bool:
+    """Whether torch compiles, casts, vectorises or differentiates forward: it does so with operations of its own only."""
+    import torch
+
+    inside = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return inside or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 
 
 @functools.cache
@@ -59,8 +67,6 @@ def _torch_function() -> Any:
     import torch
 
     class LowRankSum(torch.autograd.Function):
-        generate_vmap_rule = True
-
         @staticmethod
         def forward(x: Any, a: Any, b: Any, scale: float, y: Any, kernel: Any) -> tuple[Any, Any]:
             ht = torch.mm(a.t(), x.t())
@@ -79,6 +85,8 @@ def _torch_function() -> Any:
         def backward(ctx: Any, dy: Any, dht: Any) -> tuple[Any, ...]:
             x, a, b, kernel, ht = ctx.saved_tensors
             of_x, of_a, of_b, _, _, of_kernel = ctx.needs_input_grad
+            if dy is None and dht is None:
+                return (None,) * 6
             if dy is None:  # only `(x a)ᵀ` was used, by a second differentiation
                 dx = torch.mm(dht.t(), a.t()) if of_x else None
                 return dx, torch.mm(dht, x).t() if of_a else None, None, None, None, None

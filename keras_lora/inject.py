@@ -112,8 +112,9 @@ def apply_lora(
     started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
     inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
     if base_dtype is not None:
-        for linear, _ in started:
+        for linear, adapter in started:
             linear.store_kernel(base_dtype)
+            adapter.base_changed(linear)
     forget_traces(model)
     return model
 

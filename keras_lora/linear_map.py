@@ -215,7 +215,7 @@ class LinearMap:
             return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(scale * b, y.dtype)))
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
-        if len(x.shape) == len(self.kernel_shape) == 2:
+        if len(x.shape) == 2 and self.kernel_axes == "io":
             return backend.low_rank_sum(x, a, b, scale, y=y, kernel=kernel)
         in_dim, out_dim = self.matrix_shape
         shape = (*ops.shape(x)[:-1], out_dim) if in_one else ops.shape(y)

@@ -212,6 +212,47 @@ def test_the_fast_product_has_the_numbers_and_gradients_of_the_plain_one(scale):
     assert difference(found, expected) < 1e-6
 
 
+@only_torch
+def test_torch_transforms_an_adapted_layer_as_a_plain_one():
+    import torch
+    from helpers import perturb
+
+    layer = layers.Dense(5)
+    layer.build((None, 7))
+    keras_lora.apply_lora(layer, rank=2)
+    perturb(layer, size=0.3)
+    x = torch.ones((3, 7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        y.float().sum().backward()
+    assert torch.allclose(y.float(), layer(x), rtol=0.05, atol=0.05)
+    compiled = torch.compile(layer.adapter.output, backend="eager", fullgraph=True)
+    expected = layer.adapter.output(x, layer.linear_map)
+    assert torch.allclose(compiled(x, layer.linear_map), expected)
+    tangent = torch.func.jvp(lambda x: layer.adapter.output(x, layer.linear_map), (x,), (x,))[1]
+    assert torch.allclose(tangent, expected, atol=1e-5)  # it is linear
+    each = torch.func.vmap(lambda x: layer.adapter.output(x[None], layer.linear_map)[0])(x)
+    assert torch.allclose(each, expected, atol=1e-5)
+
+
+@only_torch
+@pytest.mark.parametrize("with_kernel", [True, False])
+def test_the_gradient_written_out_is_right_and_so_is_its_own(with_kernel):
+    import torch
+
+    from keras_lora import backend
+
+    torch.manual_seed(0)
+    shapes = [(4, 5), (5, 2), (2, 3), (5, 3) if with_kernel else (4, 3)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def function(x, a, b, last):
+        return backend.low_rank_sum(x, a, b, 0.7, **({"kernel": last} if with_kernel else {"y": last}))
+
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
+
+
 def test_optimizer_and_file_have_the_size_of_the_factors(tmp_path):
     model = stack()
     keras_lora.apply_lora(model, rank=RANK, head=None)

@@ -121,6 +121,30 @@ def test_a_base_in_bfloat16_trains_saves_merges_and_is_given_back(tmp_path):
     assert difference(outputs(loaded, x), before) < 1e-2
 
 
+def test_dora_on_a_base_in_bfloat16_has_the_norm_of_what_is_stored(tmp_path):
+    x = numbers(4, 8)
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(12), layers.Dense(5)])
+    keras_lora.apply_lora(model, "dora", rank=2, head=None, base_dtype="bfloat16")
+    perturb(model, size=0.1)
+    before = outputs(model, x)
+    model.save(tmp_path / "m.keras")
+    assert difference(outputs(keras.saving.load_model(tmp_path / "m.keras"), x), before) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("policy", "reverse"), [("mixed_bfloat16", "float32"), ("float32", None), ("float32", "bfloat16")])
+def test_a_reversible_embedding_in_bfloat16_keeps_the_dtype_of_its_way_back(policy, reverse, tied):
+    layer = layers.ReversibleEmbedding(11, 6, tie_weights=tied, reverse_dtype=reverse, dtype=policy)
+    layer.build((None, 3))
+    x = numbers(2, 3, 6)
+    before = layer(x, reverse=True)
+    targets = lambda each: True  # noqa: E731
+    keras_lora.apply_lora(layer, rank=2, targets=targets, base_dtype="bfloat16")
+    after = layer(x, reverse=True)
+    assert after.dtype == before.dtype
+    assert difference([value(after)], [value(before)]) < 0.02
+
+
 def test_merging_into_a_base_in_bfloat16_keeps_a_change_that_bfloat16_would_round_away():
     layer = layers.Dense(8, use_bias=False)
     layer.build((None, 8))
