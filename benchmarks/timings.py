@@ -93,7 +93,7 @@ def inference(quick: bool) -> Iterator[Record]:
             found = peers.checked(case, models)
             del found["loralib"]  # which merges on `eval()`
             calls |= {name: peers.predict_call(peer, case) for name, peer in found.items()}
-        yield from timed(case, "inference", calls, TINY if quick else Budget(8, 400, 20))
+        yield from timed(case, "inference", calls, TINY if quick else Budget(20 if tokens == 1 else 8, 1000, 20))
 
 
 def layers(quick: bool) -> Iterator[Record]:

@@ -212,6 +212,17 @@ def test_the_fast_product_has_the_numbers_and_gradients_of_the_plain_one(scale):
     assert difference(found, expected) < 1e-6
 
 
+def test_an_einsum_that_sums_over_nothing_is_no_plain_product():
+    from helpers import difference, perturb, value
+
+    layer = layers.EinsumDense("ab,cd->abcd", (7, 3, 4))
+    layer.build((2, 7))
+    keras_lora.apply_lora(layer, rank=2)
+    perturb(layer, size=0.3)
+    x = np.random.default_rng(0).normal(size=(2, 7)).astype("float32")
+    assert difference([value(layer(x))], [np.einsum("ab,cd->abcd", x, value(layer.kernel))]) < 1e-6
+
+
 @only_torch
 def test_torch_transforms_an_adapted_layer_as_a_plain_one():
     import torch

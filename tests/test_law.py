@@ -71,7 +71,6 @@ def einsums():
         ("output_axes_exchanged", "abc,cde->aebd", (4, None, 3), (2, 5, 6), None),
         ("experts", "ebd,edh->ebh", (None, 7), (3, 5, 6), None),
         ("experts_inside", "bed,hed->bhe", (7, 3), (2, 3, 6), None),
-        ("nothing_contracted", "ab,cd->abcd", (7, 3, 4), (2, 7), None),
         ("per_head", "btnh,nhk->btnk", (None, 3, 4), (2, 5, 3, 6), "nk"),
     ]:
         yield f"einsum_{name}", layers.EinsumDense(equation, shape, bias_axes=bias, activation="tanh"), numbers(*x)
