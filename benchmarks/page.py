@@ -53,6 +53,10 @@ not run: it is what a step with adapters would take by its FLOPs, at the speed o
 """
 NO_GPU = "**No GPU figure has been measured.** What holds on a CPU need not hold on a GPU."
 QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
+INFERENCE_LIMIT = """
+An adapted model runs the base product too: at one row `enable_lora` / `keras_lora` cannot exceed `enable_lora` / `base`, here
+{limits}.
+"""
 OF_BARS = """
 ## The bars
 
@@ -243,7 +247,17 @@ def bars_section(results: Results) -> str:
             verdict = ("met" if met else "**not met**") if found else "not measured"
             measured = "<br>".join(written for written, _ in found) or "-"
             rows.append([what, f"`{bar.over}` / `{bar.under}`", BACKENDS[backend], limits(least, most), measured, verdict])
-    return OF_BARS.format(table=table(["of", "ratio", "backend", "bar", "measured", ""], rows, left=3))
+    return OF_BARS.format(table=table(["of", "ratio", "backend", "bar", "measured", ""], rows, left=3)) + inference_limit(
+        results
+    )
+
+
+def inference_limit(results: Results) -> str:
+    """What no adapter can exceed: an adapted model runs the base too."""
+    bar = Bar("enable_lora", BASE, "inference", "inference", {**LAYERS, "tokens": 1}, {})
+    found = {name: at_the_bar(bar, results[name]) for name in BACKENDS if name in results}
+    limits = ", ".join(f"{BACKENDS[name]} {each[0][1].median:.3f}" for name, each in found.items() if each)
+    return INFERENCE_LIMIT.format(limits=limits) if limits else ""
 
 
 def summary(results: Results) -> str:
