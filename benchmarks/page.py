@@ -54,7 +54,7 @@ not run: it is what a step with adapters would take by its FLOPs, at the speed o
 NO_GPU = "**No GPU figure has been measured.** What holds on a CPU need not hold on a GPU."
 QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
 INFERENCE_LIMIT = """
-An adapted model runs the base product too: at one row `enable_lora` / `keras_lora` cannot exceed `enable_lora` / `base`, here
+An adapted model runs the base product too: at one row `enable_lora` / `keras_lora` cannot exceed `enable_lora` / `base`:
 {limits}.
 """
 OF_BARS = """
