@@ -98,9 +98,12 @@ def test_loading_other_adapters_traces_nothing_again(records):
 def test_calls_take_turns_after_three_turns_of_warm_up(measuring):
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = measuring.interleaved(calls, seconds=60, rounds=4, at_least=1)
-    assert "".join(order) == "ababab" + "abbaabba"
-    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
+    times = measuring.interleaved(calls, seconds=60, rounds=8, at_least=1)
+    turns = ["".join(order[at : at + 2]) for at in range(0, len(order), 2)]
+    assert turns[:3] == ["ab"] * 3
+    assert len(turns) == 3 + 8
+    assert set(turns[3:]) == {"ab", "ba"}  # each once in a turn, in an order that is drawn
+    assert {name: len(values) for name, values in times.items()} == {"a": 8, "b": 8}
 
 
 def test_turns_end_with_the_seconds_but_not_before_the_least(measuring):
