@@ -29,7 +29,7 @@ WAYS = {
 
 
 def megabytes(variables) -> str:
-    return f"{sum(math.prod(v.shape) * keras.ops.convert_to_tensor(v).itemsize for v in variables) / 1e6:.2f}"
+    return f"{sum(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in variables) / 1e6:.2f}"
 
 
 def fine_tune(train, test, way) -> list[str]:
