@@ -25,8 +25,8 @@ def low_rank_sum(x: Any, a: Any, b: Any, scale: float, *, y: Any = None, kernel:
         kernel: `(in, out)`.
 
     How it is written decides how fast it is. The gradient of `a` is `xᵀ dh`, a product with few columns, and that shape is
-    slow: on one CPU core it takes several times as long as its transpose `dhᵀ x` (`benchmarks/products.py`). So both branches
-    ask for the transpose.
+    slow: on one CPU core it takes several times as long as its transpose `dhᵀ x` (`benchmarks/products.py`). So both
+    branches ask for the transpose.
     """
     if keras.backend.backend() == "torch":
         dtype = x.dtype
