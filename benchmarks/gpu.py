@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                  # all engines, about twelve minutes
     python benchmarks/gpu.py --engine jax-jit                 # one again; the records of the others stay
-    python benchmarks/gpu.py --quick --json /tmp/gpu.json     # tiny sizes, on a CPU too: shows that it runs
+    python benchmarks/gpu.py --quick --json .cache/gpu.json  # tiny sizes, on a CPU too: shows that it runs
 
 "layer" is forward and backward of one bfloat16 layer (A and B too, PEFT's as well) by each plan, with the gradient of `x`.
 "stack" is `train_on_batch` of a Llama-3.2-1B in shape, of few layers, in mixed_bfloat16, each variant in a fresh process,

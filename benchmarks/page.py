@@ -389,7 +389,10 @@ def machine_section(results: Results) -> str:
         facts = {"date": result["date"], "seconds": f"{result['seconds']:.0f}", "records": len(result["records"])}
         rows = [[key, str(value)] for key, value in {**facts, **result["machine"], **result["versions"]}.items()]
         parts.append(f"### {title(name, result)}\n\n{table(['', ''], rows)}")
-    return chapter("Machine and versions", "What each run was measured on.", parts)
+        if runs := result.get("runs"):  # a GPU's has none
+            columns = list(next(iter(runs.values())))
+            parts.append(table(["group", *columns], [[group, *map(str, each.values())] for group, each in runs.items()]))
+    return chapter("Machine and versions", "What each run was measured on, and how busy that was around each group.", parts)
 
 
 def text(results: Results) -> str:

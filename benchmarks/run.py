@@ -41,29 +41,37 @@ def work(backend: str, groups: list[str], quick: bool) -> dict[str, Any] | None:
 
 def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> list[str]:
     """Measure, and write the file; returns the groups that failed."""
-    start, before = time.monotonic(), load_average()
-    old = json.loads(path.read_text())["records"] if path.exists() else []
-    by_group = {group: [each for each in old if each["case"] == group] for group in GROUPS}
+    old = json.loads(path.read_text()) if path.exists() else {"records": [], "runs": {}}
+    by_group = {group: [each for each in old["records"] if each["case"] == group] for group in GROUPS}
+    runs = old["runs"]  # each group was measured at its own time
     failed = []
     # Tiny sizes need no fresh process each, and starting one takes longer than measuring them.
     for together in [groups] if quick else [[group] for group in groups]:
         print(f"\n{backend}: {', '.join(together)}", flush=True)
+        start, before = time.monotonic(), load_average()
         done = work(backend, together, quick)
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": round(time.monotonic() - start),
+            "load average before": before,
+            "load average after": load_average(),
+        }
         for group in together:
             if done is None or group in done["failed"]:
                 failed.append(group)
                 continue
             by_group[group] = [each for each in done["records"] if each["case"] == group]
+            runs[group] = about
             show_ratios(by_group[group])
         if done is not None and len(failed) < len(groups):  # written after each, so that a stop loses nothing
-            machine = {**done["machine"], "load average before": before, "load average after": load_average()}
             written = {
                 "backend": backend,
                 "versions": done["versions"],
-                "machine": machine,
-                "date": time.strftime("%Y-%m-%d"),
-                "seconds": round(time.monotonic() - start),
+                "machine": done["machine"],
+                "date": about["date"],
+                "seconds": sum(each["seconds"] for each in runs.values()),
                 "quick": quick,
+                "runs": {group: runs[group] for group in GROUPS if group in runs},
                 "records": [each for group in by_group.values() for each in group],
             }
             write(path, json.dumps(written, indent=1) + "\n")

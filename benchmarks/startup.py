@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import tempfile
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from measuring import Record, cpu_seconds, record
+from measuring import Record, record
+from sweeps import once
 
 import keras_lora
 
-IMPORT = "import time, keras; start = time.process_time(); import {package}; print(time.process_time() - start)"
+IMPORT = "import time, keras; start = time.process_time(); import keras_lora; print(time.process_time() - start)"
 
 
 class Deep(keras.Model):
@@ -39,19 +41,10 @@ def deep(depth: int) -> keras.Model:
 def startup(quick: bool) -> Iterator[Record]:
     """CPU seconds; the import of keras_lora is what it adds to that of Keras, in fresh processes."""
     keras_lora.apply_lora(deep(2), rank=2, head=None)  # compiles what every apply uses
-    command = [sys.executable, "-c", IMPORT.format(package="keras_lora")]
-    added = [
-        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2 if quick else 5)
-    ]
-    yield record("startup", {}, "import beside Keras", "s", "keras_lora", added)
+    command = [sys.executable, "-c", IMPORT]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(2 if quick else 5)]
+    yield record("startup", {}, "import beside Keras", "s", "keras_lora", [float(each.stdout) for each in runs])
     for depth in (8, 16) if quick else (1024, 4096):
         with tempfile.TemporaryDirectory() as folder:
-            path, model, fresh = Path(folder) / "adapter.safetensors", deep(depth), deep(depth)
-            seconds = {
-                "apply_lora": cpu_seconds(lambda model=model: keras_lora.apply_lora(model, rank=2, head=None)),
-                "save_adapter": cpu_seconds(lambda model=model, path=path: keras_lora.save_adapter(model, path)),
-                "load_adapter": cpu_seconds(lambda fresh=fresh, path=path: keras_lora.load_adapter(fresh, path)),
-                "merge_lora": cpu_seconds(lambda model=model: keras_lora.merge_lora(model)),
-            }
-        for quantity, value in seconds.items():
-            yield record("startup", {"layers": depth}, quantity, "s", "keras_lora", [value])
+            for quantity, value in once(functools.partial(deep, depth), 2, Path(folder) / "adapter.safetensors").items():
+                yield record("startup", {"layers": depth}, quantity, "s", "keras_lora", [value])

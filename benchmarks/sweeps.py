@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def depth(quick: bool) -> Iterator[Record]:
         times: dict[str, list[float]] = {}
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(1 if quick or layers > 64 else 3):
-                for quantity, seconds in once(case, Path(folder) / "adapter.safetensors").items():
+                for quantity, seconds in once(case.build, case.rank, Path(folder) / "adapter.safetensors").items():
                     times.setdefault(quantity, []).append(seconds)
         for quantity, values in times.items():
             yield record(case.name, case.setting, quantity, "s", "keras_lora", values)
@@ -35,11 +35,11 @@ def depth(quick: bool) -> Iterator[Record]:
             yield record(case.name, case.setting, "first step", "s", variant, [seconds])
 
 
-def once(case: cases.Case, path: Path) -> dict[str, float]:
+def once(build: Callable[[], keras.Model], rank: int, path: Path) -> dict[str, float]:
     """CPU seconds of each thing that is done once for a model."""
-    model, fresh = case.build(), case.build()
+    model, fresh = build(), build()
     return {
-        "apply_lora": cpu_seconds(lambda: keras_lora.apply_lora(model, rank=case.rank, head=None)),
+        "apply_lora": cpu_seconds(lambda: keras_lora.apply_lora(model, rank=rank, head=None)),
         "save_adapter": cpu_seconds(lambda: keras_lora.save_adapter(model, path)),
         "load_adapter": cpu_seconds(lambda: keras_lora.load_adapter(fresh, path)),
         "merge_lora": cpu_seconds(lambda: keras_lora.merge_lora(model)),

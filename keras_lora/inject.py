@@ -9,12 +9,12 @@ from typing import Any
 
 import keras
 
-from keras_lora import adapters, keras_internals, training
+from keras_lora import adapters, keras_internals, quantization, training
 from keras_lora.adapted import adapted_maps, set_adapter, set_owners, set_plain, start_adapter
 from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import Pattern, Patterns
 from keras_lora.structure import walk
-from keras_lora.targets import list_targets
+from keras_lora.targets import Target, list_targets
 
 #: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -109,6 +109,8 @@ def apply_lora(
         adapter_pattern=adapter_pattern,
         blocks=blocks,
     )
+    if base_dtype is not None:
+        _refuse_quantized(rows.of("adapt"), base_dtype)
     started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
     inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
     if base_dtype is not None:
@@ -177,6 +179,15 @@ def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, ada
             f"`{function}()` found no adapter in '{name}'. Expected a model that `keras_lora.apply_lora` adapted."
         )
     return found
+
+
+def _refuse_quantized(targets: Iterable[Target], base_dtype: str) -> None:
+    quantized = [target.path for target in targets if quantization.mode_of(target.layer) is not None]
+    if quantized:
+        raise ValueError(
+            f"`base_dtype` stores float kernels in another dtype. Expected float kernels, or base_dtype=None. Received: "
+            f"base_dtype={base_dtype!r} and quantised kernels at {quantized}, which are smaller already."
+        )
 
 
 def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:

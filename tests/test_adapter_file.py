@@ -306,3 +306,23 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
     keras_lora.save_adapter(adapted("sequential").model, tmp_path / "a.safetensors")
     (tmp_path / "plain").write_bytes(b"")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_from_before_an_argument_was_there_still_loads(tmp_path):
+    def base():
+        return keras.Sequential([keras.Input((6,)), keras.layers.Dense(5)])
+
+    path = tmp_path / "old.safetensors"
+    model = keras_lora.apply_lora(base(), rank=2, head=None)
+    perturb(model)
+    keras_lora.save_adapter(model, path)
+
+    def without_it(header):
+        for entry in header["adapters"].values():
+            del entry["config"]["freeze_a"]
+        return header
+
+    rewritten(path, header=without_it)
+    for other in (base(), keras_lora.apply_lora(base(), rank=2, head=None)):
+        keras_lora.load_adapter(other, path)
+        assert np.array_equal(value(other.layers[0].adapter.lora_b), value(model.layers[0].adapter.lora_b))

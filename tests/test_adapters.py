@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import perturb, value
+from helpers import difference, perturb, value
 from keras import layers
 
 import keras_lora
@@ -274,3 +274,34 @@ def test_ragged_ids_give_the_rows_that_flat_ids_give(cls, method):
     rows = layer(tf.ragged.constant([[1, 2, 3], [4]]))
     assert rows.row_lengths().numpy().tolist() == [3, 1]
     assert np.array_equal(rows.flat_values.numpy(), value(layer(np.array([1, 2, 3, 4]))).astype("float32"))
+
+
+@pytest.mark.parametrize("method", [keras_lora.LoRA, keras_lora.DoRA])
+def test_freeze_a_trains_b_alone_and_both_are_in_the_file(tmp_path, method):
+    def base():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential([keras.Input((6,)), layers.Dense(5, activation="tanh")])
+
+    model = keras_lora.apply_lora(base(), method(rank=2, freeze_a=True), head=None)
+    assert "lora_a" not in [v.name for v in model.trainable_variables]
+    assert "lora_b" in [v.name for v in model.trainable_variables]
+    adapter = model.layers[0].adapter
+    counted = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    assert counted == adapter.parameter_count((6, 5))
+    frozen = value((adapter.lora if method is keras_lora.DoRA else adapter).lora_a).copy()
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    model.compile("adam", "mse")
+    model.fit(x, np.ones((8, 5)), epochs=2, verbose=0)
+    assert np.array_equal(value((adapter.lora if method is keras_lora.DoRA else adapter).lora_a), frozen)
+    keras_lora.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = keras_lora.load_adapter(base(), tmp_path / "a.safetensors")
+    assert difference([value(loaded(x))], [value(model(x))]) < 1e-6
+    assert len(loaded.trainable_variables) == len(model.trainable_variables)
+
+
+def test_freeze_a_is_refused_where_a_is_zero():
+    table = layers.Embedding(9, 4)
+    table.build(None)
+    with pytest.raises(ValueError, match="`freeze_a` keeps A as it starts"):
+        keras_lora.apply_lora(table, keras_lora.LoRA(rank=2, freeze_a=True))
+    assert type(table) is layers.Embedding

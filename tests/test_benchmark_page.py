@@ -50,8 +50,7 @@ def bar(text, over, under, quantity="step", backend="JAX"):
 
 def test_the_page_is_written_from_the_results():
     results, path = page.read(), page.DOCS / "benchmarks.md"
-    if not results:
-        pytest.skip("No results in benchmarks/results/ yet: `python benchmarks/run.py` writes them.")
+    assert set(results) >= {"jax", "tensorflow", "torch"}
     assert path.read_text() == page.text(results), "run `python benchmarks/page.py`"
     plots = {each.name for each in (page.DOCS / "benchmarks").glob("*.svg")}
     assert plots == {f"{each.name}.svg" for each in page.figures(page.shown(results))}
@@ -59,8 +58,7 @@ def test_the_page_is_written_from_the_results():
 
 def test_the_readme_has_the_summary_of_the_results():
     results = page.read()
-    if not results:
-        pytest.skip("No results in benchmarks/results/ yet: `python benchmarks/run.py` writes them.")
+    assert set(results) >= {"jax", "tensorflow", "torch"}
     assert page.summary(results) in (PATH.parents[1] / "README.md").read_text(), page.summary(results)
 
 

@@ -164,6 +164,14 @@ def test_base_dtype_is_bfloat16_or_none():
     assert type(layer) is layers.Dense
 
 
+def test_base_dtype_is_refused_where_a_kernel_is_quantised_and_nothing_changes():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(8, name="first"), layers.Dense(2)])
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"quantised kernels at \['first'\]"):
+        keras_lora.apply_lora(model, rank=1, base_dtype="bfloat16")
+    assert type(model.get_layer("first")) is layers.Dense
+
+
 def test_a_base_in_bfloat16_has_no_float32_copy():
     """Counted in what each backend is asked to do; a CPU without bfloat16 products may widen them inside."""
     shape = (24, 40)

@@ -49,9 +49,8 @@ class ReverseMap(LinearMap):
     no_dropout: str | None = "a tied embedding has one change for both its directions"
 
     def base_output(self, x: Any) -> Any:
-        if (
-            self.base_dtype is not None and self.layer.reverse_dtype is None
-        ):  # else the layer itself casts the kernel to that
+        # With a `reverse_dtype` the layer itself casts the kernel to that.
+        if self.base_dtype is not None and self.layer.reverse_dtype is None:
             return self.in_base_dtype(x, lambda x: self.apply(x, self.matrix))
         view = seen_with(self.plain, type(self.plain), logit_soft_cap=None)
         return (view.call if quantization.mode_of(self.layer) is None else view.quantized_call)(x, reverse=True)
