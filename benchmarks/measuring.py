@@ -24,6 +24,7 @@ class Budget(NamedTuple):
     seconds: float
     rounds: int = 60
     at_least: int = 5
+    times: int = 1  # calls in one turn: one call of a millisecond says little
 
 
 class Record(TypedDict):
@@ -72,14 +73,14 @@ def pin(backend: str) -> None:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Any]], seconds: float, rounds: int, at_least: int = 5
+    calls: dict[str, Callable[[], Any]], seconds: float, rounds: int, at_least: int = 5, times: int = 1
 ) -> dict[str, list[float]]:
     """The CPU seconds of each call, by name. The calls take turns, so what slows the machine slows all of them alike.
 
     After the warm-up there are `rounds` turns, or as many as begin within `seconds`, but `at_least` so many. The order is
     drawn for each turn: what ran before has an effect. Garbage is collected between the turns only.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[float]] = {name: [] for name in calls}
     draw = random.Random(0)
     for _ in range(WARM_UP):
         for call in calls.values():
@@ -91,20 +92,21 @@ def interleaved(
         end, turn = time.monotonic() + seconds, 0
         while turn < at_least or (turn < rounds and time.monotonic() < end):
             for name in draw.sample(list(calls), len(calls)):
-                times[name].append(cpu_seconds(calls[name]))
+                found[name].append(cpu_seconds(calls[name], times))
             gc.collect()
             turn += 1
     finally:
         gc.enable()
         gc.unfreeze()
-    return times
+    return found
 
 
-def cpu_seconds(call: Callable[[], Any]) -> float:
-    """The CPU time of this process that one call takes, on all its threads."""
+def cpu_seconds(call: Callable[[], Any], times: int = 1) -> float:
+    """The CPU time of this process that one call takes, on all its threads: the mean of `times` calls."""
     start = time.process_time()
-    call()
-    return time.process_time() - start
+    for _ in range(times):
+        call()
+    return (time.process_time() - start) / times
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 FULL, FROZEN, BASE, LIMIT, OURS = "full", "frozen", "base", "limit", "keras_lora"
 VARIANTS = [
-    *(FULL, BASE, LIMIT, FROZEN, "enable_lora", OURS, f"{OURS} dropout", f"{OURS} DoRA", f"{OURS} merged"),
+    *(FULL, BASE, "base again", LIMIT, FROZEN, "enable_lora", OURS, f"{OURS} dropout", f"{OURS} DoRA", f"{OURS} merged"),
     *("PEFT", "PEFT DoRA", "loralib"),
 ]
 # The quantities with a table of their own; the others are in the table "Once".
@@ -49,7 +49,8 @@ than 10 %, the number has a †: the machine was disturbed, and the number is no
 
 What ran: `full` trains every weight. `frozen` is the floor, the whole forward and backward pass with next to nothing to
 train. `enable_lora` is Keras's own. `PEFT` and `loralib` hold the same weights in torch, in a bare torch loop. `limit` did
-not run: it is what a step with adapters would take by its FLOPs, at the speed of `full`. `base` has no adapters.
+not run: it is what a step with adapters would take by its FLOPs, at the speed of `full`. `base` has no adapters; `base again`
+is a second copy of it, and shows how far apart two copies of one model come out.
 """
 NO_GPU = "**No GPU figure has been measured.** What holds on a CPU need not hold on a GPU."
 QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
@@ -268,7 +269,7 @@ def summary(results: Results) -> str:
         cells = []
         for backend in BACKENDS:
             found = at_the_bar(bar, results[backend]) if backend in results and backend in bar.limits else []
-            cells.append(", ".join(f"{each.median:.2f}" for _, each in found) or "-")
+            cells.append(", ".join(f"{each.median:.2f}{each.mark}" for _, each in found) or "-")
         rows.append([f"`{bar.over}` / `{bar.under}`", f"{what}, {bar.setting.get('tokens', '1, 32 and 256')} rows", *cells])
     return table(["ratio", "of", *BACKENDS.values()], rows, left=2)
 

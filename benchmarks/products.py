@@ -75,13 +75,6 @@ def products(quick: bool) -> Iterator[Record]:
             "shared": (shared, arrays),
             "three kernels": (base, [arrays[0], kernel]),
         }
-        times = 1 if quick else 5
-        calls = {name: functools.partial(repeat, compiled(way), given, times) for name, (way, given) in ways.items()}
-        for variant, seconds in interleaved(calls, *(Budget(0, 2, 2) if quick else Budget(2, 60, 5))).items():
-            each = [value / times for value in seconds]
-            yield record("products", {"d": width, "tokens": tokens, "rank": rank}, "product", "s", variant, each)
-
-
-def repeat(run: Callable[..., Any], given: list[Any], times: int) -> None:
-    for _ in range(times):
-        run(*given)
+        calls = {name: functools.partial(compiled(way), *given) for name, (way, given) in ways.items()}
+        for variant, seconds in interleaved(calls, *(Budget(0, 2, 2) if quick else Budget(2, 60, 5, times=5))).items():
+            yield record("products", {"d": width, "tokens": tokens, "rank": rank}, "product", "s", variant, seconds)

@@ -68,7 +68,7 @@ def merged(model: keras.Model, case: Case) -> None:
     keras_lora.merge_lora(model)
 
 
-#: By name. "base" and "keras_lora merged" are for inference; a base model that trains is "full".
+#: By name. "base", "base again" and "keras_lora merged" are for inference; a base model that trains is "full".
 VARIANTS: dict[str, Callable[[keras.Model, Case], None]] = {
     "full": full,
     "frozen": frozen,
@@ -78,6 +78,7 @@ VARIANTS: dict[str, Callable[[keras.Model, Case], None]] = {
     "keras_lora DoRA": lora(keras_lora.DoRA),
     "keras_lora merged": merged,
     "base": full,
+    "base again": full,  # how much two copies of one model differ
 }
 TRAINING = tuple(itertools.islice(VARIANTS, 6))
 ESSENTIAL = TRAINING[:4]
