@@ -49,8 +49,8 @@ than 10 %, the number has a †: the machine was disturbed, and the number is no
 
 What ran: `full` trains every weight. `frozen` is the floor, the whole forward and backward pass with next to nothing to
 train. `enable_lora` is Keras's own. `PEFT` and `loralib` hold the same weights in torch, in a bare torch loop. `limit` did
-not run: it is what a step with adapters would take by its FLOPs, at the speed of `full`. `base` has no adapters; `base again`
-is a second copy of it, and shows how far apart two copies of one model come out.
+not run: it is what a step with adapters would take by its FLOPs, at the speed of `full`. `base` has no adapters;
+`base again` is a second copy of it, and shows how far apart two copies of one model come out.
 """
 NO_GPU = "**No GPU figure has been measured.** What holds on a CPU need not hold on a GPU."
 QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
