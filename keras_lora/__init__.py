@@ -3,7 +3,9 @@
 from keras_lora import testing
 from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
+from keras_lora.composition import activate, active, delete_adapter, disabled, train_adapters
 from keras_lora.inject import apply_lora, remove_lora
+from keras_lora.inspection import Row, Summary, summary
 from keras_lora.layers import (
     LoRAConv1D,
     LoRAConv1DTranspose,
@@ -50,16 +52,24 @@ __all__ = [
     "LoRASeparableConv1D",
     "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
+    "Row",
+    "Summary",
     "Target",
     "TargetList",
     "TrainableTokens",
+    "activate",
+    "active",
     "apply_lora",
+    "delete_adapter",
+    "disabled",
     "list_targets",
     "load_adapter",
     "merge_lora",
     "register_layer",
     "remove_lora",
     "save_adapter",
+    "summary",
     "testing",
+    "train_adapters",
     "unmerge_lora",
 ]

@@ -11,7 +11,6 @@ keeps the name of its base: weight files name the members of a list after their 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import types
@@ -20,13 +19,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, keras_internals, quantization, rebuilding, training
+from keras_lora import adapters, keras_internals, quantization, rebuilding, slots, training
 from keras_lora.linear_map import LinearMap, seen_with
 from keras_lora.structure import by_address, walk
 
 #: The extra key in a config, and in the weights of an adapted layer.
 KEY = "keras_lora"
-_VERSION = 1
+_VERSION = 2
 #: Set on an owner that was seen to rebuild from its config.
 _REBUILDS = "_keras_lora_rebuilds"
 
@@ -60,8 +59,13 @@ class Owner:
         if KEY not in config:
             return super().from_config(config)  # type: ignore[misc]
         description = config[KEY]
+        if description["version"] != _VERSION:
+            raise ValueError(
+                f"This file of an adapted model has format version {description['version']!r}. Expected {_VERSION}. Load it "
+                "with the keras_lora that wrote it."
+            )
         layer = rebuilding.rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
-        if description["adapters"].keys() & {linear.part for linear in maps_of(layer)}:
+        if {entry["address"] for entry in description["adapters"]} & {linear.part for linear in maps_of(layer)}:
             restore(layer, description)  # adapted itself, and so again before it is built
         else:
             keras_internals.when_built(layer, lambda: restore(layer, description))
@@ -126,9 +130,8 @@ class AdaptedLayer(Owner):
         keras_internals.when_built(self, self._freeze_base)
 
     def _freeze_base(self) -> None:
-        methods = [adapter for _, adapter in self.adapted_maps()]
-        inside = [each for adapter in methods for each in keras_internals.sublayers(adapter)]
-        training.freeze(walk(self), adapted=[self], trained=[*methods, *inside])
+        methods = [layer for adapter in slots.adapters_in(self) for layer in adapters.with_inside(adapter)]
+        training.freeze(walk(self), adapted=[self], trained=methods)
         keras_internals.track_torch_parameters(self)
 
     @property
@@ -136,14 +139,15 @@ class AdaptedLayer(Owner):
         """The layer's only or main kernel as a linear map."""
         return self.linear_maps[0](self)
 
-    def adapted_maps(self) -> list[tuple[LinearMap, adapters.Adapter]]:
-        """The kernels of this layer that have an adapter, each with it. No property: Keras saves what those hold."""
-        pairs = [(linear, adapter_of(linear)) for linear in maps_of(self)]
-        return [(linear, adapter) for linear, adapter in pairs if adapter is not None]
+    def adapted_maps(self) -> list[tuple[LinearMap, slots.Change]]:
+        """The kernels of this layer that are changed, each with its change. No property: Keras saves what those hold."""
+        pairs = [(linear, slots.change_of(linear)) for linear in maps_of(self)]
+        return [(linear, change) for linear, change in pairs if change is not None]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
-        return linear.finish(getattr(self, linear.slot).output(inputs, linear, training=training))
+        change: Any = slots.change_of(linear)
+        return linear.finish(change.output(inputs, linear, training=training))
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
@@ -161,7 +165,7 @@ class AdaptedLayer(Owner):
                 adapter.base_changed(linear)
 
     def __repr__(self) -> str:
-        methods = ", ".join(type(adapter).__name__ for _, adapter in self.adapted_maps())
+        methods = ", ".join(type(adapter).__name__ for adapter in slots.adapters_in(self))
         return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={methods}>"  # type: ignore[attr-defined]
 
 
@@ -211,10 +215,10 @@ def _changed_kernel(map_class: type[LinearMap]) -> property:
 
     def kernel(self: Any) -> Any:
         linear = map_class(self)
-        adapter, plain = adapter_of(linear), getattr(linear.plain, linear.kernel_name)
-        if adapter is None or not adapter.built or quantization.mode_of(self) is not None:
+        change, plain = slots.change_of(linear), getattr(linear.plain, linear.kernel_name)
+        if change is None or not change.built or quantization.mode_of(self) is not None:
             return plain  # of a quantised layer Keras gives the stored integers, which no change can be added to
-        return keras.ops.cast(linear.changed_kernel(adapter), keras.ops.convert_to_tensor(plain).dtype)
+        return keras.ops.cast(linear.changed_kernel(change), keras.ops.convert_to_tensor(plain).dtype)
 
     return property(kernel)
 
@@ -261,26 +265,24 @@ def _refusal(name: str) -> Any:
 # Changing a layer, and changing it back.
 
 
-def set_adapter(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Adapt a kernel of a layer. An adapter that has no weights yet gets them as soon as the layer has its own."""
+def set_adapter(
+    linear: LinearMap, adapter: adapters.Adapter, name: str = adapters.Adapter.adapter_name, slot: str | None = None
+) -> None:
+    """Adapt a kernel of a layer. An adapter that has no weights yet gets them as soon as the layer has its own.
+
+    Args:
+        linear: The kernel.
+        adapter: The adapter.
+        name: What the model calls it.
+        slot: The attribute of the layer that holds it; by default the first one that is free.
+    """
     layer: Any = linear.layer
     if not isinstance(layer, AdaptedLayer):
         _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
         keras_internals.forget_call_signature(layer)
-    with keras_internals.unlocked(layer):
-        setattr(layer, linear.slot, adapter)
+    slots.put(linear, adapter, name, slot)
     if not adapter.built:
-        keras_internals.when_built(layer, lambda: start_adapter(linear, adapter))
-
-
-def start_adapter(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Create the weights of `adapter` for a kernel of a layer, named after the layer's own."""
-    layer = linear.layer
-    names = [*(layer.path or layer.name).split("/"), *([linear.part] if linear.part else [])]
-    with contextlib.ExitStack() as scopes:
-        for name in names:
-            scopes.enter_context(keras.name_scope(name))
-        adapter.start(linear)
+        keras_internals.when_built(layer, lambda: slots.start(linear, adapter))
 
 
 def set_owners(model: keras.layers.Layer) -> None:
@@ -296,28 +298,33 @@ def set_owners(model: keras.layers.Layer) -> None:
 def set_plain(layer: Any) -> None:
     """Give one adapted layer or owner its own class back; an adapted layer loses its adapter."""
     if isinstance(layer, AdaptedLayer):
-        for linear, _ in layer.adapted_maps():
-            linear.store_kernel(None)
-            keras_internals.forget_sublayer(layer, linear.slot)
+        for linear in maps_of(layer):
+            for adapter in slots.adapters_of(linear):
+                slots.take(linear, adapter)
     if isinstance(layer, Owner):
         vars(layer).pop(_REBUILDS, None)
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
 
-def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, adapters.Adapter]]:
-    """The adapted kernels at or below `model`, each with its adapter, by address (of the layer, and the kernel's part)."""
+def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, slots.Change]]:
+    """The adapted kernels at or below `model`, each with its change, by address (of the layer, and the kernel's part)."""
     pairs = {}
     for place in walk(model):
         if isinstance(place.layer, AdaptedLayer):
-            for linear, adapter in place.layer.adapted_maps():
-                pairs[address_of(place.address, linear)] = (linear, adapter)
+            for linear, change in place.layer.adapted_maps():
+                pairs[address_of(place.address, linear)] = (linear, change)
     return pairs
 
 
-def adapter_of(linear: LinearMap) -> adapters.Adapter | None:
-    """The adapter of a kernel, if it has one."""
-    return getattr(linear.layer, linear.slot, None) if isinstance(linear.layer, AdaptedLayer) else None
+def named_adapters(model: keras.layers.Layer) -> dict[str, dict[str, tuple[LinearMap, adapters.Adapter]]]:
+    """By name, the adapters at or below `model` by address, each with its kernel; the names in the order they came."""
+    named: dict[str, dict[str, tuple[LinearMap, adapters.Adapter]]] = {}
+    for place in walk(model):
+        for linear in maps_of(place.layer) if isinstance(place.layer, AdaptedLayer) else ():
+            for adapter in slots.adapters_of(linear):
+                named.setdefault(adapter.adapter_name, {})[address_of(place.address, linear)] = (linear, adapter)
+    return named
 
 
 def address_of(layer_address: str, linear: LinearMap) -> str:
@@ -344,16 +351,26 @@ def describe(owner: Any) -> dict[str, Any]:
         "version": _VERSION,
         "base": keras_internals.public_name(owner.base_class),
         "build_config": owner.get_build_config(),
-        "adapters": {},
+        "adapters": [],
         "base_dtypes": {},
         "quantized": {},
         "training": training.marks_of(owner),
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
-            for linear, adapter in place.layer.adapted_maps():
+            maps = {linear.part: linear for linear in maps_of(place.layer)}
+            for adapter in slots.adapters_in(place.layer):
+                linear = maps[adapter.part]
                 address = address_of(place.address, linear)
-                description["adapters"][address] = keras.saving.serialize_keras_object(adapter)
+                description["adapters"].append(
+                    {
+                        "address": address,
+                        "name": adapter.adapter_name,
+                        "slot": slots.slot_of(place.layer, adapter),
+                        "strength": adapters.strength_of(adapter) if adapter.built else 1.0,
+                        "adapter": keras.saving.serialize_keras_object(adapter),
+                    }
+                )
                 if linear.layer.built and linear.base_dtype is not None:
                     description["base_dtypes"][address] = linear.base_dtype
         if (quantized := quantization.describe(place.layer)) is not None:
@@ -367,9 +384,11 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     rebuilding.check_addresses(owner, layers, maps, description)
     for address, quantized in description["quantized"].items():
         _when_built(layers[address], quantization.quantize_again, layers[address], quantized)
-    for address, config in description["adapters"].items():
-        if adapter_of(maps[address]) is None:
-            set_adapter(maps[address], adapters.get(config))
+    for entry in description["adapters"]:
+        linear = maps[entry["address"]]
+        if not hasattr(linear.layer, entry["slot"]):
+            set_adapter(linear, adapters.get(entry["adapter"]), entry["name"], entry["slot"])
+        _when_built(linear.layer, _set_strength, linear.layer, entry["slot"], entry["strength"])
     for address, dtype in description.get("base_dtypes", {}).items():
         _when_built(maps[address].layer, maps[address].store_kernel, dtype)
     holder = owner
@@ -383,6 +402,10 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             _when_built(layer, layer._freeze_base)
     set_owners(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
+
+
+def _set_strength(layer: keras.layers.Layer, slot: str, strength: float) -> None:
+    getattr(layer, slot).strength.assign(strength)
 
 
 def _when_built(layer: keras.layers.Layer, function: Any, *args: Any) -> None:

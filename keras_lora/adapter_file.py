@@ -26,24 +26,28 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from keras_lora import adapters, keras_internals, training
-from keras_lora.adapted import KEY, adapted_maps, maps_by_address, start_adapter
+from keras_lora import adapters, keras_internals, slots, training
+from keras_lora.adapted import KEY, maps_by_address, named_adapters
 from keras_lora.inject import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
 from keras_lora.structure import by_address, walk
+from keras_lora.targets import new_name
 
 _VERSION = 1
 
 
-def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of a model, and what else was trained with them, to a safetensors file.
+def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write an adapter of a model, and what else was trained with it, to a safetensors file.
 
     Args:
         model: An adapted model, or an adapted part of one.
         path: Ends in `.safetensors`. An existing file is replaced at once when the new one is whole on the disk.
+        name: Which adapter, where the model has several. It is not written into the file, and neither is whether the
+            adapter is active.
 
     Raises:
-        ValueError: The model is not adapted, or the path has another ending. No file is written then.
+        ValueError: The model is not adapted, has several adapters and none was named, or the path has another ending. No
+            file is written then.
 
     Example:
 
@@ -55,10 +59,11 @@ def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
     True
     """
     path = _checked_path(path)
-    adapted = require_adapted(model, "save_adapter")
+    require_adapted(model, "save_adapter")
+    adapted = named_adapters(model)[only_name(model, name)]
     header: dict[str, Any] = {"version": _VERSION, "adapters": {}, "trained": {}}
     for address, (linear, adapter) in adapted.items():
-        header["adapters"][address] = {**_identity_of(linear), **_method_of(adapter)}
+        header["adapters"][address] = {**_identity_of(linear), **_described(adapter)}
     for address, layer in _trained_layers(model).items():
         trained = training.trained_variables(layer)
         header["trained"][address] = {
@@ -72,20 +77,22 @@ def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:
     _replace(path, safetensors.numpy.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
 
 
-def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = True) -> Any:
+def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = True, name: str | None = None) -> Any:
     """Read an adapter file into a model, in place.
 
-    A plain model is adapted as the file says. A model that is adapted already must have just the adapters of the file; they
-    get its values.
+    A plain model is adapted as the file says. An adapted model gets the file's values into an adapter that it has, which
+    must change the same kernels by the same method; its rank may be larger and its scale another. Nothing is compiled
+    again then. Under a new `name` the file becomes another adapter, as `keras_lora.apply_lora` with that name would add it.
 
     Args:
         model: The base model, plain or adapted. If the file was made from a part of a model, the same part.
         path: A file written by `save_adapter`.
         trainable: Whether the loaded adapters, and what was trained with them, train further. Where not, switching the
             whole model off and on (`model.trainable`) makes them train again.
+        name: What to call the adapter, or which adapter to load into.
 
     Returns:
-        `model` itself. A model that was plain needs `compile` before training.
+        `model` itself. Where an adapter was added, it needs `compile` before training.
 
     Raises:
         ValueError: The file is damaged or of another kind, or does not fit the model; everything missing, unexpected or of
@@ -103,27 +110,28 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     """
     path = _checked_path(path)
     header, tensors = _read(path)
-    plain = not adapted_maps(model)
-    problems = _misfits(model, header, plain)
-    _raise_problems(path, model, problems)
+    named = named_adapters(model)
+    name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
+    own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}
+    _raise_problems(path, model, _misfits(model, header, own))
     found, maps = by_address(model), maps_by_address(model)
-    if plain:
-        started: dict[str, adapters.Adapter] = {}
-        for address, entry in header["adapters"].items():
-            own = [tensor for key, tensor in tensors.items() if key.rpartition(":")[0] == address and ":base." not in key]
-            held = sum(tensor.size for tensor in own)
-            adapter, misfit = _started(maps[address], address, entry, held)
+    started, problems = dict(own), []
+    for address, entry in header["adapters"].items():
+        keys = {key.rpartition(":")[2]: key for key in tensors if key.rpartition(":")[0] == address and ":base." not in key}
+        if not own:
+            adapter, misfit = _started(maps[address], address, entry, sum(tensors[key].size for key in keys.values()))
             problems += misfit
             started |= {address: adapter} if adapter is not None else {}
-        _raise_problems(path, model, problems)
-    else:
-        started = {address: adapter for address, (_, adapter) in adapted_maps(model).items()}
-    variables = _variables_of(started, header["trained"], found)
-    problems += _mismatched(tensors, variables)
+        else:
+            other = adapters.get(entry["method"], **entry["config"])
+            fitted = own[address].values_from(other, {name: tensors[key] for name, key in keys.items()})
+            tensors |= {keys[name]: value for name, value in fitted.items()}
     _raise_problems(path, model, problems)
+    variables = _variables_of(started, header["trained"], found)
+    _raise_problems(path, model, _mismatched(tensors, variables))
 
-    if plain:
-        inject(model, [(maps[address], adapter) for address, adapter in started.items()])
+    if not own:
+        inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
         for address, entry in header["trained"].items():
             mark = vars(found[address])[training.MARK]
             training.mark(found[address], found=mark["found"], plan=entry["plan"])
@@ -131,12 +139,22 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     for key, variable in variables.items():
         variable.assign(tensors[key].astype(keras.backend.standardize_dtype(variable.dtype)))
     if not trainable:
-        for layer in [each.layer for each in walk(model) if isinstance(each.layer, adapters.Adapter)]:
+        for layer in [layer for adapter in started.values() for layer in adapters.with_inside(adapter)]:
             layer.trainable = False
         for address in header["trained"]:
-            own = keras_internals.own_trainable_variables(found[address])
-            training.set_flags(found[address], [found[address].trainable, [False] * len(own)])
+            flags = [False] * len(keras_internals.own_trainable_variables(found[address]))
+            training.set_flags(found[address], [found[address].trainable, flags])
     return model
+
+
+def only_name(model: Any, name: str | None) -> str:
+    """The adapter that is meant: the one that is named, or the only one."""
+    names = list(named_adapters(model))
+    if name is None and len(names) > 1:
+        raise ValueError(f"'{model.name}' has several adapters. Expected one of {names} as `name`. Received: name=None.")
+    if name is not None and name not in names:
+        raise ValueError(f"'{model.name}' has no adapter '{name}'. Expected one of {names}. Received: name={name!r}.")
+    return names[0] if name is None else name
 
 
 # What the model has.
@@ -169,7 +187,7 @@ def _class_name(layer: Any) -> str:
     return type(layer).__name__
 
 
-def _method_of(adapter: adapters.Adapter) -> dict[str, Any]:
+def _described(adapter: adapters.Adapter) -> dict[str, Any]:
     """The method as plain words: no class path that a reader would have to import."""
     names = {cls: name for name, cls in adapters.TABLE.items()}
     if type(adapter) not in names:
@@ -177,12 +195,7 @@ def _method_of(adapter: adapters.Adapter) -> dict[str, Any]:
             f"An adapter file names its method, and {type(adapter).__name__} has no name. Expected one of "
             f"{sorted(names.values())}. Enter it in `keras_lora.adapters.TABLE`, in the process that loads the file too."
         )
-    config = {key: value for key, value in adapter.get_config().items() if key not in _NOT_IN_FILES}
-    return {"method": names[type(adapter)], "config": config}
-
-
-#: The starting point and the Keras layer's own arguments say nothing about trained values.
-_NOT_IN_FILES = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+    return {"method": names[type(adapter)], "config": adapters.method_of(adapter)}
 
 
 def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) -> tuple[adapters.Adapter | None, list[str]]:
@@ -195,30 +208,30 @@ def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) 
     if wanted > held and wanted > 8 * math.prod(linear.matrix_shape):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
     with adapters.values_come():
-        start_adapter(linear, adapter)
+        slots.start(linear, adapter)
     return adapter, []
 
 
 # What does not fit.
 
 
-def _misfits(model: Any, header: dict[str, Any], plain: bool) -> list[str]:
-    layers, maps, adapted = by_address(model), maps_by_address(model), adapted_maps(model)
+def _misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter]) -> list[str]:
+    """What stands against loading into the adapters `own`, or, where there are none, into a model without that adapter."""
+    layers, maps = by_address(model), maps_by_address(model)
     problems = []
     for address, entry in header["adapters"].items():
         layer = maps[address].layer if address in maps else layers.get(address)
         misfit = _layer_misfits(address, layer, entry)
         if not misfit and address not in maps:
             misfit = [f"the layer at '{address}', a {_class_name(layer)}, cannot be adapted"]
-        if not misfit and not plain and address not in adapted:
+        if not misfit and own and address not in own:
             misfit = [f"the file has an adapter at '{address}'; the model has none"]
-        own = adapted.get(address, (None, None))[1]
-        problems += misfit or _adapter_misfits(address, maps[address], own, entry)
+        problems += misfit or _adapter_misfits(address, maps[address], own.get(address), entry)
     for address, entry in header["trained"].items():
         misfit = _layer_misfits(address, layers.get(address), entry)
         problems += misfit or _variable_misfits(address, layers[address], entry)
-    if not plain:
-        for address in adapted:
+    if own:
+        for address in own:
             if address not in header["adapters"]:
                 problems.append(f"the model has an adapter at '{address}'; the file has none")
         for address in _trained_layers(model):
@@ -255,12 +268,11 @@ def _adapter_misfits(address: str, linear: LinearMap, own: adapters.Adapter | No
     if own is None:
         return []
     try:
-        in_file = _method_of(adapters.get(entry["method"], **entry["config"]))  # with arguments that are newer than the file
+        in_file = adapters.get(entry["method"], **entry["config"])  # with arguments that are newer than the file
     except (TypeError, ValueError) as error:
         return [f"the adapter at '{address}' cannot be made: {error}"]
-    if (method := _method_of(own)) != in_file:
-        return [f"the adapter at '{address}' is {method}; in the file it is {entry['method']} with {entry['config']}"]
-    return []
+    misfit = own.misfit_with(in_file)
+    return [] if misfit is None else [f"the adapter at '{address}' cannot take that of the file: {misfit}"]
 
 
 def _mismatched(tensors: dict[str, np.ndarray], variables: dict[str, keras.Variable]) -> list[str]:

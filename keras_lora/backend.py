@@ -14,13 +14,13 @@ def fuses_base() -> bool:
     return keras.backend.backend() == "torch"
 
 
-def low_rank_sum(x: Any, a: Any, b: Any, scale: float, *, y: Any = None, kernel: Any = None) -> Any:
+def low_rank_sum(x: Any, a: Any, b: Any, scale: Any, *, y: Any = None, kernel: Any = None) -> Any:
     """`scale · (x a) b`, added to `y` or to `x kernel`, one of which is given.
 
     Args:
         x: `(n, in)`, of the dtype of the computation.
         a, b: The factors `(in, rank)` and `(rank, out)`, in their own dtype.
-        scale: A positive number.
+        scale: A number, or a tensor of one.
         y: `(n, out)`.
         kernel: `(in, out)`.
 
@@ -30,23 +30,21 @@ def low_rank_sum(x: Any, a: Any, b: Any, scale: float, *, y: Any = None, kernel:
     """
     if keras.backend.backend() == "torch":
         dtype = x.dtype
-        return _torch_low_rank_sum(x, ops.cast(a, dtype), ops.cast(b, dtype), scale, y, kernel)
+        return _torch_low_rank_sum(x, ops.cast(a, dtype), ops.cast(ops.multiply(scale, b), dtype), y, kernel)
     # XLA would exchange the factors of `dhᵀ x` again to save the transposition, were there no multiplication between them.
-    # A multiplication by 1 it would drop: there 2 and 1/2, which are exact.
-    left, right = (2.0, 0.5) if scale == 1 else (scale, 1.0)
-    a = ops.cast(ops.transpose(left * ops.transpose(a)), x.dtype)
+    a = ops.cast(ops.transpose(ops.multiply(scale, ops.transpose(a))), x.dtype)
     base = ops.matmul(x, kernel) if y is None else y
-    return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(right * b, x.dtype)))
+    return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(b, x.dtype)))
 
 
-def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, y: Any, kernel: Any) -> Any:
+def _torch_low_rank_sum(x: Any, a: Any, b: Any, y: Any, kernel: Any) -> Any:
     """The same for torch, which adds a product to an array in place; there each new array costs more than its numbers."""
     import torch
 
     if torch.is_grad_enabled() and not _torch_transforms(x):
-        return _torch_function().apply(x, a, b, scale, y, kernel)[0]
+        return _torch_function().apply(x, a, b, y, kernel)[0]
     base = torch.mm(x, kernel) if y is None else y
-    return torch.addmm(base, torch.mm(x, a), b, alpha=scale)
+    return torch.addmm(base, torch.mm(x, a), b)
 
 
 def _torch_transforms(x: Any) -> bool:
@@ -68,35 +66,35 @@ def _torch_function() -> Any:
 
     class LowRankSum(torch.autograd.Function):
         @staticmethod
-        def forward(x: Any, a: Any, b: Any, scale: float, y: Any, kernel: Any) -> tuple[Any, Any]:
+        def forward(x: Any, a: Any, b: Any, y: Any, kernel: Any) -> tuple[Any, Any]:
             ht = torch.mm(a.t(), x.t())
             if kernel is None:
-                return torch.addmm(y, ht.t(), b, alpha=scale), ht
-            return torch.mm(x, kernel).addmm_(ht.t(), b, alpha=scale), ht
+                return torch.addmm(y, ht.t(), b), ht
+            return torch.mm(x, kernel).addmm_(ht.t(), b), ht
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            x, a, b, ctx.scale, _, kernel = inputs
-            _, of_a, of_b, _, _, of_kernel = ctx.needs_input_grad
+            x, a, b, _, kernel = inputs
+            _, of_a, of_b, _, of_kernel = ctx.needs_input_grad
             ctx.save_for_backward(x if of_a or of_kernel else None, a, b, kernel, output[1] if of_b else None)
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, dy: Any, dht: Any) -> tuple[Any, ...]:
             x, a, b, kernel, ht = ctx.saved_tensors
-            of_x, of_a, of_b, _, _, of_kernel = ctx.needs_input_grad
+            of_x, of_a, of_b, _, of_kernel = ctx.needs_input_grad
             if dy is None and dht is None:
-                return (None,) * 6
+                return (None,) * 5
             if dy is None:  # only `(x a)ᵀ` was used, by a second differentiation
                 dx = torch.mm(dht.t(), a.t()) if of_x else None
-                return dx, torch.mm(dht, x).t() if of_a else None, None, None, None, None
-            through_b = torch.mm(ctx.scale * b, dy.t())
+                return dx, torch.mm(dht, x).t() if of_a else None, None, None, None
+            through_b = torch.mm(b, dy.t())
             dht = through_b if dht is None else dht + through_b
             dx = None
             if of_x:
                 dx = torch.mm(dht.t(), a.t()) if kernel is None else torch.mm(dy, kernel.t()).addmm_(dht.t(), a.t())
             da = torch.mm(dht, x).t() if of_a else None
-            db = ctx.scale * torch.mm(ht, dy) if of_b else None
-            return dx, da, db, None, dy if kernel is None else None, torch.mm(x.t(), dy) if of_kernel else None
+            db = torch.mm(ht, dy) if of_b else None
+            return dx, da, db, dy if kernel is None else None, torch.mm(x.t(), dy) if of_kernel else None
 
     return LowRankSum

@@ -9,12 +9,12 @@ from typing import Any
 
 import keras
 
-from keras_lora import adapters, keras_internals, quantization, training
-from keras_lora.adapted import adapted_maps, set_adapter, set_owners, set_plain, start_adapter
+from keras_lora import adapters, keras_internals, quantization, slots, training
+from keras_lora.adapted import adapted_maps, named_adapters, set_adapter, set_owners, set_plain
 from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import Pattern, Patterns
 from keras_lora.structure import walk
-from keras_lora.targets import Target, list_targets
+from keras_lora.targets import Target, list_targets, new_name
 
 #: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -37,12 +37,17 @@ def apply_lora(
     blocks: Any = None,
     base_dtype: str | None = None,
     input_shape: Any = None,
+    name: str | None = None,
 ) -> Any:
     """Freeze a model and add adapters to its linear layers, in place.
 
     The layers stay the same objects with the same names, and the outputs stay the same numbers until training moves them.
     Only the adapters, and what `train` and `bias` name, are in `model.trainable_variables` afterwards. Call `compile`
     after it, as after every change of what trains.
+
+    An adapted model gets another adapter beside those it has, under a `name` of its own, with other targets or another
+    method if you like. The new one is then the only one that is active and that trains; `keras_lora.activate` and
+    `keras_lora.train_adapters` choose others.
 
     Args:
         model: A built Keras model or layer of any kind.
@@ -70,13 +75,14 @@ def apply_lora(
             computes their products in it, without a float32 copy of them; the adapters stay float32. By default kernels
             stay as they are. `remove_lora` and `merge_lora` give them their own dtype back, not the digits they lost.
         input_shape: Builds an unbuilt model first.
+        name: What to call the adapter, `"default"` where the model has none yet. It is in no key of any file.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: Nothing to adapt, a pattern that matches nothing (with the nearest names), a model that is adapted
-            already or not built, or a layer that cannot be adapted. The model is then as it was.
+        ValueError: Nothing to adapt, a pattern that matches nothing (with the nearest names), a model that is not built or
+            has an adapter of this name, or a layer that cannot be adapted. The model is then as it was.
 
     Example:
 
@@ -94,6 +100,7 @@ def apply_lora(
     method = adapters.get(adapter, rank=rank, alpha=alpha)
     if base_dtype not in (None, *BASE_DTYPES):
         raise ValueError(f"`base_dtype` must be None or one of {BASE_DTYPES}. Received: base_dtype={base_dtype!r}.")
+    name = new_name(model, name)
     if input_shape is not None and not model.built:
         model.build(input_shape)
     rows = list_targets(
@@ -108,15 +115,17 @@ def apply_lora(
         alpha_pattern=alpha_pattern,
         adapter_pattern=adapter_pattern,
         blocks=blocks,
+        name=name,
     )
     if base_dtype is not None:
         _refuse_quantized(rows.of("adapt"), base_dtype)
     started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
-    inject(model, started, trained=[row.layer for row in rows.of("train")], bias=bias)
+    inject(model, started, name, trained=[row.layer for row in rows.of("train")], bias=bias)
     if base_dtype is not None:
-        for linear, adapter in started:
+        for linear, _ in started:
             linear.store_kernel(base_dtype)
-            adapter.base_changed(linear)
+            for adapter in slots.adapters_of(linear):
+                adapter.base_changed(linear)
     forget_traces(model)
     return model
 
@@ -150,16 +159,20 @@ def remove_lora(model: Any) -> Any:
 def inject(
     model: keras.layers.Layer,
     adapted: Iterable[tuple[LinearMap, adapters.Adapter]],
+    name: str,
     trained: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
 ) -> None:
-    """Put started adapters on kernels of a plain model, and freeze the rest."""
+    """Put started adapters on kernels of a model. They are the only ones that are active and train; the rest is frozen."""
     pairs = list(adapted)
+    others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
+    for adapter in others:
+        adapter.strength.assign(0.0)
     for linear, adapter in pairs:
-        set_adapter(linear, adapter)
-    places = walk(model)
-    methods = [place.layer for place in places if isinstance(place.layer, adapters.Adapter)]
-    training.freeze(places, [linear.layer for linear, _ in pairs], [*trained, *methods], bias)
+        set_adapter(linear, adapter, name)
+    new = [layer for _, adapter in pairs for layer in adapters.with_inside(adapter)]
+    old = [layer for adapter in others for layer in adapters.with_inside(adapter)]
+    training.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
     set_owners(model)
 
 
@@ -170,8 +183,8 @@ def take_out(model: keras.layers.Layer) -> None:
         set_plain(place.layer)
 
 
-def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, adapters.Adapter]]:
-    """The adapted kernels of `model`, each with its adapter, by address; an error where there are none."""
+def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, slots.Change]]:
+    """The adapted kernels of `model`, each with its change, by address; an error where there are none."""
     found = adapted_maps(model) if isinstance(model, keras.layers.Layer) else {}
     if not found:
         name = getattr(model, "name", model)
@@ -195,7 +208,7 @@ def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
     if adapter.get_config().get("seed") is not None:
         seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32
         adapter = adapters.copy_of(adapter, seed=seed)
-    start_adapter(linear, adapter)
+    slots.start(linear, adapter)
     return adapter
 
 

@@ -203,6 +203,13 @@ def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
     return layer._adjust_scale_for_dequant(scale)
 
 
+def forget_optimizers(model: keras.layers.Layer) -> None:
+    """Drop the optimizers of compiled models: they hold variables of their own for each that trained."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.Model) and getattr(layer, "optimizer", None) is not None:
+            layer.optimizer = None
+
+
 def drop_compiled_functions(model: keras.layers.Layer) -> None:
     """Forget what was traced: Keras traces these once, and a trace made before a change would run unchanged."""
     for layer in model._flatten_layers():

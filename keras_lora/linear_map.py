@@ -13,10 +13,11 @@ Words, always these:
 
 **The law**, held by `tests/test_law.py` for every layer type, every method and every backend:
 
-    adapter.adapted_output(x, apply(x, W)) == apply(x, W + adapter.delta_kernel(W))
+    adapter.adapted_output(x, apply(x, W)) == apply(x, W + adapter.strength · adapter.delta_kernel(W))
 
-The right side is the definition, as in the paper. The left side is what runs. Where a layer's code gives no place to add to
-(a recurrent cell, a depthwise convolution, a layer of the user's own), that code runs with `W + ΔW` in the kernel's place.
+The right side is the definition, with ΔW as in the paper. The strength is 1 unless adapters are switched (see
+`composition.py`); the changes of several adapters add up. The left side is what runs. Where a layer's code gives no place to
+add to (a recurrent cell, a depthwise convolution, a layer of the user's own), that code runs with the changed kernel.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class LinearMap:
         matrix = self.matrix
         if keras.backend.standardize_dtype(matrix.dtype) != "float64":
             matrix = ops.cast(matrix, "float32")
-        return self.as_kernel(ops.add(matrix, ops.cast(adapter.delta_kernel(matrix), matrix.dtype)))
+        return self.as_kernel(ops.add(matrix, ops.cast(adapter.change(matrix), matrix.dtype)))
 
     # The layer's sum.
 
@@ -203,7 +204,7 @@ class LinearMap:
         """`apply(x, a b)` with `a (*groups, in_dim, k)` and `b (*groups, k, out_dim)`, without forming `a b`."""
         return self.expand(self.contract(x, a), b)
 
-    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: float, y: Any = None) -> Any:
+    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: Any, y: Any = None) -> Any:
         """`y + scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.
 
         Where `y`, the base output, is not given, it is computed here, together with the change where that is faster.
@@ -212,7 +213,7 @@ class LinearMap:
         if y is None and not in_one:
             y = self.base_output(x)
         if not self.is_matmul:
-            return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(scale * b, y.dtype)))
+            return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(ops.multiply(scale, b), y.dtype)))
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
         if len(x.shape) == 2 and self.kernel_axes == "io":

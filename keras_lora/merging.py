@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import adapters, quantization, training
-from keras_lora.adapted import adapted_maps, maps_by_address, set_adapter, set_owners
+from keras_lora import adapters, quantization, slots, training
+from keras_lora.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_owners
 from keras_lora.inject import forget_traces, require_adapted, take_out
 from keras_lora.linear_map import LinearMap
 from keras_lora.structure import by_address
@@ -22,17 +23,18 @@ _KEPT = "_keras_lora_kept"
 class _Kept:
     """What `unmerge_lora` needs. Not a list or dict: those are searched for layers."""
 
-    adapters: dict[str, adapters.Adapter]
+    adapters: list[tuple[str, str, str, adapters.Adapter]]  # address, name, slot
     kernels: dict[str, np.ndarray]
     base_dtypes: dict[str, str | None]
     marks: dict[str, dict[str, Any]]
 
 
 def merge_lora(model: Any, keep: bool = False) -> Any:
-    """Add every adapter's change to its kernel, in place, and make the model a plain Keras model again.
+    """Add the change of every active adapter to its kernel, in place, and make the model a plain Keras model again.
 
     The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, needs no extra time
-    to run, and its `.keras` file loads where `keras_lora` is not installed.
+    to run, and its `.keras` file loads where `keras_lora` is not installed. Of several adapters, the sum is merged that
+    `keras_lora.activate` chose; a warning names the adapters that are not active, for they are gone.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -56,18 +58,21 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
     """
     adapted = require_adapted(model, "merge_lora")
     _refuse_quantized(adapted)
+    _warn_of_inactive(model, keep)
     not_finite = [address for address, pair in adapted.items() if not np.isfinite(_merged_kernel(*pair)).all()]
     if not_finite:
         raise ValueError(
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
             f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
-    kept = _Kept({}, {}, {}, training.marks_of(model)) if keep else None
-    for address, (linear, adapter) in adapted.items():
+    kept = _Kept([], {}, {}, training.marks_of(model)) if keep else None
+    for address, (linear, change) in adapted.items():
         variable = linear.kernel_variable
-        merged = _merged_kernel(linear, adapter)
+        merged = _merged_kernel(linear, change)
         if kept is not None:
-            kept.adapters[address] = adapter
+            kept.adapters += [
+                (address, each.adapter_name, slots.slot_of(linear.layer, each), each) for each in slots.adapters_of(linear)
+            ]
             kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
             kept.base_dtypes[address] = linear.base_dtype
         linear.store_kernel(None)
@@ -107,10 +112,11 @@ def unmerge_lora(model: Any) -> Any:
         )
     del vars(model)[_KEPT]
     maps = maps_by_address(model)
-    for address, adapter in kept.adapters.items():
-        set_adapter(maps[address], adapter)
+    for address, name, slot, adapter in kept.adapters:
+        set_adapter(maps[address], adapter, name, slot)
+    for address, kernel in kept.kernels.items():
         maps[address].store_kernel(kept.base_dtypes[address])
-        maps[address].kernel_variable.assign(kept.kernels[address])
+        maps[address].kernel_variable.assign(kernel)
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():
         training.mark(layers[address], **mark)
@@ -119,11 +125,25 @@ def unmerge_lora(model: Any) -> Any:
     return model
 
 
-def _merged_kernel(linear: LinearMap, adapter: adapters.Adapter) -> np.ndarray:
-    return ops.convert_to_numpy(linear.changed_kernel(adapter))
+def _merged_kernel(linear: LinearMap, change: slots.Change) -> np.ndarray:
+    return ops.convert_to_numpy(linear.changed_kernel(change))
 
 
-def _refuse_quantized(adapted: dict[str, tuple[LinearMap, adapters.Adapter]]) -> None:
+def _warn_of_inactive(model: keras.layers.Layer, keep: bool) -> None:
+    inactive = [
+        name
+        for name, found in named_adapters(model).items()
+        if not any(adapters.strength_of(adapter) for _, adapter in found.values())
+    ]
+    if inactive and not keep:
+        warnings.warn(
+            f"Merging into '{model.name}' drops the adapters {inactive}, which are not active. Save them first with "
+            "`keras_lora.save_adapter(model, path, name)`, or merge with keep=True.",
+            stacklevel=3,
+        )
+
+
+def _refuse_quantized(adapted: dict[str, tuple[LinearMap, slots.Change]]) -> None:
     quantized = [address for address, (linear, _) in adapted.items() if quantization.mode_of(linear.layer) is not None]
     if quantized:
         raise ValueError(

@@ -63,7 +63,7 @@ def check_addresses(
 ) -> None:
     """Raise unless the rebuilt `owner` has all that `description` wants to adapt, and the variables it was marked with."""
     missing = [address for address in description["quantized"] if address not in layers]
-    missing += [address for address in description["adapters"] if address not in maps]
+    missing += [entry["address"] for entry in description["adapters"] if entry["address"] not in maps]
     if missing:
         raise ValueError(
             f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has nothing to adapt at "

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from keras_lora import adapters, keras_internals, presets, quantization, training
 from keras_lora import blocks as blocks_
-from keras_lora.adapted import ADAPTED_CLASSES, AdaptedLayer, maps_of
+from keras_lora.adapted import ADAPTED_CLASSES, maps_of, named_adapters
 from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import Key, Pattern, Patterns, Search
 from keras_lora.structure import Place, walk
@@ -89,7 +89,9 @@ class TargetList(list[Target]):
     def total(self) -> str:
         """One line: how much would train."""
         trainable, everything = sum(row.trainable for row in self), sum(row.parameters for row in self)
-        everything += sum(row.adapter.parameter_count(row.shape) for row in self if row.adapter and row.shape)
+        everything += sum(
+            row.adapter.parameter_count(row.shape) + 1 for row in self if row.adapter and row.shape
+        )  # strength
         return f"trainable: {trainable:,} of {everything:,} ({100 * trainable / max(everything, 1):.3g} %)"
 
 
@@ -108,12 +110,13 @@ def list_targets(
     alpha_pattern: Mapping[Pattern, float] | None = None,
     adapter_pattern: Mapping[Pattern, Any] | None = None,
     blocks: Any = None,
+    name: str | None = None,
 ) -> TargetList:
     """Show what `apply_lora` with the same arguments would do. Nothing is changed.
 
     Args:
         model, adapter, rank, alpha, targets, exclude, head, train, bias, rank_pattern, alpha_pattern, adapter_pattern,
-            blocks: As for `keras_lora.apply_lora`.
+            blocks, name: As for `keras_lora.apply_lora`.
 
     Returns:
         A list of `Target`, one for each layer that has variables of its own; printing it prints a table.
@@ -130,6 +133,7 @@ def list_targets(
     [('hidden', 'adapt', 192), ('out', 'freeze', 0)]
     """
     method = adapters.get(adapter, rank=rank, alpha=alpha)
+    new_name(model, name)
     places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
     _refuse_unfit_model(model, places, bias)
     sites = [site for place in places for site in _sites_of(place)]
@@ -175,6 +179,22 @@ def list_targets(
     return rows
 
 
+def new_name(model: Any, name: str | None) -> str:
+    """The name for an adapter that is to be added to `model`, or an error where it cannot have that."""
+    taken = list(named_adapters(model))
+    if name is None and taken:
+        raise ValueError(
+            f"'{model.name}' is adapted already. Expected a plain model, or a `name` for another adapter beside {taken}. "
+            "Received: name=None. `keras_lora.remove_lora(model)` and `keras_lora.merge_lora(model)` make it plain."
+        )
+    name = adapters.Adapter.adapter_name if name is None else name
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"`name` must be a word for the adapter. Received: name={name!r}.")
+    if name in taken:
+        raise ValueError(f"'{model.name}' has an adapter '{name}' already. Expected a new name. Received: name={name!r}.")
+    return name
+
+
 def _rows_of(
     place: Place,
     chosen: dict[Key, Site],
@@ -190,6 +210,9 @@ def _rows_of(
     if place.key in trained and variables:
         count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
         return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
+    planned = sum(map(_size, training.planned_variables(place.layer)))
+    if planned and not any(id(place.layer) == key[0] for key in chosen):
+        return [_row(place, variables, action="train", why="trains already", trainable=planned)]
     with_bias = bias == "all" or (bias == "lora_only" and any(id(place.layer) == key[0] for key in chosen))
     biases = sum(_size(v) for v in variables if with_bias and v.name == "bias")
     rows = []
@@ -315,11 +338,6 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
 def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
     if bias not in training.BIAS_OPTIONS:
         raise ValueError(f"`bias` must be one of {training.BIAS_OPTIONS}. Received: bias={bias!r}.")
-    if any(isinstance(place.layer, AdaptedLayer) or training.MARK in vars(place.layer) for place in places):
-        raise ValueError(
-            f"'{model.name}' is adapted already. Expected a plain model. Call `keras_lora.remove_lora(model)` or "
-            "`keras_lora.merge_lora(model)` first."
-        )
     unused = _inside_graphs(places)
     unbuilt = [place.path for place in places if not place.layer.built and place.key not in unused]
     if unbuilt:

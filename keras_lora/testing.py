@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora import adapters
-from keras_lora.adapted import adapted_maps, maps_by_address, maps_of
+from keras_lora.adapted import maps_by_address, maps_of, named_adapters
 from keras_lora.inject import apply_lora, remove_lora
 from keras_lora.merging import merge_lora, unmerge_lora
 
@@ -23,9 +23,9 @@ def check_layer(
 ) -> dict[str, float]:
     """Check that a layer is the linear map it is registered as, with every method, by running it.
 
-    For each method: a fresh adapter changes nothing; with the adapter moved, what runs equals the plain layer with `W + ΔW`
-    in the place of each kernel; merging gives those same numbers; removing, and a second layer made from the config, give
-    the layer as it was. The layer is as it was afterwards.
+    For each method: a fresh adapter changes nothing; with the adapter moved and at another strength, what runs equals the
+    plain layer with the changed kernels in the place of its own; merging gives those same numbers; removing, and a second
+    layer made from the config, give the layer as it was. The layer is as it was afterwards.
 
     Args:
         layer: A built layer of a class that `keras_lora.register_layer` knows.
@@ -99,11 +99,13 @@ def _check_method(
     apply_lora(layer, method, targets=lambda each: True)
     try:
         fresh = compare(run(layer), before, "outputs with a fresh adapter, and without,")
-        for number, (_, adapter) in enumerate(adapted_maps(layer).values()):
-            _move(adapter, number)
+        (found,) = named_adapters(layer).values()
         maps = maps_by_address(twin)
-        for address, (linear, adapter) in adapted_maps(layer).items():
-            changed = linear.as_kernel(ops.add(linear.matrix, adapter.delta_kernel(linear.matrix)))
+        for number, (address, (linear, adapter)) in enumerate(found.items()):
+            _move(adapter, number)
+            # Not 1, so that a method that forgets its strength is found.
+            adapter.strength.assign(0.75)
+            changed = linear.as_kernel(ops.add(linear.matrix, 0.75 * adapter.delta_kernel(linear.matrix)))
             maps[address].kernel_variable.assign(changed)
         expected = run(twin)
         worst = compare(run(layer), expected, "what runs, and the plain layer with the changed kernels,")
@@ -111,7 +113,7 @@ def _check_method(
         merged = compare(run(layer), expected, "the merged layer, and the plain layer with the changed kernels,")
         unmerge_lora(layer)
     finally:
-        if adapted_maps(layer):
+        if named_adapters(layer):
             remove_lora(layer)
         layer.set_weights(weights)
     compare(run(layer), before, "outputs after removing the adapter, and before,")

@@ -41,31 +41,40 @@ def freeze(
     adapted: Iterable[keras.layers.Layer],
     trained: Iterable[keras.layers.Layer],
     bias: str = "none",
+    stopped: Iterable[keras.layers.Layer] = (),
 ) -> None:
     """Freeze every layer at `places`, but for the layers in `trained`, and the biases that the option `bias` names.
 
+    What was planned to train before still does, but for the layers in `stopped`.
     Layers without weights are left as they are. A frozen layer that holds no other has `trainable = False`, which is
     what keeps the moving statistics of BatchNormalization still; one that holds others has only its own variables frozen.
     """
-    adapted_ids, trained_ids = {id(layer) for layer in adapted}, {id(layer) for layer in trained}
+    adapted_ids, trained_ids, stopped_ids = ({id(layer) for layer in each} for each in (adapted, trained, stopped))
     for place in places:
         layer = place.layer
         if not layer.weights:
             continue
-        own = keras_internals.own_trainable_variables(layer)
-        if id(layer) in trained_ids:
-            plan = [True, [True] * len(own)]
-        else:
-            with_bias = bias == "all" or (bias == "lora_only" and id(layer) in adapted_ids)
-            variables = [with_bias and v.name == "bias" for v in own]
-            plan = [any(variables) or bool(keras_internals.sublayers(layer)), variables]
-        mark(layer, found=flags_of(layer), plan=plan)
+        own, before = keras_internals.own_trainable_variables(layer), vars(layer).get(MARK)
+        in_full = id(layer) in trained_ids
+        with_bias = bias == "all" or (bias == "lora_only" and id(layer) in adapted_ids)
+        stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"][1]
+        variables = [in_full or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)]
+        plan = [in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables]
+        mark(layer, found=flags_of(layer) if before is None else before["found"], plan=plan)
 
 
 def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None = None) -> None:
     """Put a mark on one layer, and set its flags to `now`, or to the plan."""
     vars(layer)[MARK] = {"found": found, "plan": plan}
     set_flags(layer, plan if now is None else now)
+
+
+def plan_again(layer: keras.layers.Layer, trains: bool | None) -> None:
+    """Plan all own variables of a marked layer to train or not; `None` keeps their plan, and fits the layer's own flag to it."""
+    if MARK in vars(layer):
+        before = vars(layer)[MARK]
+        variables = before["plan"][1] if trains is None else [trains] * len(before["plan"][1])
+        mark(layer, before["found"], [any(variables) or bool(keras_internals.sublayers(layer)), variables])
 
 
 def follow_plan(layer: keras.layers.Layer) -> None:
@@ -93,13 +102,20 @@ def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Flags]]:
     return marks
 
 
+def planned_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The own variables of `layer` that `apply_lora` planned to train."""
+    own = keras_internals.own_trainable_variables(layer)
+    plan = vars(layer)[MARK]["plan"][1] if MARK in vars(layer) else [False] * len(own)
+    return [v for v, planned in zip(own, plan, strict=True) if planned]
+
+
 def trained_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The own variables of `layer` that train now, or would if the model were switched on.
 
     A layer trained in full has its other variables among them: the moving statistics of a BatchNormalization move.
     """
     own = keras_internals.own_trainable_variables(layer)
-    plan = vars(layer)[MARK]["plan"][1] if MARK in vars(layer) else [False] * len(own)
-    trained = [v for v, planned in zip(own, plan, strict=True) if planned or v.trainable]
+    planned = {id(v) for v in planned_variables(layer)}
+    trained = [v for v in own if v.trainable or id(v) in planned]
     in_full = bool(own) and len(trained) == len(own)
     return keras_internals.own_variables(layer) if in_full else trained

@@ -15,15 +15,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["__init__"],
     ["hub", "testing"],
-    ["registration", "merging", "adapter_file"],
+    ["serving", "combining"],
+    ["registration", "merging", "adapter_file", "composition", "inspection"],
     ["inject"],
     ["targets"],
     ["blocks", "presets"],
     ["patterns", "layers"],
     ["adapted"],
+    ["slots"],
     ["training", "linear_map", "rebuilding"],
     ["structure", "quantization", "adapters"],
-    ["keras_internals", "backend"],
+    ["keras_internals", "backend", "factors"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

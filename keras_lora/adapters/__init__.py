@@ -6,9 +6,10 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapters.adapter import Adapter, values_come
+from keras_lora.adapters.adapter import Adapter, method_of, strength_of, values_come, with_inside
 from keras_lora.adapters.dora import DoRA
 from keras_lora.adapters.lora import LoRA
+from keras_lora.adapters.sum import Sum
 from keras_lora.adapters.trainable_tokens import TrainableTokens
 
 TABLE: dict[str, type[Adapter]] = {
@@ -62,4 +63,17 @@ def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
     return type(adapter).from_config({**config, **changed})
 
 
-__all__ = ["TABLE", "Adapter", "DoRA", "LoRA", "TrainableTokens", "copy_of", "get", "values_come"]
+__all__ = [
+    "TABLE",
+    "Adapter",
+    "DoRA",
+    "LoRA",
+    "Sum",
+    "TrainableTokens",
+    "copy_of",
+    "get",
+    "method_of",
+    "strength_of",
+    "values_come",
+    "with_inside",
+]

@@ -38,10 +38,24 @@ class Adapter(keras.layers.Layer):
 
     #: Names of weights that are computed from the base and so are not saved.
     derived: tuple[str, ...] = ()
+    #: Whether `adapted_output` adds to `y` and does not read it otherwise: so several add up, one after the other.
+    adds = True
+    #: The name under which a model knows it, which several layers share, and the part of the layer it changes.
+    adapter_name = "default"
+    part = ""
 
     def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
         # A fixed name: Keras's automatic one counts up through a process, and variable paths with it.
         super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)
+
+    def add_strength(self) -> None:
+        """Create `strength`, the number that multiplies the whole change: 0 is off, 1 is on.
+
+        It is a variable, so that switching and rescaling reach functions that were compiled before.
+        """
+        self.strength = self.add_weight(
+            shape=(), initializer="ones", name="strength", dtype="float32", trainable=False, autocast=False
+        )
 
     def start(self, linear: Any) -> None:
         """Create the weights for `linear` at the method's starting point, where the change is zero."""
@@ -59,16 +73,19 @@ class Adapter(keras.layers.Layer):
         """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
 
+    def change(self, matrix: Any) -> Any:
+        """`strength · ΔW`: what is added to the kernel."""
+        return ops.multiply(self.strength, self.delta_kernel(matrix))
+
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
-        """`apply(x, W + ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
+        """`apply(x, W + strength · ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
 
         This default computes the definition. A method with a cheaper way overrides it; the law test holds it to this one.
         """
-        delta = ops.cast(self.delta_kernel(linear.matrix), y.dtype)
-        return ops.add(y, linear.apply(x, delta))
+        return ops.add(y, linear.apply(x, ops.cast(self.change(linear.matrix), y.dtype)))
 
     def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
-        """`apply(x, W + ΔW)` from `x` alone, for a method that is faster when it computes the base output itself."""
+        """`adapted_output` from `x` alone, for a method that is faster when it computes the base output itself."""
         return self.adapted_output(x, linear.base_output(x), linear, training=training)
 
     def base_changed(self, linear: Any) -> None:
@@ -82,14 +99,25 @@ class Adapter(keras.layers.Layer):
             shape=shape, initializer=initializer, name=name, dtype="float32", trainable=trainable, autocast=False
         )
 
+    def misfit_with(self, other: Adapter) -> str | None:
+        """Why this adapter cannot take the values of `other`, or `None`. Asked before anything changes."""
+        if type(self) is type(other) and method_of(self) == method_of(other):
+            return None
+        return f"this one is {_words(self)}, the other {_words(other)}"
+
+    def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
+        """`values`, NumPy arrays by key of an adapter configured like `other`, as this adapter would hold them."""
+        return values
+
     @property
     def saved_weights(self) -> dict[str, keras.Variable]:
         """The weights that a file holds, by key, those of adapters inside this one included."""
-        return {v.name: v for v in self.weights if v.name not in self.derived}
+        return {v.name: v for v in self.weights if v.name not in (*self.derived, "strength")}
 
     @property
     def _own_saved_weights(self) -> dict[str, keras.Variable]:
-        return {v.name: v for v in keras_internals.own_variables(self) if v.name not in self.derived}
+        own = {id(v) for v in keras_internals.own_variables(self)}
+        return {key: v for key, v in self.saved_weights.items() if id(v) in own}
 
     def save_own_variables(self, store: Any) -> None:
         for key, variable in self._own_saved_weights.items():
@@ -108,3 +136,26 @@ class Adapter(keras.layers.Layer):
             )
         for key, variable in weights.items():
             variable.assign(store[key])
+
+
+def with_inside(adapter: Adapter) -> list[keras.layers.Layer]:
+    """An adapter and the layers inside it."""
+    return [adapter, *(each for each in keras_internals.sublayers(adapter))]
+
+
+def strength_of(adapter: Adapter) -> float:
+    """The number that multiplies the adapter's change now."""
+    return float(keras.ops.convert_to_numpy(adapter.strength))
+
+
+#: The starting point and the Keras layer's own arguments say nothing about trained values.
+_OF_THE_START = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+
+
+def method_of(adapter: Adapter) -> dict[str, Any]:
+    """The arguments of a method that say what its values mean: its config without its starting point."""
+    return {key: value for key, value in adapter.get_config().items() if key not in _OF_THE_START}
+
+
+def _words(adapter: Adapter) -> str:
+    return f"{type(adapter).__name__}({', '.join(f'{key}={value!r}' for key, value in method_of(adapter).items())})"

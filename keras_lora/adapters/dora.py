@@ -38,6 +38,7 @@ class DoRA(Adapter):
     """
 
     derived = ("kernel_norm_squared",)
+    adds = False
 
     def __init__(
         self,
@@ -53,6 +54,16 @@ class DoRA(Adapter):
     ):
         super().__init__(**kwargs)
         self.lora = LoRA(rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed, freeze_a)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the change of direction."""
+        return self.lora.rank
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `A B`."""
+        return self.lora.scale
 
     def problem_with(self, linear: Any) -> str | None:
         return self.lora.problem_with(linear)
@@ -89,20 +100,26 @@ class DoRA(Adapter):
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         if not linear.scales_outputs:  # a tied embedding in reverse sums over the units that the magnitude scales
             return super().adapted_output(x, y, linear, training)
-        return self._scaled(self.lora.adapted_output(x, y, linear, training), linear)
+        return self._output(x, y, linear, training)
 
     def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
         if not linear.scales_outputs:
             return super().output(x, linear, training)
-        return self._scaled(self.lora.output(x, linear, training), linear)
+        return self._output(x, None, linear, training)
 
-    def _scaled(self, y: Any, linear: Any) -> Any:
-        """`y = apply(x, W + sAB)`, with each output unit brought to its magnitude."""
+    def _output(self, x: Any, y: Any, linear: Any, training: bool | None) -> Any:
+        """`W + t ΔW = c (W + (t g / c) sAB)`, with strength t, the gain g of an output unit, and `c = 1 + t (g - 1)`."""
         gain = ops.divide(self.magnitude, self.direction_norm(linear))
+        more = ops.multiply(self.strength, ops.subtract(gain, 1.0))
+        # Where c is 0 the base vanishes: a tiny c leaves of it less than can be seen.
+        c = ops.add(more, 1.0)
+        c = ops.where(ops.abs(c) < 1e-12, 1e-12, c)
+        b = ops.multiply(self.lora.lora_b, ops.expand_dims(ops.divide(ops.multiply(self.strength, gain), c), -2))
+        y = self.lora.add_product(x, y, linear, training, b, self.lora.scale)
         if keras.backend.standardize_dtype(y.dtype) == "float32":
-            return ops.multiply(y, linear.along_outputs(gain, y))
-        # Written y + (g - 1) y because g stays close to 1, where bfloat16 has only 3 digits.
-        return ops.add(y, ops.multiply(y, linear.along_outputs(ops.cast(ops.subtract(gain, 1.0), y.dtype), y)))
+            return ops.multiply(y, linear.along_outputs(c, y))
+        # Written y + (c - 1) y because c stays close to 1, where bfloat16 has only 3 digits.
+        return ops.add(y, ops.multiply(y, linear.along_outputs(ops.cast(more, y.dtype), y)))
 
     def direction_norm(self, linear: Any) -> Any:
         """`‖W + scale · A B‖` of each output, `(*groups, out_dim)`, from products no larger than `(rank, out_dim)`.
@@ -117,6 +134,12 @@ class DoRA(Adapter):
         gram = ops.matmul(ops.matmul(a_transposed, a), b)
         squared = ops.add(self.kernel_norm_squared, ops.sum(ops.multiply(b, ops.add(2.0 * across, gram)), axis=-2))
         return ops.sqrt(ops.maximum(squared, 0.0))
+
+    def misfit_with(self, other: Adapter) -> str | None:
+        return self.lora.misfit_with(other.lora) if isinstance(other, DoRA) else super().misfit_with(other)
+
+    def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
+        return self.lora.values_from(other.lora, values) if isinstance(other, DoRA) else values
 
     def get_config(self) -> dict[str, Any]:
         own = super().get_config()

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lora import keras_internals
@@ -115,8 +116,16 @@ class LoRA(Adapter):
         return self.scale * ops.matmul(self.lora_a, self.lora_b)
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+        return self.add_product(x, y, linear, training, self.lora_b, ops.multiply(self.scale, self.strength))
+
+    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+        return self.adapted_output(x, None, linear, training)
+
+    def add_product(self, x: Any, y: Any, linear: Any, training: bool | None, b: Any, scale: Any) -> Any:
+        """`y + scale · (x A) b`, with dropout on the way to `A` in training; `y` is the base output where it is `None`."""
         if self.seed_generator is None or not training:
-            return linear.low_rank_sum(x, self.lora_a, self.lora_b, self.scale, y)
+            return linear.low_rank_sum(x, self.lora_a, b, scale, y)
+        y = linear.base_output(x) if y is None else y
 
         # The dropped input is not kept for the backward pass: it is made again there, from the same seed.
         def dropped(x: Any, a: Any, drawn: Any) -> Any:
@@ -124,12 +133,22 @@ class LoRA(Adapter):
             return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
 
         h = keras.remat(dropped)(x, ops.cast(self.lora_a, y.dtype), self.seed_generator.next())
-        return ops.add(y, linear.expand(h, ops.cast(self.scale * self.lora_b, y.dtype)))
+        return ops.add(y, linear.expand(h, ops.cast(ops.multiply(scale, b), y.dtype)))
 
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
-        if self.seed_generator is None or not training:
-            return linear.low_rank_sum(x, self.lora_a, self.lora_b, self.scale)
-        return super().output(x, linear, training)
+    def misfit_with(self, other: Adapter) -> str | None:
+        """A LoRA takes the values of another of equal or smaller rank, whatever its scale."""
+        if not isinstance(other, LoRA) or other.rank > self.rank:
+            return super().misfit_with(other)
+        return super().misfit_with(_with_size_of(self, other))
+
+    def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(other, LoRA) or not {"lora_a", "lora_b"} <= values.keys():
+            return values
+        a, b, more = values["lora_a"], values["lora_b"], self.rank - other.rank
+        if a.ndim > 1 and b.ndim > 1 and more:  # columns of zeros do nothing
+            a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
+            b = np.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, more), (0, 0)])
+        return {**values, "lora_a": a, "lora_b": b * np.asarray(other.scale / self.scale, b.dtype)}
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -143,3 +162,9 @@ class LoRA(Adapter):
             "seed": self.seed,
             "freeze_a": self.freeze_a,
         }
+
+
+def _with_size_of(lora: LoRA, other: LoRA) -> LoRA:
+    """`other` with the rank and the scale of `lora`."""
+    size = {key: lora.get_config()[key] for key in ("rank", "alpha", "rank_stabilized")}
+    return LoRA.from_config({**other.get_config(), **size})

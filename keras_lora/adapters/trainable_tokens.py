@@ -67,7 +67,7 @@ class TrainableTokens(Adapter):
         return ops.matmul(self._selection(), self.token_delta)
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
-        delta = ops.cast(self.token_delta, y.dtype)
+        delta = ops.cast(ops.multiply(self.strength, self.token_delta), y.dtype)
         if linear.picks_rows:
             hits = ops.equal(ops.expand_dims(x, -1), ops.convert_to_tensor(self.tokens, dtype=x.dtype))
             return ops.add(y, ops.matmul(ops.cast(hits, y.dtype), delta))

@@ -14,6 +14,7 @@ from keras import ops
 from keras_lora import keras_internals, quantization
 from keras_lora.adapted import AdaptedLayer
 from keras_lora.linear_map import LinearMap, seen_with
+from keras_lora.slots import change_of
 
 
 class EmbeddingMap(LinearMap):
@@ -154,16 +155,10 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
     def call(self, inputs: Any, reverse: bool = False, training: bool | None = None) -> Any:  # type: ignore[override]
         if not reverse and hasattr(inputs, "with_flat_values"):  # ragged, as above
             return inputs.with_flat_values(self.call(inputs.flat_values, training=training))
-        adapters = {linear.part: adapter for linear, adapter in self.adapted_maps()}
-        tied = self.tie_weights
-        if not reverse:
-            linear, adapter = self.linear_map, adapters.get("")
-        elif tied:
-            linear, adapter = ReverseMap(self), adapters.get("")
-        else:
-            linear, adapter = UntiedReverseMap(self), adapters.get("reverse_embeddings")
-        base = linear.base_output(inputs)
-        if adapter is None:
+        back = ReverseMap if self.tie_weights else UntiedReverseMap
+        linear = back(self) if reverse else self.linear_map
+        base, change = linear.base_output(inputs), change_of(linear)
+        if change is None:
             return linear.finish(base)
-        y = linear.finish(adapter.adapted_output(inputs, base, linear, training=training))
+        y = linear.finish(change.adapted_output(inputs, base, linear, training=training))
         return y if reverse else keras_internals.copy_mask(base, y)

@@ -76,11 +76,11 @@ class AdaptedSeparableConv(AdaptedLayer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         layer: Any = self
-        adapters = {linear.part: (linear, adapter) for linear, adapter in self.adapted_maps()}
+        changes = {linear.part: (linear, change) for linear, change in self.adapted_maps()}
         depthwise = ops.cast(layer.depthwise_kernel, layer.compute_dtype)
-        if "depthwise_kernel" in adapters:
-            linear, adapter = adapters["depthwise_kernel"]
-            depthwise = ops.cast(linear.changed_kernel(adapter), depthwise.dtype)
+        if "depthwise_kernel" in changes:
+            linear, change = changes["depthwise_kernel"]
+            depthwise = ops.cast(linear.changed_kernel(change), depthwise.dtype)
         h = ops.depthwise_conv(
             inputs,
             depthwise,
@@ -91,8 +91,8 @@ class AdaptedSeparableConv(AdaptedLayer):
         )
         pointwise = self.linear_map
         y = pointwise.base_output(h)
-        if "pointwise_kernel" in adapters:
-            y = adapters["pointwise_kernel"][1].adapted_output(h, y, pointwise, training=training)
+        if "pointwise_kernel" in changes:
+            y = changes["pointwise_kernel"][1].adapted_output(h, y, pointwise, training=training)
         return pointwise.finish(y)
 
 

@@ -1,0 +1,223 @@
+"""Named adapters: which of them are active, how strongly, which train, and how one goes away.
+
+Whether an adapter is active is a number, its strength, in a variable of each layer. So `fit`, `predict` and `generate` that
+were compiled before a switch give the right result after it, and nothing is traced again. An inactive adapter still costs
+its two thin products; `delete_adapter` takes it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from keras_lora import adapters, keras_internals, slots, training
+from keras_lora.adapted import AdaptedLayer, named_adapters, set_owners, set_plain
+from keras_lora.inject import forget_traces, remove_lora, require_adapted
+from keras_lora.structure import walk
+
+
+def activate(model: Any, names: str | Iterable[str] | Mapping[str, float] | None) -> Any:
+    """Choose which adapters change the model: one, several added up, or none. Nothing is compiled again.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        names: The name of an adapter, several names, a mapping from names to strengths (`{"french": 0.7, "formal": 0.3}`;
+            a negative one takes away what the adapter learned), or `None` for none. An adapter that is not named is off.
+            With several, each layer's kernel is `W + Σ strength · ΔW`, where every ΔW is the change of `W` alone.
+
+    Returns:
+        `model` itself. What trains stays as it is, see `train_adapters`.
+
+    Raises:
+        ValueError: The model is not adapted, or has no adapter of a name, or a strength is not a finite number. Nothing is
+            switched then.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model, rank=1, name="french")
+    >>> model = keras_lora.apply_lora(model, "dora", rank=4, name="formal")
+    >>> keras_lora.active(keras_lora.activate(model, {"french": 0.5, "formal": 1}))
+    {'french': 0.5, 'formal': 1.0}
+    """
+    named = _named(model, "activate")
+    strengths = _strengths(names)
+    check_names(model, strengths)
+    for name, found in named.items():
+        for _, adapter in found.values():
+            adapter.strength.assign(strengths.get(name, 0.0))
+    return model
+
+
+def active(model: Any) -> dict[str, float]:
+    """The strengths of the adapters that are active, by name.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+
+    Returns:
+        `{name: strength}`. The strength is NaN where layers disagree, because something set them one by one.
+
+    Raises:
+        ValueError: The model is not adapted.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> keras_lora.active(keras_lora.apply_lora(model))
+    {'default': 1.0}
+    """
+    strengths = {}
+    for name, found in _named(model, "active").items():
+        each = {adapters.strength_of(adapter) for _, adapter in found.values()}
+        strengths[name] = each.pop() if len(each) == 1 else math.nan
+    return {name: strength for name, strength in strengths.items() if strength != 0}
+
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[Any]:
+    """Run the base: inside this context no adapter is active; after it each is as it was. Nothing is compiled again.
+
+    It may be nested. Where biases or whole layers were trained beside the adapters, those stay as trained, so the outputs
+    are not the base's; a warning says so.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+
+    Raises:
+        ValueError: The model is not adapted.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model)
+    >>> with keras_lora.disabled(model):
+    ...     keras_lora.active(model)
+    {}
+    >>> keras_lora.active(model)
+    {'default': 1.0}
+    """
+    named = _named(model, "disabled")
+    trained = [
+        place.path
+        for place in walk(model)
+        if not isinstance(place.layer, adapters.Adapter) and training.planned_variables(place.layer)
+    ]
+    if trained:
+        warnings.warn(
+            f"Without its adapters '{model.name}' is not its base: {trained} train beside them, and stay as they are.",
+            stacklevel=3,
+        )
+    each = [adapter for found in named.values() for _, adapter in found.values()]
+    before = [adapters.strength_of(adapter) for adapter in each]
+    for adapter in each:
+        adapter.strength.assign(0.0)
+    try:
+        yield model
+    finally:
+        for adapter, strength in zip(each, before, strict=True):
+            adapter.strength.assign(strength)
+
+
+def train_adapters(model: Any, names: str | Iterable[str]) -> Any:
+    """Choose which adapters train; the others are frozen, active or not. What else was to train still does.
+
+    An adapter that trains should be active: through an inactive one no gradient flows, and weight decay still shrinks it.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        names: The name of an adapter, or several.
+
+    Returns:
+        `model` itself. Call `compile` after it.
+
+    Raises:
+        ValueError: The model is not adapted, or has no adapter of a name. Nothing is changed then.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model, rank=1, name="french")
+    >>> model = keras_lora.apply_lora(model, rank=4, name="formal")
+    >>> [tuple(v.shape) for v in keras_lora.train_adapters(model, "french").trainable_variables]
+    [(16, 1), (1, 32)]
+    """
+    named = _named(model, "train_adapters")
+    chosen = _strengths(names)
+    check_names(model, chosen)
+    for name, found in named.items():
+        for linear, adapter in found.values():
+            for layer in adapters.with_inside(adapter):
+                training.plan_again(layer, name in chosen)
+            training.plan_again(linear.layer, None)
+    forget_traces(model)
+    return model
+
+
+def delete_adapter(model: Any, name: str) -> Any:
+    """Take an adapter out of a model, and free its memory. Deleting the last one leaves a plain model, like `remove_lora`.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        name: Which adapter.
+
+    Returns:
+        `model` itself. Call `compile` after it: the optimizer is gone with the variables it held.
+
+    Raises:
+        ValueError: The model is not adapted, or has no adapter of that name.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model, rank=1, name="french")
+    >>> model = keras_lora.apply_lora(model, rank=4, name="formal")
+    >>> keras_lora.active(keras_lora.activate(keras_lora.delete_adapter(model, "formal"), "french"))
+    {'french': 1.0}
+    """
+    named = _named(model, "delete_adapter")
+    check_names(model, [name])
+    if len(named) == 1:
+        return remove_lora(model)
+    for linear, adapter in named[name].values():
+        slots.take(linear, adapter)
+        layer: Any = linear.layer
+        if isinstance(layer, AdaptedLayer) and not slots.adapters_in(layer):
+            set_plain(layer)
+            training.plan_again(layer, None)
+    set_owners(model)
+    keras_internals.forget_optimizers(model)
+    forget_traces(model)
+    return model
+
+
+def check_names(model: Any, names: Iterable[str]) -> None:
+    """Raise unless `model` has an adapter of each name."""
+    known = list(named_adapters(model))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"'{model.name}' has no adapter {unknown}. Expected some of {known}.")
+
+
+def _named(model: Any, function: str) -> dict[str, dict[str, tuple[Any, adapters.Adapter]]]:
+    require_adapted(model, function)
+    return named_adapters(model)
+
+
+def _strengths(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
+    if names is None:
+        return {}
+    if isinstance(names, Mapping):
+        wrong = {name: each for name, each in names.items() if isinstance(each, bool) or not math.isfinite(each)}
+        if wrong:
+            raise ValueError(f"A strength must be a finite number. Received: {wrong}.")
+        return dict(names)
+    return dict.fromkeys([names] if isinstance(names, str) else names, 1.0)

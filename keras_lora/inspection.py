@@ -1,0 +1,159 @@
+"""What a model's adapters are: a table to print, and the same as plain data."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+from keras_lora import adapters, training
+from keras_lora.adapted import named_adapters
+from keras_lora.structure import walk
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter of one kernel, or what else trains.
+
+    Attributes:
+        layer: The names that lead to the layer, and to the kernel where it has several.
+        name: The adapter's name; `None` for a layer that trains without one (a head, a bias).
+        method: The class of the adapter.
+        rank: Its rank, or `None` where the method has none.
+        scale: What multiplies `A B`, before the strength, or `None`.
+        strength: What multiplies the whole change now; 0 is off.
+        trainable: How many numbers train.
+        parameters: How many numbers it has.
+        bytes: Their size in memory.
+    """
+
+    layer: str
+    name: str | None
+    method: str | None
+    rank: int | None
+    scale: float | None
+    strength: float | None
+    trainable: int
+    parameters: int
+    bytes: int
+
+
+class Summary(list[Row]):
+    """A list of `Row`; printing it prints a table with totals."""
+
+    def __init__(self, rows: list[Row], trainable: int, parameters: int):
+        super().__init__(rows)
+        #: How many numbers of the whole model train, and how many it has.
+        self.trainable, self.parameters = trainable, parameters
+
+    @property
+    def total(self) -> str:
+        """One line: how much of the model trains."""
+        return (
+            f"trainable: {self.trainable:,} of {self.parameters:,} ({100 * self.trainable / max(self.parameters, 1):.3g} %)"
+        )
+
+    @property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """A line for each adapter: its columns where all layers agree, else `"irregular"`, and the sums of the sizes."""
+        lines: dict[str, dict[str, Any]] = {}
+        for name in dict.fromkeys(row.name for row in self if row.name is not None):
+            rows = [row for row in self if row.name == name]
+            same = {key: {getattr(row, key) for row in rows} for key in ("method", "rank", "scale", "strength")}
+            line = {key: each.pop() if len(each) == 1 else "irregular" for key, each in same.items()}
+            sums = {key: sum(getattr(row, key) for row in rows) for key in ("trainable", "parameters", "bytes")}
+            lines[name] = {"layers": len(rows), **line, **sums}
+        return lines
+
+    def data(self) -> dict[str, Any]:
+        """All of it as plain data, which JSON can hold."""
+        rows = [asdict(row) for row in self]
+        return {"rows": rows, "adapters": self.adapters, "trainable": self.trainable, "parameters": self.parameters}
+
+    def __str__(self) -> str:
+        table = Table()
+        for column in ("layer", "adapter", "method"):
+            table.add_column(column, overflow="fold")
+        for column in ("rank", "scale", "active", "trainable", "parameters", "%", "bytes"):
+            table.add_column(column, justify="right")
+        for row in self:
+            table.add_row(row.layer, row.name or "", row.method or "trains itself", *self._cells(asdict(row)))
+        table.add_section()
+        for name, line in self.adapters.items():
+            table.add_row(f"{line['layers']} layers", name, str(line["method"]), *self._cells(line))
+        console = Console(width=160)
+        with console.capture() as capture:
+            console.print(table)
+        return f"{capture.get()}{self.total}"
+
+    __repr__ = __str__
+
+    def _cells(self, row: dict[str, Any]) -> list[str]:
+        def number(value: Any) -> str:
+            return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+        share = 100 * row["parameters"] / max(self.parameters, 1)
+        cells = [number(row["rank"]), number(row["scale"]), "no" if row["strength"] == 0 else number(row["strength"])]
+        return [*cells, f"{row['trainable']:,}", f"{row['parameters']:,}", f"{share:.3g}", f"{row['bytes']:,}"]
+
+
+def summary(model: Any) -> Summary:
+    """The adapters of a model: where they are, of which method, rank and scale, which are active and train, and their sizes.
+
+    Args:
+        model: A model or layer, adapted or plain.
+
+    Returns:
+        A list of `Row`, one for each adapter of each kernel and one for each layer that has other variables that train;
+        printing it prints a table. `summary(model).data()` is the same as plain data, `.total` is one line.
+
+    Raises:
+        TypeError: `model` is not a Keras layer.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> keras_lora.summary(keras_lora.apply_lora(model, rank=4, name="french")).total
+    'trainable: 192 of 803 (23.9 %)'
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
+    adapters_at: dict[int, list[Row]] = {}
+    places = walk(model)
+    paths = {id(place.layer): place.path for place in places}
+    for name, found in named_adapters(model).items():
+        for linear, adapter in found.values():
+            path = "/".join(filter(None, (paths[id(linear.layer)], linear.part)))
+            adapters_at.setdefault(id(linear.layer), []).append(_row(path, name, adapter))
+    rows = []
+    for place in places:
+        rows += adapters_at.get(id(place.layer), [])
+        trained = [v for v in training.planned_variables(place.layer) if v.trainable]
+        if trained and not isinstance(place.layer, adapters.Adapter):
+            rows.append(Row(place.path, None, None, None, None, None, *_sizes(trained)))
+    return Summary(rows, *_sizes(model.weights)[:2])
+
+
+def _row(path: str, name: str, adapter: adapters.Adapter) -> Row:
+    strength = adapters.strength_of(adapter) if adapter.built else 1.0
+    rank, scale = getattr(adapter, "rank", None), getattr(adapter, "scale", None)
+    return Row(path, name, type(adapter).__name__, rank, scale, strength, *_sizes(adapter.weights))
+
+
+def _sizes(variables: Any) -> tuple[int, int, int]:
+    """How many numbers train, how many there are, and their bytes."""
+    sizes = [(v, math.prod(v.shape)) for v in variables]
+    trainable = sum(size for v, size in sizes if v.trainable)
+    held = sum(size * _item_bytes(v) for v, size in sizes)
+    return trainable, sum(size for _, size in sizes), held
+
+
+def _item_bytes(variable: keras.Variable) -> int:
+    bits = re.search(r"\d+", keras.backend.standardize_dtype(variable.dtype))
+    return int(bits.group()) // 8 if bits else 1  # bool

@@ -1,0 +1,67 @@
+"""Where a layer keeps its adapters: in slots, attributes named after the kernel they change.
+
+The first adapter of a kernel is in the slot `adapter` (`kernel_adapter` where the layer has several kernels), the next in
+`adapter_2`, so no name that a user gives is in the keys of a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import keras
+
+from keras_lora import adapters, keras_internals
+from keras_lora.linear_map import LinearMap
+
+#: How a kernel is changed: by an adapter, or by several.
+Change = adapters.Adapter | adapters.Sum
+
+
+def adapters_in(layer: keras.layers.Layer) -> list[adapters.Adapter]:
+    """The adapters of a layer, in the order they came."""
+    return [each for each in keras_internals.sublayers(layer) if isinstance(each, adapters.Adapter)]
+
+
+def adapters_of(linear: LinearMap) -> list[adapters.Adapter]:
+    """The adapters of a kernel, in the order they came."""
+    return [each for each in adapters_in(linear.layer) if each.part == linear.part]
+
+
+def change_of(linear: LinearMap) -> Change | None:
+    """How a kernel is changed, or `None` where it has no adapter."""
+    found = adapters_of(linear)
+    return adapters.Sum(found) if len(found) > 1 else found[0] if found else None
+
+
+def put(linear: LinearMap, adapter: adapters.Adapter, name: str, slot: str | None = None) -> None:
+    """Give a kernel an adapter under a name, in the first free slot or in `slot`."""
+    layer = linear.layer
+    adapter.adapter_name, adapter.part = name, linear.part
+    slots = (linear.slot if number == 1 else f"{linear.slot}_{number}" for number in itertools.count(1))
+    with keras_internals.unlocked(layer):
+        setattr(layer, slot or next(each for each in slots if not hasattr(layer, each)), adapter)
+
+
+def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
+    """Create the weights of `adapter` for a kernel of a layer, named after the layer's own."""
+    layer = linear.layer
+    names = [*(layer.path or layer.name).split("/"), *([linear.part] if linear.part else [])]
+    with contextlib.ExitStack() as scopes:
+        for name in names:
+            scopes.enter_context(keras.name_scope(name))
+        adapter.add_strength()
+        adapter.start(linear)
+
+
+def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
+    """Take an adapter from a kernel, which is stored in its own dtype again where that was the last one."""
+    keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter))
+    if not adapters_of(linear):
+        linear.store_kernel(None)
+
+
+def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str:
+    """The attribute of `layer` that holds `adapter`."""
+    attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps layers in `_modules`
+    return next(name for name, value in attributes.items() if value is adapter)
