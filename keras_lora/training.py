@@ -70,7 +70,7 @@ def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None
 
 
 def plan_again(layer: keras.layers.Layer, trains: bool | None) -> None:
-    """Plan all own variables of a marked layer to train or not; `None` keeps their plan, and fits the layer's own flag to it."""
+    """Plan all own variables of a marked layer to train or not; `None` keeps their plan and sets the layer's flag by it."""
     if MARK in vars(layer):
         before = vars(layer)[MARK]
         variables = before["plan"][1] if trains is None else [trains] * len(before["plan"][1])
