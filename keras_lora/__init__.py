@@ -3,6 +3,7 @@
 from keras_lora import testing
 from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
+from keras_lora.combining import Combination, Combined, combine, compress
 from keras_lora.composition import activate, active, delete_adapter, disabled, train_adapters
 from keras_lora.inject import apply_lora, remove_lora
 from keras_lora.inspection import Row, Summary, summary
@@ -33,6 +34,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Combination",
+    "Combined",
     "DoRA",
     "LoRA",
     "LoRAConv1D",
@@ -60,6 +63,8 @@ __all__ = [
     "activate",
     "active",
     "apply_lora",
+    "combine",
+    "compress",
     "delete_adapter",
     "disabled",
     "list_targets",

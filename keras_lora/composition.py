@@ -45,7 +45,7 @@ def activate(model: Any, names: str | Iterable[str] | Mapping[str, float] | None
     {'french': 0.5, 'formal': 1.0}
     """
     named = _named(model, "activate")
-    strengths = _strengths(names)
+    strengths = strengths_of(names)
     check_names(model, strengths)
     for name, found in named.items():
         for _, adapter in found.values():
@@ -150,7 +150,7 @@ def train_adapters(model: Any, names: str | Iterable[str]) -> Any:
     [(16, 1), (1, 32)]
     """
     named = _named(model, "train_adapters")
-    chosen = _strengths(names)
+    chosen = strengths_of(names)
     check_names(model, chosen)
     for name, found in named.items():
         for linear, adapter in found.values():
@@ -212,7 +212,8 @@ def _named(model: Any, function: str) -> dict[str, dict[str, tuple[Any, adapters
     return named_adapters(model)
 
 
-def _strengths(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
+def strengths_of(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
+    """A number for each adapter that is named: the one it is mapped to, or 1."""
     if names is None:
         return {}
     if isinstance(names, Mapping):

@@ -73,6 +73,10 @@ class Adapter(keras.layers.Layer):
         """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
 
+    def factors(self) -> tuple[Any, Any] | None:
+        """ΔW as an exact product, NumPy arrays `(*groups, in_dim, k)` and `(*groups, k, out_dim)`, where it is one."""
+        return None
+
     def change(self, matrix: Any) -> Any:
         """`strength · ΔW`: what is added to the kernel."""
         return ops.multiply(self.strength, self.delta_kernel(matrix))

@@ -115,6 +115,10 @@ class LoRA(Adapter):
         # Hu et al., section 4.1: ΔW = scale · A B.
         return self.scale * ops.matmul(self.lora_a, self.lora_b)
 
+    def factors(self) -> tuple[Any, Any] | None:
+        a, b = (np.asarray(ops.convert_to_numpy(factor), "float64") for factor in (self.lora_a, self.lora_b))
+        return a, self.scale * b
+
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         return self.add_product(x, y, linear, training, self.lora_b, ops.multiply(self.scale, self.strength))
 

@@ -66,6 +66,9 @@ class TrainableTokens(Adapter):
     def delta_kernel(self, matrix: Any) -> Any:
         return ops.matmul(self._selection(), self.token_delta)
 
+    def factors(self) -> tuple[Any, Any] | None:
+        return ops.convert_to_numpy(self._selection()), ops.convert_to_numpy(self.token_delta)
+
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         delta = ops.cast(ops.multiply(self.strength, self.token_delta), y.dtype)
         if linear.picks_rows:

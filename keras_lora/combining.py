@@ -1,0 +1,283 @@
+"""Combining adapters into a new one, and compressing one: arithmetic on what they learned, with the error said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from keras_lora import adapters, factors, slots, training
+from keras_lora.adapted import named_adapters, set_adapter
+from keras_lora.composition import check_names, strengths_of
+from keras_lora.factors import Factors
+from keras_lora.inject import forget_traces, inject, require_adapted
+from keras_lora.linear_map import LinearMap
+from keras_lora.structure import walk
+from keras_lora.targets import new_name
+
+#: A weight and the adapter it belongs to.
+_Terms = list[tuple[float, adapters.Adapter]]
+
+METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What became of one kernel.
+
+    Attributes:
+        layer: The names that lead to the layer, and to the kernel where it has several.
+        rank: The rank of the new adapter.
+        error: How far its change is from what was to be combined, `‖found - wanted‖ / ‖wanted‖` (Frobenius).
+    """
+
+    layer: str
+    rank: int
+    error: float
+
+
+class Combination(list[Combined]):
+    """A list of `Combined`; printing it prints a table."""
+
+    @property
+    def error(self) -> float:
+        """The largest error of a kernel."""
+        return max(row.error for row in self)
+
+    def __str__(self) -> str:
+        table = Table()
+        table.add_column("layer", overflow="fold")
+        table.add_column("rank", justify="right")
+        table.add_column("error", justify="right")
+        for row in self:
+            table.add_row(row.layer, str(row.rank), f"{row.error:.2g}")
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(table)
+        return f"{capture.get()}largest error: {self.error:.2g}"
+
+    __repr__ = __str__
+
+
+def combine(
+    model: Any,
+    names: str | Iterable[str] | Mapping[str, float],
+    name: str,
+    method: str = "cat",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+) -> Combination:
+    """Make a new adapter, a plain LoRA, of several: `ΔW = Σ weight · ΔW_i` or what another method makes of them.
+
+    It stands beside the others, and is then the only one that is active and trains.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        names: Which adapters: names, or a mapping from names to weights. A negative weight takes away. Their strengths in
+            the model do not matter. Where an adapter does not change a kernel, it adds nothing there.
+        name: What to call the new adapter.
+        method: How:
+
+            - `"cat"`: the exact sum; its rank is the sum of the ranks. Given `rank` or `energy`, the same as `"svd"`.
+            - `"svd"`: the best approximation of the sum at a rank, or at a share of its energy.
+            - `"linear"`: the factors themselves are added, as PEFT does; for adapters that share a start. Equal ranks only.
+              It is not the sum of the changes, and the error says how far off it is.
+            - `"ties"`: of each change the largest entries, the sign elected for each entry, the mean of what has it.
+            - `"dare_linear"`, `"dare_ties"`: entries dropped at random and the rest scaled up, then summed, or elected.
+            - `"magnitude_prune"`: of each change the largest entries, then summed.
+
+            The last four work on the whole ΔW of one kernel at a time and need `density`, and `rank` or `energy`.
+        rank: The rank of the result.
+        energy: In its place, a number in (0, 1]: the smallest rank that keeps this share of the sum of the squared singular
+            values, for each kernel.
+        density: The share of the entries of a change that is kept.
+        seed: For the methods that drop at random.
+
+    Returns:
+        A row for each kernel, with its rank and error: against the sum for `"cat"`, `"svd"` and `"linear"`, against the
+        pruned matrix for the others. Call `compile` on the model before training.
+
+    Raises:
+        ValueError: A name is unknown or the new one taken, an argument is missing, out of range or without meaning for the
+            method, or ranks differ for `"linear"`. Nothing is changed then.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model, rank=1, name="french")
+    >>> model = keras_lora.apply_lora(model, rank=2, name="formal")
+    >>> keras_lora.combine(model, {"french": 1, "formal": -0.5}, "informal french")[0].rank
+    3
+
+    References:
+        - [Yadav et al., 2023](https://arxiv.org/abs/2306.01708), for TIES
+        - [Yu et al., 2023](https://arxiv.org/abs/2311.03099), for DARE
+    """
+    require_adapted(model, "combine")
+    weights = strengths_of(names)
+    check_names(model, weights)
+    name = new_name(model, name)
+    _check_arguments(method, weights, rank, energy, density)
+    rng = np.random.default_rng(seed)
+    terms: dict[str, _Terms] = {}
+    linears: dict[str, LinearMap] = {}
+    named = named_adapters(model)
+    for each, weight in weights.items():
+        for address, (linear, adapter) in named[each].items():
+            terms.setdefault(address, []).append((weight, adapter))
+            linears[address] = linear
+    made = {}
+    for address, linear in linears.items():
+        try:
+            made[address] = _combined(linear, terms[address], method, rank, energy, density, rng)
+        except ValueError as error:
+            raise ValueError(f"The adapters at '{address}' cannot be combined by '{method}': {error}") from error
+    new = {address: _plain_lora(linears[address], found) for address, (found, _) in made.items()}
+    inject(model, [(linears[address], adapter) for address, adapter in new.items()], name)
+    forget_traces(model)
+    return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
+
+
+def compress(model: Any, name: str, *, rank: int | None = None, energy: float | None = None) -> Combination:
+    """Put the nearest plain LoRA of a rank, or of a share of the energy, in the place of an adapter of any method.
+
+    So an adapter gets smaller, or one of another method (DoRA, trainable tokens) becomes a LoRA. It stays as active and as
+    trainable as it was.
+
+    Args:
+        model: An adapted model, or an adapted part of one.
+        name: Which adapter.
+        rank: The new rank, cut to what each kernel can have.
+        energy: In its place, a number in (0, 1]: for each kernel the smallest rank that keeps this share of the sum of the
+            squared singular values of ΔW; 1 keeps all that is not rounding.
+
+    Returns:
+        A row for each kernel, with its rank and error. Call `compile` on the model before training.
+
+    Raises:
+        ValueError: The name is unknown, or not exactly one of `rank` and `energy` is given. Nothing is changed then.
+
+    Example:
+
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model, "dora", rank=8, name="french")
+    >>> [(row.layer, row.rank) for row in keras_lora.compress(model, "french", rank=2)][0][1]
+    2
+    """
+    require_adapted(model, "compress")
+    check_names(model, [name])
+    old = named_adapters(model)[name]
+    made = {address: _approximated(linear, [(1.0, adapter)], rank, energy) for address, (linear, adapter) in old.items()}
+    new = {address: _plain_lora(old[address][0], found) for address, (found, _) in made.items()}
+    for address, (linear, before) in old.items():
+        adapter = new[address]
+        adapter.strength.assign(before.strength)
+        set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
+        trains = bool(before.trainable_variables)
+        training.mark(adapter, training.flags_of(adapter), [trains, [trains] * 2])
+        slots.take(linear, before)
+    forget_traces(model)
+    linears = {address: linear for address, (linear, _) in old.items()}
+    return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
+
+
+def _combined(
+    linear: LinearMap,
+    terms: _Terms,
+    method: str,
+    rank: int | None,
+    energy: float | None,
+    density: Any,
+    rng: np.random.Generator,
+) -> tuple[Factors, float]:
+    """The factors of a new adapter for one kernel, and their error."""
+    whole = method == "cat" and rank is None and energy is None
+    if method in ("cat", "svd") and not whole:
+        return _approximated(linear, terms, rank, energy)
+    if method in ("cat", "linear"):
+        pairs = [(weight, _factors_of(adapter)) for weight, adapter in terms]
+        exact = factors.concatenate(pairs)
+        if whole:
+            return exact, 0.0
+        found = factors.linear(pairs)
+        return found, factors.relative_error(factors.product(found), factors.product(exact))
+    dense = [(weight, _delta(linear, adapter)) for weight, adapter in terms]
+    if method == "ties":
+        wanted = factors.ties(dense, density)
+    elif method == "magnitude_prune":
+        wanted = _sum([weight * factors.keep_largest(matrix, density) for weight, matrix in dense])
+    else:
+        wanted = factors.dare(dense, density, rng, ties=method == "dare_ties")
+    return factors.low_rank(wanted, rank, energy)
+
+
+def _approximated(linear: LinearMap, terms: _Terms, rank: int | None, energy: float | None) -> tuple[Factors, float]:
+    """The best approximation of a weighted sum of changes; whole matrices are formed only where a method has no factors."""
+    if all(adapter.factors() is not None for _, adapter in terms):
+        return factors.truncate(factors.concatenate([(w, _factors_of(adapter)) for w, adapter in terms]), rank, energy)
+    return factors.low_rank(_sum([weight * _delta(linear, adapter) for weight, adapter in terms]), rank, energy)
+
+
+def _sum(matrices: list[np.ndarray]) -> np.ndarray:
+    return np.sum(matrices, axis=0)
+
+
+def _factors_of(adapter: adapters.Adapter) -> Factors:
+    found = adapter.factors()
+    if found is None:
+        raise ValueError(
+            f"the change of a {type(adapter).__name__} has no factors to add. Expected adapters such as LoRA; "
+            "`keras_lora.compress` makes one of it, and 'svd' takes it as it is"
+        )
+    return found
+
+
+def _delta(linear: LinearMap, adapter: adapters.Adapter) -> np.ndarray:
+    matrix = keras.ops.cast(linear.matrix, "float32")
+    return np.asarray(keras.ops.convert_to_numpy(adapter.delta_kernel(matrix)), "float64")
+
+
+def _plain_lora(linear: LinearMap, found: Factors) -> adapters.LoRA:
+    """A LoRA with weights for a kernel, of these factors and the scale 1."""
+    a, b = found
+    adapter = adapters.LoRA(rank=a.shape[-1], alpha=a.shape[-1])
+    with adapters.values_come():
+        slots.start(linear, adapter)
+    adapter.lora_a.assign(a.astype("float32"))
+    adapter.lora_b.assign(b.astype("float32"))
+    return adapter
+
+
+def _report(model: Any, linears: dict[str, LinearMap], made: dict[str, tuple[int, float]]) -> Combination:
+    paths = {id(place.layer): place.path for place in walk(model)}
+    rows = Combination()
+    for address, (rank, error) in made.items():
+        linear = linears[address]
+        rows.append(Combined("/".join(filter(None, (paths[id(linear.layer)], linear.part))), rank, error))
+    return rows
+
+
+def _check_arguments(method: str, weights: dict[str, float], rank: Any, energy: Any, density: Any) -> None:
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}. Received: method={method!r}.")
+    if not weights:
+        raise ValueError("`names` must name at least one adapter. Received: none.")
+    if rank is not None and energy is not None:
+        raise ValueError(f"Expected one of `rank` and `energy`. Received: {rank=}, {energy=}.")
+    if method not in ("cat", "linear") and rank is None and energy is None:
+        raise ValueError(f"'{method}' needs `rank` or `energy`. Received neither.")
+    if method == "linear" and (rank is not None or energy is not None):
+        raise ValueError(f"'linear' keeps the rank that the adapters have. Received: {rank=}, {energy=}.")
+    if (density is None) == (method in METHODS[3:]):
+        wants = "needs" if density is None else "has no use for"
+        raise ValueError(f"'{method}' {wants} `density`. Received: {density=}.")
