@@ -28,6 +28,7 @@ from keras_lora.layers import (
 )
 from keras_lora.merging import merge_lora, unmerge_lora
 from keras_lora.registration import register_layer
+from keras_lora.serving import MultiAdapterModel
 from keras_lora.targets import Target, TargetList, list_targets
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "LoRASeparableConv1D",
     "LoRASeparableConv2D",
     "LoRASimpleRNNCell",
+    "MultiAdapterModel",
     "Row",
     "Summary",
     "Target",

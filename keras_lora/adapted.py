@@ -196,7 +196,7 @@ class EffectiveLayer(AdaptedLayer):
 ADAPTED_CLASSES: dict[type, type[AdaptedLayer]] = {}
 #: Modules that enter the layer types of a package, imported when a layer of that package is first met.
 LATE_ROOMS: dict[str, str] = {}
-#: What owners of some classes become, beside the owners of all others.
+#: What owners of some classes become, beside the owners of all others; the last one that fits counts.
 OWNER_KINDS: dict[type, type[Owner]] = {keras.Model: ModelOwner}
 
 
@@ -241,7 +241,7 @@ def maps_of(layer: keras.layers.Layer) -> list[LinearMap]:
 def owner_class(base: Any) -> type:
     """The class of an owner whose own class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
-    kind = next((kind for cls, kind in OWNER_KINDS.items() if issubclass(base, cls)), Owner)
+    kind = next((kind for cls, kind in reversed(OWNER_KINDS.items()) if issubclass(base, cls)), Owner)
     return _named_after(types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base)
 
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = No
     >>> os.path.getsize(path) < 2000
     True
     """
-    path = _checked_path(path)
+    path = checked_path(path)
     require_adapted(model, "save_adapter")
     adapted = named_adapters(model)[only_name(model, name)]
     header: dict[str, Any] = {"version": _VERSION, "adapters": {}, "trained": {}}
@@ -108,16 +109,16 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
     2
     """
-    path = _checked_path(path)
-    header, tensors = _read(path)
+    path = checked_path(path)
+    header, tensors = read(path)
     named = named_adapters(model)
     name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
     own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}
-    _raise_problems(path, model, _misfits(model, header, own))
+    raise_problems(path, model, misfits(model, header, own))
     found, maps = by_address(model), maps_by_address(model)
     started, problems = dict(own), []
     for address, entry in header["adapters"].items():
-        keys = {key.rpartition(":")[2]: key for key in tensors if key.rpartition(":")[0] == address and ":base." not in key}
+        keys = keys_at(address, tensors)
         if not own:
             adapter, misfit = _started(maps[address], address, entry, sum(tensors[key].size for key in keys.values()))
             problems += misfit
@@ -126,9 +127,9 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
             other = adapters.get(entry["method"], **entry["config"])
             fitted = own[address].values_from(other, {name: tensors[key] for name, key in keys.items()})
             tensors |= {keys[name]: value for name, value in fitted.items()}
-    _raise_problems(path, model, problems)
+    raise_problems(path, model, problems)
     variables = _variables_of(started, header["trained"], found)
-    _raise_problems(path, model, _mismatched(tensors, variables))
+    raise_problems(path, model, _mismatched(tensors, variables))
 
     if not own:
         inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
@@ -145,6 +146,12 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
             flags = [False] * len(keras_internals.own_trainable_variables(found[address]))
             training.set_flags(found[address], [found[address].trainable, flags])
     return model
+
+
+def keys_at(address: str, tensors: Iterable[str]) -> dict[str, str]:
+    """The keys of an adapter's tensors in a file, by their keys in the adapter."""
+    own = (key.rpartition(":") for key in tensors if ":base." not in key)
+    return {key: f"{place}:{key}" for place, _, key in own if place == address}
 
 
 def only_name(model: Any, name: str | None) -> str:
@@ -215,8 +222,11 @@ def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) 
 # What does not fit.
 
 
-def _misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter]) -> list[str]:
-    """What stands against loading into the adapters `own`, or, where there are none, into a model without that adapter."""
+def misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter], partly: bool = False) -> list[str]:
+    """What stands against loading into the adapters `own`, or, where there are none, into a model without that adapter.
+
+    With `partly` the file need not have all that the model has.
+    """
     layers, maps = by_address(model), maps_by_address(model)
     problems = []
     for address, entry in header["adapters"].items():
@@ -230,7 +240,7 @@ def _misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter
     for address, entry in header["trained"].items():
         misfit = _layer_misfits(address, layers.get(address), entry)
         problems += misfit or _variable_misfits(address, layers[address], entry)
-    if own:
+    if own and not partly:
         for address in own:
             if address not in header["adapters"]:
                 problems.append(f"the model has an adapter at '{address}'; the file has none")
@@ -285,7 +295,8 @@ def _mismatched(tensors: dict[str, np.ndarray], variables: dict[str, keras.Varia
     return problems
 
 
-def _raise_problems(path: Path, model: Any, problems: list[str]) -> None:
+def raise_problems(path: Path, model: Any, problems: list[str]) -> None:
+    """Raise with the list of problems, if there are any."""
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(
@@ -297,7 +308,8 @@ def _raise_problems(path: Path, model: Any, problems: list[str]) -> None:
 # Bytes.
 
 
-def _checked_path(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """`path`, if an adapter file may have it."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"The path of an adapter file must end in '.safetensors'. Received: {str(path)!r}.")
@@ -309,7 +321,8 @@ def _to_numpy(variable: keras.Variable) -> np.ndarray:
     return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the tensors of an adapter file, checked."""
     if not path.exists():
         raise FileNotFoundError(f"There is no adapter file at {path}.")
     try:

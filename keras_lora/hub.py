@@ -1,11 +1,19 @@
-"""KerasHub's own layers: banks of experts, and its `ReversibleEmbedding`. Imported when a KerasHub layer is first met."""
+"""KerasHub's own: banks of experts, its `ReversibleEmbedding`, and `generate` with an adapter for each prompt.
+
+Imported when a KerasHub layer is first met.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import keras
 import keras_hub
 
+from keras_lora.adapted import OWNER_KINDS, ModelOwner
+from keras_lora.adapters import per_example
 from keras_lora.registration import register_layer
+from keras_lora.serving import INDEX
 
 _GATED = {"_expert_feedforward_gate_dense": "gio", "_expert_feedforward_output_dense": "gio"}
 #: The kernels of KerasHub's banks of experts, each `(experts, in, out)`.
@@ -22,3 +30,16 @@ for cls in keras.layers.Layer.__subclasses__():
     if cls.__module__.partition(".")[0] == "keras_hub" and cls.__name__ in BANKS:
         register_layer(cls, kernels=BANKS[cls.__name__], factored=True)
 register_layer(keras_hub.layers.ReversibleEmbedding, like=keras.layers.ReversibleEmbedding)
+
+
+class GeneratingOwner(ModelOwner):
+    """An adapted model that generates: among its inputs there may be an index of adapters."""
+
+    def generate_step(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        index = inputs.get(INDEX) if isinstance(inputs, dict) else None
+        rest = inputs if index is None else {key: value for key, value in inputs.items() if key != INDEX}
+        with per_example.using(index):
+            return super().generate_step(rest, *args, **kwargs)  # type: ignore[misc]
+
+
+OWNER_KINDS[keras_hub.models.CausalLM] = GeneratingOwner

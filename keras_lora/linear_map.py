@@ -64,6 +64,8 @@ class LinearMap:
     by_default = True
     #: Why an adapter cannot drop entries of this map's input, or `None` where it can.
     no_dropout: str | None = None
+    #: Why each example of a batch cannot have an adapter of its own, or `None` where it can.
+    no_examples: str | None = None
     #: Whether scaling an output unit is scaling entries of `y`.
     scales_outputs = True
     #: Whether `apply` is `x @ matrix` once the last axes of `x` are taken for one, and `y` is laid out the same way.
@@ -203,6 +205,24 @@ class LinearMap:
     def apply_product(self, x: Any, a: Any, b: Any) -> Any:
         """`apply(x, a b)` with `a (*groups, in_dim, k)` and `b (*groups, k, out_dim)`, without forming `a b`."""
         return self.expand(self.contract(x, a), b)
+
+    def products(self, x: Any, a: Any, b: Any, index: Any) -> Any:
+        """`apply_product` for each example with factors of its own: the output of example i is `apply(x[i], a[j] b[j])`.
+
+        Args:
+            x: `(batch, ...)`.
+            a, b: Factors stacked, `(places, *groups, in_dim, k)` and `(places, *groups, k, out_dim)`.
+            index: `(batch,)`, for each example the place `j` of its factors.
+
+        Returns:
+            The changes, in the order of the layer's output, which the caller gives their shape.
+        """
+        dtype = self.layer.compute_dtype
+        a, b = (ops.cast(ops.take(stacked, index, axis=0), dtype) for stacked in (a, b))
+        if self.is_matmul:
+            h = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-2]))
+            return ops.matmul(ops.matmul(h, a), b)
+        return ops.vectorized_map(lambda each: self.apply_product(each[0][None], each[1], each[2])[0], (x, a, b))
 
     def low_rank_sum(self, x: Any, a: Any, b: Any, scale: Any, y: Any = None) -> Any:
         """`y + scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.

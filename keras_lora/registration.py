@@ -114,4 +114,4 @@ def _stated_map(layer_class: type, name: str, axes: str, factored: bool) -> type
     if factored:
         return type("BankMap", (BankMap,), {**body, "stated_axes": axes})
     reason = f"the code of {layer_class.__name__} runs with the whole changed kernel"
-    return type("KernelMap", (LinearMap,), {**body, "kernel_axes": axes, "no_dropout": reason})
+    return type("KernelMap", (LinearMap,), {**body, "kernel_axes": axes, "no_dropout": reason, "no_examples": reason})

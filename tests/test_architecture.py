@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["__init__"],
     ["hub", "testing"],
-    ["combining"],
+    ["combining", "serving"],
     ["registration", "merging", "adapter_file", "composition", "inspection"],
     ["inject"],
     ["targets"],

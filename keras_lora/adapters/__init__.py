@@ -9,6 +9,7 @@ import keras
 from keras_lora.adapters.adapter import Adapter, method_of, strength_of, values_come, with_inside
 from keras_lora.adapters.dora import DoRA
 from keras_lora.adapters.lora import LoRA
+from keras_lora.adapters.per_example import PerExample
 from keras_lora.adapters.sum import Sum
 from keras_lora.adapters.trainable_tokens import TrainableTokens
 
@@ -68,6 +69,7 @@ __all__ = [
     "Adapter",
     "DoRA",
     "LoRA",
+    "PerExample",
     "Sum",
     "TrainableTokens",
     "copy_of",

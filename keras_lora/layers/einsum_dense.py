@@ -79,6 +79,14 @@ class EinsumMap(LinearMap):
     def is_matmul(self) -> bool:  # type: ignore[override]
         return self.axes.is_matmul
 
+    @property
+    def no_examples(self) -> str | None:  # type: ignore[override]
+        axes = self.axes
+        first = "..." if axes.inputs.startswith("...") else axes.inputs[0]
+        if first in axes.passed and axes.outputs.startswith(first):
+            return None
+        return "the first axis of its input is not one of examples"
+
     def _letter_sizes(self, letters: str) -> tuple[int, ...]:
         sizes = dict(zip(self.axes.kernel, self.kernel_shape, strict=True))
         return tuple(sizes[axis] for axis in letters)

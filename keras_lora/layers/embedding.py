@@ -32,6 +32,14 @@ class EmbeddingMap(LinearMap):
             x = ops.cast(x, "int32")  # as Embedding itself does
         return ops.take(m, x, axis=0)
 
+    def products(self, x: Any, a: Any, b: Any, index: Any) -> Any:
+        # Each id picks its row from the stacked tables; no table is copied for an example.
+        x = ops.cast(ops.reshape(x, (ops.shape(index)[0], -1)), "int32")
+        rows = ops.expand_dims(ops.cast(index, "int32"), -1) * a.shape[1] + x
+        h = ops.take(ops.reshape(a, (-1, a.shape[-1])), rows, axis=0)
+        dtype = self.layer.compute_dtype
+        return ops.matmul(ops.cast(h, dtype), ops.cast(ops.take(b, index, axis=0), dtype))
+
     def finish(self, y: Any) -> Any:
         return y
 

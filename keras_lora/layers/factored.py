@@ -24,6 +24,7 @@ class BankMap(EinsumMap):
 
     stated_axes: str
     equation: str | None = None
+    no_examples: str | None = "its input may be tokens in any order"
 
     @property
     def kernel_axes(self) -> str:

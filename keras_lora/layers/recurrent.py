@@ -39,7 +39,7 @@ class CellMap(LinearMap):
     """Kernel `(in, gates · units)`, or `(*window, in, gates · filters)`."""
 
     part = "kernel"
-    no_dropout = "a recurrent cell's kernel is changed whole, before its loop"
+    no_dropout = no_examples = "a recurrent cell's kernel is changed whole, before its loop"
 
 
 class RecurrentKernelMap(CellMap):

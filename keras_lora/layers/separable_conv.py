@@ -21,7 +21,7 @@ class DepthwiseMap(LinearMap):
     """Kernel `(*window, channels, multiplier)`."""
 
     by_default = False
-    no_dropout = "a depthwise kernel is changed whole, without its input"
+    no_dropout = no_examples = "a depthwise kernel is changed whole, without its input"
 
     @property
     def kernel_axes(self) -> str:

@@ -1,0 +1,101 @@
+"""An adapter for each example of a batch: many LoRAs stacked, and an index that picks one for each."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora.adapters.adapter import Adapter
+from keras_lora.adapters.lora import LoRA
+
+_INDEX: contextvars.ContextVar[Any] = contextvars.ContextVar("adapter_index", default=None)
+
+
+@contextlib.contextmanager
+def using(index: Any) -> Iterator[None]:
+    """Let each example of what is called inside use the adapter that `index (batch,)` names for it; `None` for the base."""
+    token = _INDEX.set(index)
+    try:
+        yield
+    finally:
+        _INDEX.reset(token)
+
+
+@keras.saving.register_keras_serializable("keras_lora")
+class PerExample(Adapter):
+    """Places for `capacity` LoRAs of up to `rank`, for `keras_lora.MultiAdapterModel`: `y + (x A[i]) B[i]` for example i.
+
+    Place 0 is the base: its factors are zero and stay so. The scale of each LoRA is in its `B`.
+
+    Args:
+        rank: Positive integer, the largest rank of a LoRA.
+        capacity: Positive integer, how many there can be.
+        **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
+
+    Reference:
+        [Chen et al., 2023](https://arxiv.org/abs/2310.18547), for the gather of factors
+    """
+
+    def __init__(self, rank: int = 8, capacity: int = 8, **kwargs: Any):
+        super().__init__(**kwargs)
+        for name, value in {"rank": rank, "capacity": capacity}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+        self.rank, self.capacity = rank, capacity
+
+    def problem_with(self, linear: Any) -> str | None:
+        if linear.no_examples is None:
+            return None
+        return f"its examples cannot have an adapter each, for {linear.no_examples}; leave it out of `targets`"
+
+    def start(self, linear: Any) -> None:
+        *groups, in_dim, out_dim = linear.matrix_shape
+        places = self.capacity + 1
+        self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", trainable=False)
+        self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", trainable=False)
+        self.built = True
+
+    def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
+        return 0
+
+    def delta_kernel(self, matrix: Any) -> Any:
+        raise ValueError(
+            "With an adapter for each example there is no one kernel to read, merge or combine. Load the adapter into the "
+            "plain model with `keras_lora.load_adapter` for that."
+        )
+
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+        index = _INDEX.get()
+        if index is None:
+            return y
+        rows, examples = x.shape[0], index.shape[0]
+        if rows is not None and examples is not None and rows != examples:
+            raise ValueError(
+                f"Layer '{linear.layer.name}' is called on {rows} rows for {examples} examples, so which adapter a row is "
+                "for is not known. Expected an input whose first axis is the examples. Leave the layer out of `targets`."
+            )
+        return ops.add(y, ops.reshape(linear.products(x, self.lora_a, self.lora_b, index), ops.shape(y)))
+
+    def misfit_with(self, other: Adapter) -> str | None:
+        if type(other) is not LoRA:
+            return f"a place is for a LoRA, the other is a {type(other).__name__}; `keras_lora.compress` makes a LoRA of it"
+        return f"a place has the rank {self.rank}, the other {other.rank}" if other.rank > self.rank else None
+
+    def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
+        return LoRA(self.rank, alpha=self.rank).values_from(other, values)
+
+    def put(self, place: int, values: dict[str, np.ndarray] | None) -> None:
+        """Fill a place with what `values_from` gave, or with zeros."""
+        for variable, key in ((self.lora_a, "lora_a"), (self.lora_b, "lora_b")):
+            row = np.zeros(variable.shape[1:]) if values is None else values[key]
+            row = ops.convert_to_tensor(row[None].astype("float32"))
+            variable.assign(ops.slice_update(ops.convert_to_tensor(variable), [place, *(0,) * (row.ndim - 1)], row))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rank": self.rank, "capacity": self.capacity}

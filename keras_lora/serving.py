@@ -1,0 +1,199 @@
+"""Serving many adapters of one base in one batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora import adapter_file, adapters
+from keras_lora.adapted import named_adapters
+from keras_lora.adapters import per_example
+from keras_lora.inject import apply_lora
+from keras_lora.patterns import Patterns
+
+#: The key of the index among the inputs of a model.
+INDEX = "adapter_index"
+
+
+@keras.saving.register_keras_serializable("keras_lora")
+class MultiAdapterModel(keras.Model):
+    """A model in which each example of a batch uses an adapter of its own, or none.
+
+    The factors of all loaded adapters are stacked in each layer, and each example picks its own by an index, an ordinary
+    input. So a batch may mix any adapters, and loading, dropping and mixing compile nothing again. The memory is that of
+    `capacity` adapters of the rank `rank`, loaded or not.
+
+    Args:
+        model: A plain built model. It is adapted in place, and computes what it did when it is called itself.
+        capacity: How many adapters there can be at a time.
+        rank: The largest rank of an adapter.
+        targets, exclude, head: Which layers an adapter may change, as for `keras_lora.apply_lora`.
+        **kwargs: `name` of a Keras model.
+
+    Call arguments:
+        inputs: A dict: the model's own inputs (under `"inputs"` where it takes no dict), and `"adapter_index"`, integers
+            `(batch,)`: 0 for the base, else what `load` returned. See `index_of`.
+
+    Raises:
+        ValueError: As `keras_lora.apply_lora`, and where a layer has no axis of examples.
+
+    Example:
+
+    >>> import keras, keras_lora, numpy as np, os, tempfile
+    >>> base = lambda: keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> path = os.path.join(tempfile.mkdtemp(), "french.safetensors")
+    >>> keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=2), path)
+    >>> served = keras_lora.MultiAdapterModel(base(), capacity=64, rank=8)
+    >>> served.load(path, "french")
+    1
+    >>> index = served.index_of(["french", None, "french"])
+    >>> served.predict({"inputs": np.ones((3, 16)), "adapter_index": index}, verbose=0).shape
+    (3, 2)
+
+    Reference:
+        [Chen et al., 2023](https://arxiv.org/abs/2310.18547)
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        capacity: int = 8,
+        rank: int = 8,
+        *,
+        targets: Patterns | None = None,
+        exclude: Patterns | None = None,
+        head: Patterns | str | None = "auto",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if not _places_of(model):
+            apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
+        self.model = model
+        self.capacity = capacity
+        self.names: dict[str, int] = {}
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        if not isinstance(inputs, dict) or INDEX not in inputs:
+            raise ValueError(
+                f"The inputs must be a dict with the key '{INDEX}'. Received: "
+                f"{sorted(inputs) if isinstance(inputs, dict) else type(inputs).__name__}."
+            )
+        rest = {key: value for key, value in inputs.items() if key != INDEX}
+        with per_example.using(inputs[INDEX]):
+            return self.model(rest["inputs"] if rest.keys() == {"inputs"} else rest, training=training)
+
+    def load(self, path: str | os.PathLike[str], name: str) -> int:
+        """Load an adapter file into a free place, or anew into the place that `name` has.
+
+        Args:
+            path: A file of `keras_lora.save_adapter`, of LoRA of at most this model's rank, with nothing else trained.
+            name: What to call it.
+
+        Returns:
+            Its index.
+
+        Raises:
+            ValueError: There is no free place, or the file does not fit; nothing is changed then.
+            FileNotFoundError: There is no such file.
+        """
+        path = adapter_file.checked_path(path)
+        header, tensors = adapter_file.read(path)
+        places = _places_of(self.model)
+        problems = adapter_file.misfits(self.model, header, places, partly=True)
+        problems += [f"the file has trained variables of '{address}' beside its adapter" for address in header["trained"]]
+        adapter_file.raise_problems(path, self.model, problems)
+        values = {}
+        for address, entry in header["adapters"].items():
+            own = {key: tensors[there] for key, there in adapter_file.keys_at(address, tensors).items()}
+            other = adapters.get(entry["method"], **entry["config"])
+            values[address] = found = places[address].values_from(other, own)
+            for key, variable in (("lora_a", places[address].lora_a), ("lora_b", places[address].lora_b)):
+                shape = found[key].shape if key in found else None
+                if shape != tuple(variable.shape[1:]):
+                    problems.append(f"'{address}:{key}' has shape {shape}; expected is {tuple(variable.shape[1:])}")
+        adapter_file.raise_problems(path, self.model, problems)
+        index = self.names.get(name) or self._free_place()
+        for address, adapter in places.items():
+            adapter.put(index, values.get(address))
+        self.names = {**self.names, name: index}
+        return index
+
+    def drop(self, name: str) -> None:
+        """Free the place of an adapter. Examples that still name its index get the base.
+
+        Raises:
+            ValueError: There is no adapter of that name.
+        """
+        index = int(self.index_of([name])[0])
+        for adapter in _places_of(self.model).values():
+            adapter.put(index, None)
+        self.names = {each: place for each, place in self.names.items() if each != name}
+
+    def index_of(self, names: Iterable[str | None]) -> np.ndarray:
+        """The input `"adapter_index"` for examples that use the named adapters, `None` for the base.
+
+        Raises:
+            ValueError: There is no adapter of a name.
+        """
+        wanted = list(names)
+        unknown = sorted({name for name in wanted if name is not None and name not in self.names})
+        if unknown:
+            raise ValueError(f"'{self.name}' has no adapter {unknown}. Expected some of {sorted(self.names)}, or None.")
+        return np.array([0 if name is None else self.names[name] for name in wanted], "int32")
+
+    def generate(self, inputs: Any, adapters: Sequence[str | None], **kwargs: Any) -> Any:
+        """`generate` of a KerasHub model, with an adapter for each prompt.
+
+        Args:
+            inputs: A batch of prompts, as the model's own `generate` takes it.
+            adapters: The name of an adapter for each, `None` for the base.
+            **kwargs: The other arguments of the model's `generate`.
+
+        Raises:
+            ValueError: The model does not generate, or there is no adapter of a name.
+        """
+        model: Any = self.model
+        if not hasattr(model, "make_generate_function"):
+            raise ValueError(f"'{model.name}' does not generate. Expected a KerasHub CausalLM or Seq2SeqLM.")
+        index, function = self.index_of(adapters), model.make_generate_function()
+        model.generate_function = lambda x, **more: function({**x, INDEX: index}, **more)
+        try:
+            return model.generate(inputs, **kwargs)
+        finally:
+            model.generate_function = function
+
+    def _free_place(self) -> int:
+        free = sorted(set(range(1, self.capacity + 1)) - set(self.names.values()))
+        if not free:
+            raise ValueError(
+                f"All {self.capacity} places of '{self.name}' are taken, by {sorted(self.names)}. `drop` one, or build the "
+                "model with a larger `capacity`."
+            )
+        return free[0]
+
+    def get_config(self) -> dict[str, Any]:
+        config = {"name": self.name, "capacity": self.capacity, "names": self.names}
+        return {**config, "model": keras.saving.serialize_keras_object(self.model)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        names = config["names"]
+        model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
+        made = cls(model, capacity=config["capacity"], name=config["name"])
+        made.names = {name: int(index) for name, index in names.items()}
+        return made
+
+
+def _places_of(model: Any) -> dict[str, adapters.PerExample]:
+    """The stacked factors of a model by address."""
+    return {
+        address: adapter
+        for found in named_adapters(model).values()
+        for address, (_, adapter) in found.items()
+        if isinstance(adapter, adapters.PerExample)
+    }
