@@ -21,10 +21,10 @@ BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 FULL, FROZEN, BASE, LIMIT, OURS = "full", "frozen", "base", "limit", "keras_lora"
 VARIANTS = [
     *(FULL, BASE, "base again", LIMIT, FROZEN, "enable_lora", OURS, f"{OURS} dropout", f"{OURS} DoRA", f"{OURS} merged"),
-    *("PEFT", "PEFT DoRA", "loralib"),
+    *("PEFT", "PEFT DoRA", "loralib", f"{OURS} per example", "one by one", "PEFT mixed batch"),
 ]
 # The quantities with a table of their own; the others are in the table "Once".
-TIMES = ("step", "layers", "inference")
+TIMES = ("step", "layers", "inference", "mixed batch")
 SIZES = {
     "peak bytes": "Peak memory of a process of its own, beyond its imports",
     "temp bytes": "Temporary bytes of the gradient, as XLA counts them",
@@ -34,7 +34,7 @@ SIZES = {
     "trainable parameters": "Parameters that train",
     "flops": "FLOPs of the gradient, as XLA counts them",
 }
-SWEEPS = {"depth": "layers", "ranks": "rank", "adapters": "adapters"}  # the case and what it varies
+SWEEPS = {"depth": "layers", "ranks": "rank", "adapters": "adapters", "inactive": "inactive"}  # the case and what it varies
 
 INTRODUCTION = """# Benchmarks
 
@@ -58,6 +58,9 @@ INFERENCE_LIMIT = """
 An adapted model runs the base product too: at one row `enable_lora` / `keras_lora` cannot exceed `enable_lora` / `base`:
 {limits}.
 """
+OF_SERVING = """64 examples with 64 adapters in one batch; "tokens" is how many rows each example has. Ratios to `base`, one
+batch without adapters. `one by one` runs each example alone through a model with one adapter, none loaded on the way;
+`PEFT mixed batch` is PEFT's `adapter_names`, which loops over the adapters in each layer."""
 OF_BARS = """
 ## The bars
 
@@ -114,6 +117,8 @@ BARS = [
     Bar(OURS, "PEFT", "dense", "step", TRAINING, {"torch": (0.0, 1.03)}),
     Bar(f"{OURS} DoRA", OURS, "dense", "step", TRAINING, at_most(1.10, 1.15, 1.15)),
     Bar("enable_lora", OURS, "inference", "inference", {**LAYERS, "tokens": 1}, at_least(2.5, 2.5, 2.5)),
+    Bar(f"{OURS} per example", BASE, "serving", "mixed batch", {**LAYERS, "tokens": 16}, at_most(1.3, 1.3, 1.3)),
+    Bar("one by one", f"{OURS} per example", "serving", "mixed batch", {**LAYERS, "tokens": 16}, at_least(4, 4, 4)),
     Bar(f"{OURS} merged", BASE, "inference", "inference", LAYERS, dict.fromkeys(BACKENDS, (0.97, 1.03))),
 ]
 
@@ -287,6 +292,11 @@ def inference_section(results: Results) -> str:
     return chapter("Inference", "Ratios to `base`, whose own column has the median.", [found])
 
 
+def serving_section(results: Results) -> str:
+    """An adapter for each example of a batch, as ratios to the base."""
+    return chapter("An adapter for each example", OF_SERVING, [table_of(compared(results, "mixed batch", BASE))])
+
+
 Rows = list[tuple[str, str, dict[str, str]]]  # a backend, a case with its setting, and the cells by variant
 
 
@@ -407,7 +417,15 @@ def text(results: Results) -> str:
         "Ratios of medians; the dashed line is the limit.",
         [f"![{each.title}](benchmarks/{each.name}.svg)" for each in figures(results)],
     )
-    sections = [training_section, inference_section, sizes_section, once_section, sweeps_section, machine_section]
+    sections = [
+        training_section,
+        inference_section,
+        serving_section,
+        sizes_section,
+        once_section,
+        sweeps_section,
+        machine_section,
+    ]
     return (
         INTRODUCTION.format(gpu=gpu, quick=quick)
         + bars_section(results)

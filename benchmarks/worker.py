@@ -18,6 +18,7 @@ import measuring
 GROUPS = (
     *("dense", "layers", "inference", "block", "convolution", "embedding", "hub"),  # timings.py
     *("depth", "ranks", "adapters"),  # sweeps.py
+    *("serving", "inactive"),  # serving.py
     *("bytes", "memory"),  # sizes.py
     *("products", "startup"),
 )
@@ -26,6 +27,7 @@ GROUPS = (
 def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list[str]]:
     """The records, and the names of the groups that failed."""
     import products
+    import serving
     import sizes
     import startup
     import sweeps
@@ -34,6 +36,7 @@ def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list
     functions = {
         **{name: getattr(timings, name) for name in GROUPS[:7]},
         **{name: getattr(sweeps, name) for name in GROUPS[7:10]},
+        **{name: getattr(serving, name) for name in GROUPS[10:12]},
         "bytes": sizes.count,
         "memory": sizes.memory,
         "products": products.products,

@@ -30,7 +30,7 @@ def measuring():
 def records(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmarks") / "result.json"
     command = [sys.executable, str(BENCHMARKS / "worker.py"), "--quick", "--json", str(path)]
-    for group in ("dense", "layers", "embedding", "adapters", "bytes"):
+    for group in ("dense", "layers", "embedding", "adapters", "serving", "inactive", "bytes"):
         command += ["--group", group]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": BACKEND})
     assert done.returncode == 0, done.stdout + done.stderr

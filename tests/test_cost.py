@@ -48,8 +48,22 @@ def compiled_step(prepare, tokens=TOKENS, **kwargs):
     return jax.jit(jax.grad(loss)).lower(trained, frozen, x).compile()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_as_for_a_user():
+    """The tests may run with less of XLA's work, to save time (see the Makefile); here it is what is counted."""
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
-def steps():
+def steps(_compiled_as_for_a_user):
     return {
         "full": compiled_step(lambda model: None),
         "lora": compiled_step(with_adapter(keras_lora.LoRA(RANK))),

@@ -27,7 +27,7 @@ def values_come() -> Iterator[None]:
 
 class Adapter(keras.layers.Layer):
     """What a method must say. A new method writes `start`, `parameter_count` and `delta_kernel`; the rest has a default
-    that is right.
+    that is right. Whatever computes the change in another way multiplies it by `strength`.
 
     An adapter is a Keras layer, so it owns weights, seeds and a config. It never sees the layer it changes, only that
     layer as a linear map (`keras_lora.linear_map.LinearMap`, passed as `linear`).
