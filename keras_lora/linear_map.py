@@ -222,7 +222,7 @@ class LinearMap:
         if self.is_matmul:
             h = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-2]))
             return ops.matmul(ops.matmul(h, a), b)
-        return ops.vectorized_map(lambda each: self.apply_product(each[0][None], each[1], each[2])[0], (x, a, b))
+        return backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
 
     def low_rank_sum(self, x: Any, a: Any, b: Any, scale: Any, y: Any = None) -> Any:
         """`y + scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.

@@ -34,7 +34,26 @@ APART = [name for name, case in CASES.items() if any(linear.no_examples is None 
 WHOLE = [name for name in CASES if name not in APART]
 
 
-@pytest.mark.parametrize("name", APART)
+#: One of each kind of layer, and of each way that its axes can lie.
+KINDS = [
+    *("dense", "dense_with_a_layer_as_activation", "time_distributed", "registered_subclass_like_its_parent"),
+    *("einsum_query", "einsum_output", "einsum_feed_forward_ellipsis_with_two_axes", "einsum_output_axes_exchanged"),
+    *("einsum_experts_inside", "einsum_per_head", "conv1d_grouped", "conv2d", "conv2d_channels_first_grouped", "conv3d"),
+    *("conv1d_transpose", "separable2d", "embedding_masked", "reversible_embedding", "reversible_embedding_capped_reverse"),
+    *("reversible_embedding_untied_reverse", "reversible_embedding_in_float32_reverse"),
+]
+
+
+def test_every_class_of_layers_with_examples_is_tried():
+    assert {CASES[name].cls for name in KINDS} >= {CASES[name].cls for name in APART} - ONE_OF_ANOTHER_SIZE
+    assert set(KINDS) <= set(APART)
+
+
+#: The same code as a layer that is tried, in another number of dimensions.
+ONE_OF_ANOTHER_SIZE = {layers.Conv2DTranspose, layers.Conv3DTranspose, layers.SeparableConv1D}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_each_example_gets_what_its_own_adapter_gives(name):
     case = CASES[name]
     targets = [linear for linear in kernels_used(case) if linear.no_examples is None]
