@@ -53,5 +53,5 @@ clean:
 
 .venv/tests: .venv/package $(wildcard requirements/*.txt) examples/requirements.txt
 	$(PIP) -r requirements/tests.txt
-	$(PIP) --no-deps -r requirements/no-deps.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt -r requirements/tests-no-deps.txt
 	touch $@

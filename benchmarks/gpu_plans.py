@@ -108,7 +108,7 @@ def torch_plans() -> dict[str, Plan]:
     return {
         **shared_plans(),
         "addmm": lambda x, w, a, b: torch.addmm(x @ w, x @ a, b, alpha=SCALE),
-        "keras_lora": lambda x, w, a, b: low_rank_sum(x, a, b, SCALE, kernel=w),
+        "keras_lora": lambda x, w, a, b: low_rank_sum(x, a, b, SCALE, 1.0, kernel=w),
         "hybrid": lambda x, w, a, b: Hybrid.apply(x, w, a, b),
     }
 
@@ -172,7 +172,7 @@ def jax_plans() -> dict[str, Plan]:
     hybrid.defvjp(forward, backward)
     return {
         **shared_plans(),
-        "keras_lora": lambda x, w, a, b: low_rank_sum(x, a, b, SCALE, y=x @ w),
+        "keras_lora": lambda x, w, a, b: low_rank_sum(x, a, b, SCALE, 1.0, y=x @ w),
         "hybrid": lambda x, w, a, b: hybrid(x, w, a, b),
     }
 

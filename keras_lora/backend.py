@@ -15,6 +15,11 @@ def fuses_base() -> bool:
     return keras.backend.backend() == "torch"
 
 
+def has_symbolic_sizes(x: Any) -> bool:
+    """Whether JAX traces for an export, where an axis without a number cannot be made one with another and parted again."""
+    return keras.backend.backend() == "jax" and not all(isinstance(size, int) for size in x.shape)
+
+
 def each_example(function: Callable[..., Any], *arrays: Any) -> Any:
     """`function` of each example of the arrays, along their first axis, in one go where the backend can."""
     if keras.backend.backend() == "torch":  # whose `vmap` has no convolution with channels last
@@ -22,13 +27,14 @@ def each_example(function: Callable[..., Any], *arrays: Any) -> Any:
     return ops.vectorized_map(lambda each: function(*each), arrays)
 
 
-def low_rank_sum(x: Any, a: Any, b: Any, scale: Any, *, y: Any = None, kernel: Any = None) -> Any:
-    """`scale · (x a) b`, added to `y` or to `x kernel`, one of which is given.
+def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:
+    """`strength · scale · (x a) b`, added to `y` or to `x kernel`, one of which is given.
 
     Args:
         x: `(n, in)`, of the dtype of the computation.
         a, b: The factors `(in, rank)` and `(rank, out)`, in their own dtype.
-        scale: A number, or a tensor of one.
+        scale: A number.
+        strength: A tensor of one number, which does not train.
         y: `(n, out)`.
         kernel: `(in, out)`.
 
@@ -38,29 +44,31 @@ def low_rank_sum(x: Any, a: Any, b: Any, scale: Any, *, y: Any = None, kernel: A
     """
     if keras.backend.backend() == "torch":
         dtype = x.dtype
-        return _torch_low_rank_sum(x, ops.cast(a, dtype), ops.cast(ops.multiply(scale, b), dtype), y, kernel)
+        factors = ops.cast(a, dtype), ops.cast(b, dtype)
+        return _torch_low_rank_sum(x, *factors, scale, ops.convert_to_tensor(strength), y, kernel)
     # XLA would exchange the factors of `dhᵀ x` again to save the transposition, were there no multiplication between them.
-    a = ops.cast(ops.transpose(ops.multiply(scale, ops.transpose(a))), x.dtype)
+    a = ops.cast(ops.transpose(ops.multiply(ops.multiply(scale, strength), ops.transpose(a))), x.dtype)
     base = ops.matmul(x, kernel) if y is None else y
     return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(b, x.dtype)))
 
 
-def _torch_low_rank_sum(x: Any, a: Any, b: Any, y: Any, kernel: Any) -> Any:
+def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any) -> Any:
     """The same for torch, which adds a product to an array in place; there each new array costs more than its numbers."""
     import torch
 
     if torch.is_grad_enabled() and not _torch_transforms(x):
-        return _torch_function().apply(x, a, b, y, kernel)[0]
+        return _torch_function().apply(x, a, b, scale, strength, y, kernel)[0]
     base = torch.mm(x, kernel) if y is None else y
-    return torch.addmm(base, torch.mm(x, a), b)
+    return torch.addmm(base, torch.mm(x, a) * (scale * strength).to(x.dtype), b)
 
 
 def _torch_transforms(x: Any) -> bool:
-    """Whether torch compiles, casts, vectorises or differentiates forward: it does so with operations of its own only."""
+    """Whether torch compiles, traces, casts, vectorises or differentiates forward: it knows its own operations only."""
     import torch
 
     inside = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
-    return inside or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    traces = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for an export
+    return inside or traces or torch.is_autocast_enabled(x.device.type)
 
 
 @functools.cache
@@ -74,35 +82,38 @@ def _torch_function() -> Any:
 
     class LowRankSum(torch.autograd.Function):
         @staticmethod
-        def forward(x: Any, a: Any, b: Any, y: Any, kernel: Any) -> tuple[Any, Any]:
-            ht = torch.mm(a.t(), x.t())
+        def forward(x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any) -> tuple[Any, Any]:
+            ht, scaled = torch.mm(a.t(), x.t()), _scaled(b, scale, strength)
             if kernel is None:
-                return torch.addmm(y, ht.t(), b), ht
-            return torch.mm(x, kernel).addmm_(ht.t(), b), ht
+                return torch.addmm(y, ht.t(), scaled), ht
+            return torch.mm(x, kernel).addmm_(ht.t(), scaled), ht
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            x, a, b, _, kernel = inputs
-            _, of_a, of_b, _, of_kernel = ctx.needs_input_grad
-            ctx.save_for_backward(x if of_a or of_kernel else None, a, b, kernel, output[1] if of_b else None)
+            x, a, b, ctx.scale, strength, _, kernel = inputs
+            _, of_a, of_b, _, _, _, of_kernel = ctx.needs_input_grad
+            ctx.save_for_backward(x if of_a or of_kernel else None, a, b, strength, kernel, output[1] if of_b else None)
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, dy: Any, dht: Any) -> tuple[Any, ...]:
-            x, a, b, kernel, ht = ctx.saved_tensors
-            of_x, of_a, of_b, _, of_kernel = ctx.needs_input_grad
+            x, a, b, strength, kernel, ht = ctx.saved_tensors
+            of_x, of_a, of_b, _, _, _, of_kernel = ctx.needs_input_grad
             if dy is None and dht is None:
-                return (None,) * 5
+                return (None,) * 7
             if dy is None:  # only `(x a)ᵀ` was used, by a second differentiation
                 dx = torch.mm(dht.t(), a.t()) if of_x else None
-                return dx, torch.mm(dht, x).t() if of_a else None, None, None, None
-            through_b = torch.mm(b, dy.t())
+                return dx, torch.mm(dht, x).t() if of_a else None, None, None, None, None, None
+            through_b = torch.mm(_scaled(b, ctx.scale, strength), dy.t())
             dht = through_b if dht is None else dht + through_b
             dx = None
             if of_x:
                 dx = torch.mm(dht.t(), a.t()) if kernel is None else torch.mm(dy, kernel.t()).addmm_(dht.t(), a.t())
             da = torch.mm(dht, x).t() if of_a else None
-            db = torch.mm(ht, dy) if of_b else None
-            return dx, da, db, dy if kernel is None else None, torch.mm(x.t(), dy) if of_kernel else None
+            db = _scaled(torch.mm(ht, dy), ctx.scale, strength) if of_b else None
+            return dx, da, db, None, None, dy if kernel is None else None, torch.mm(x.t(), dy) if of_kernel else None
+
+    def _scaled(m: Any, scale: float, strength: Any) -> Any:
+        return m * (scale * strength).to(m.dtype)
 
     return LowRankSum

@@ -224,24 +224,26 @@ class LinearMap:
             return ops.matmul(ops.matmul(h, a), b)
         return backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
 
-    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: Any, y: Any = None) -> Any:
-        """`y + scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.
+    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None) -> Any:
+        """`y + strength · scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.
 
         Where `y`, the base output, is not given, it is computed here, together with the change where that is faster.
         """
         in_one = y is None and self._can_run_in_one
         if y is None and not in_one:
             y = self.base_output(x)
-        if not self.is_matmul:
-            return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(ops.multiply(scale, b), y.dtype)))
+        if not self.is_matmul or backend.has_symbolic_sizes(x):
+            b = ops.multiply(ops.multiply(scale, strength), b)
+            return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(b, y.dtype)))
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
         if len(x.shape) == 2 and self.kernel_axes == "io":
-            return backend.low_rank_sum(x, a, b, scale, y=y, kernel=kernel)
+            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel)
         in_dim, out_dim = self.matrix_shape
         shape = (*ops.shape(x)[:-1], out_dim) if in_one else ops.shape(y)
         flat_y = None if in_one else ops.reshape(y, (-1, out_dim))
-        return ops.reshape(backend.low_rank_sum(ops.reshape(x, (-1, in_dim)), a, b, scale, y=flat_y, kernel=kernel), shape)
+        flat = backend.low_rank_sum(ops.reshape(x, (-1, in_dim)), a, b, scale, strength, y=flat_y, kernel=kernel)
+        return ops.reshape(flat, shape)
 
     @property
     def _can_run_in_one(self) -> bool:
@@ -251,7 +253,7 @@ class LinearMap:
 
     def expand(self, h: Any, m: Any) -> Any:
         """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""
-        if len(h.shape) <= 2:
+        if len(h.shape) <= 2 or backend.has_symbolic_sizes(h):
             return ops.matmul(h, m)
         # Flat, because XLA on CPU otherwise writes a transposed copy of the output's gradient to get the gradient of `m`.
         flat = ops.matmul(ops.reshape(h, (-1, m.shape[-2])), m)

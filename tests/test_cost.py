@@ -272,7 +272,7 @@ def test_the_gradient_written_out_is_right_and_so_is_its_own(with_kernel):
     given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def function(x, a, b, last):
-        return backend.low_rank_sum(x, a, b, 0.7, **({"kernel": last} if with_kernel else {"y": last}))
+        return backend.low_rank_sum(x, a, b, 0.7, 1.0, **({"kernel": last} if with_kernel else {"y": last}))
 
     assert torch.autograd.gradcheck(function, given)
     assert torch.autograd.gradgradcheck(function, given)

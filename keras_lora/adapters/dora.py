@@ -114,8 +114,8 @@ class DoRA(Adapter):
         # Where c is 0 the base vanishes: a tiny c leaves of it less than can be seen.
         c = ops.add(more, 1.0)
         c = ops.where(ops.abs(c) < 1e-12, 1e-12, c)
-        b = ops.multiply(self.lora.lora_b, ops.expand_dims(ops.divide(ops.multiply(self.strength, gain), c), -2))
-        y = self.lora.add_product(x, y, linear, training, b, self.lora.scale)
+        b = ops.multiply(self.lora.lora_b, ops.expand_dims(ops.divide(gain, c), -2))
+        y = self.lora.add_product(x, y, linear, training, b, self.strength)
         if keras.backend.standardize_dtype(y.dtype) == "float32":
             return ops.multiply(y, linear.along_outputs(c, y))
         # Written y + (c - 1) y because c stays close to 1, where bfloat16 has only 3 digits.

@@ -120,15 +120,15 @@ class LoRA(Adapter):
         return a, self.scale * b
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
-        return self.add_product(x, y, linear, training, self.lora_b, ops.multiply(self.scale, self.strength))
+        return self.add_product(x, y, linear, training, self.lora_b, self.strength)
 
     def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
         return self.adapted_output(x, None, linear, training)
 
-    def add_product(self, x: Any, y: Any, linear: Any, training: bool | None, b: Any, scale: Any) -> Any:
-        """`y + scale · (x A) b`, with dropout on the way to `A` in training; `y` is the base output where it is `None`."""
+    def add_product(self, x: Any, y: Any, linear: Any, training: bool | None, b: Any, strength: Any) -> Any:
+        """`y + strength · scale · (x A) b`, with dropout before `A` in training. `y` that is `None` is the base output."""
         if self.seed_generator is None or not training:
-            return linear.low_rank_sum(x, self.lora_a, b, scale, y)
+            return linear.low_rank_sum(x, self.lora_a, b, self.scale, strength, y)
         y = linear.base_output(x) if y is None else y
 
         # The dropped input is not kept for the backward pass: it is made again there, from the same seed.
@@ -137,7 +137,7 @@ class LoRA(Adapter):
             return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
 
         h = keras.remat(dropped)(x, ops.cast(self.lora_a, y.dtype), self.seed_generator.next())
-        return ops.add(y, linear.expand(h, ops.cast(ops.multiply(scale, b), y.dtype)))
+        return ops.add(y, linear.expand(h, ops.cast(ops.multiply(ops.multiply(self.scale, strength), b), y.dtype)))
 
     def misfit_with(self, other: Adapter) -> str | None:
         """A LoRA takes the values of another of equal or smaller rank, whatever its scale."""
