@@ -117,8 +117,8 @@ BARS = [
     Bar(OURS, "PEFT", "dense", "step", TRAINING, {"torch": (0.0, 1.03)}),
     Bar(f"{OURS} DoRA", OURS, "dense", "step", TRAINING, at_most(1.10, 1.15, 1.15)),
     Bar("enable_lora", OURS, "inference", "inference", {**LAYERS, "tokens": 1}, at_least(2.5, 2.5, 2.5)),
-    Bar(f"{OURS} per example", BASE, "serving", "mixed batch", {**LAYERS, "tokens": 16}, at_most(1.3, 1.3, 1.3)),
-    Bar("one by one", f"{OURS} per example", "serving", "mixed batch", {**LAYERS, "tokens": 16}, at_least(4, 4, 4)),
+    Bar(f"{OURS} per example", BASE, "serving", "mixed batch", {**LAYERS, "tokens": 4}, at_most(1.3, 1.3, 1.3)),
+    Bar("one by one", f"{OURS} per example", "serving", "mixed batch", {**LAYERS, "tokens": 4}, at_least(4, 4, 4)),
     Bar(f"{OURS} merged", BASE, "inference", "inference", LAYERS, dict.fromkeys(BACKENDS, (0.97, 1.03))),
 ]
 

@@ -28,7 +28,7 @@ VARIANTS = ("base", "keras_lora per example", "one by one", "PEFT mixed batch")
 def serving(quick: bool) -> Iterator[Record]:
     """As many adapters as examples in one batch, of a prompt and of a single token each."""
     d, examples, rank = (32, 4, 2) if quick else (1024, 64, 8)
-    for length in (2,) if quick else (16, 1):
+    for length in (2,) if quick else (4, 1, 16):
         x = cases.normal(examples, length, d)
         setting = {"d": d, "examples": examples, "tokens": length, "rank": rank, "layers": 4}
         case = Case("serving", setting, functools.partial(stack, length, d), x, x)
