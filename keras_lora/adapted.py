@@ -318,7 +318,7 @@ def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, slots.
 
 
 def named_adapters(model: keras.layers.Layer) -> dict[str, dict[str, tuple[LinearMap, adapters.Adapter]]]:
-    """By name, the adapters at or below `model` by address, each with its kernel; the names in the order they came."""
+    """By name, the adapters at or below `model` by address, each with its kernel; all in the order of the layers."""
     named: dict[str, dict[str, tuple[LinearMap, adapters.Adapter]]] = {}
     for place in walk(model):
         for linear in maps_of(place.layer) if isinstance(place.layer, AdaptedLayer) else ():

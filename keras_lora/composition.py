@@ -11,6 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 from keras_lora import adapters, keras_internals, slots, training
@@ -186,7 +187,9 @@ def delete_adapter(model: Any, name: str) -> Any:
     named = _named(model, "delete_adapter")
     check_names(model, [name])
     if len(named) == 1:
-        return remove_lora(model)
+        remove_lora(model)
+        keras_internals.forget_compilation(model)
+        return model
     for linear, adapter in named[name].values():
         slots.take(linear, adapter)
         layer: Any = linear.layer
@@ -194,7 +197,7 @@ def delete_adapter(model: Any, name: str) -> Any:
             set_plain(layer)
             training.plan_again(layer, None)
     set_owners(model)
-    keras_internals.forget_optimizers(model)
+    keras_internals.forget_compilation(model)
     forget_traces(model)
     return model
 
@@ -217,7 +220,8 @@ def strengths_of(names: str | Iterable[str] | Mapping[str, float] | None) -> dic
     if names is None:
         return {}
     if isinstance(names, Mapping):
-        wrong = {name: each for name, each in names.items() if isinstance(each, bool) or not math.isfinite(each)}
+        numbers = {name: isinstance(each, Real) and not isinstance(each, bool) for name, each in names.items()}
+        wrong = {name: each for name, each in names.items() if not (numbers[name] and math.isfinite(each))}
         if wrong:
             raise ValueError(f"A strength must be a finite number. Received: {wrong}.")
         return dict(names)

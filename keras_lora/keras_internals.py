@@ -203,11 +203,15 @@ def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
     return layer._adjust_scale_for_dequant(scale)
 
 
-def forget_optimizers(model: keras.layers.Layer) -> None:
-    """Drop the optimizers of compiled models: they hold variables of their own for each that trained."""
+def forget_compilation(model: keras.layers.Layer) -> None:
+    """Drop what models were compiled with: the optimizer has variables for each that trained, other parts hold layers."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras.Model) and getattr(layer, "optimizer", None) is not None:
+            del layer.optimizer  # TensorFlow tracks it until it is deleted
             layer.optimizer = None
+            for name in ("_compile_config", "_compiled_trainable_state"):
+                if hasattr(layer, name):
+                    delattr(layer, name)
 
 
 def drop_compiled_functions(model: keras.layers.Layer) -> None:

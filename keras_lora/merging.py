@@ -23,7 +23,7 @@ _KEPT = "_keras_lora_kept"
 class _Kept:
     """What `unmerge_lora` needs. Not a list or dict: those are searched for layers."""
 
-    adapters: list[tuple[str, str, str, adapters.Adapter]]  # address, name, slot
+    adapters: list[tuple[str, str, str | None, adapters.Adapter]]  # address, name, slot
     kernels: dict[str, np.ndarray]
     base_dtypes: dict[str, str | None]
     marks: dict[str, dict[str, Any]]
@@ -65,14 +65,11 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
             f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
-    kept = _Kept([], {}, {}, training.marks_of(model)) if keep else None
+    kept = _Kept(_placed(adapted), {}, {}, training.marks_of(model)) if keep else None
     for address, (linear, change) in adapted.items():
         variable = linear.kernel_variable
         merged = _merged_kernel(linear, change)
         if kept is not None:
-            kept.adapters += [
-                (address, each.adapter_name, slots.slot_of(linear.layer, each), each) for each in slots.adapters_of(linear)
-            ]
             kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
             kept.base_dtypes[address] = linear.base_dtype
         linear.store_kernel(None)
@@ -123,6 +120,19 @@ def unmerge_lora(model: Any) -> Any:
     set_owners(model)
     forget_traces(model)
     return model
+
+
+def _placed(
+    adapted: dict[str, tuple[LinearMap, slots.Change]],
+) -> list[tuple[str, str, str | None, adapters.Adapter]]:
+    """Where every adapter is, in the order they came to their layers."""
+    addresses = {(id(linear.layer), linear.part): address for address, (linear, _) in adapted.items()}
+    layers = {id(linear.layer): linear.layer for linear, _ in adapted.values()}.values()
+    return [
+        (addresses[id(layer), each.part], each.adapter_name, slots.slot_of(layer, each), each)
+        for layer in layers
+        for each in slots.adapters_in(layer)
+    ]
 
 
 def _merged_kernel(linear: LinearMap, change: slots.Change) -> np.ndarray:

@@ -36,17 +36,16 @@ def change_of(linear: LinearMap) -> Change | None:
 
 def put(linear: LinearMap, adapter: adapters.Adapter, name: str, slot: str | None = None) -> None:
     """Give a kernel an adapter under a name, in the first free slot or in `slot`."""
-    layer = linear.layer
     adapter.adapter_name, adapter.part = name, linear.part
-    slots = (linear.slot if number == 1 else f"{linear.slot}_{number}" for number in itertools.count(1))
-    with keras_internals.unlocked(layer):
-        setattr(layer, slot or next(each for each in slots if not hasattr(layer, each)), adapter)
+    with keras_internals.unlocked(linear.layer):
+        setattr(linear.layer, slot or _free_slot(linear), adapter)
 
 
 def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Create the weights of `adapter` for a kernel of a layer, named after the layer's own."""
+    """Create the weights of `adapter` for a kernel of a layer, named after the layer and, beside others, after its slot."""
     layer = linear.layer
-    names = [*(layer.path or layer.name).split("/"), *([linear.part] if linear.part else [])]
+    slot = slot_of(layer, adapter) or _free_slot(linear)
+    names = [*(layer.path or layer.name).split("/"), *filter(None, (linear.part, slot if slot != linear.slot else ""))]
     with contextlib.ExitStack() as scopes:
         for name in names:
             scopes.enter_context(keras.name_scope(name))
@@ -56,12 +55,17 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
 
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
     """Take an adapter from a kernel, which is stored in its own dtype again where that was the last one."""
-    keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter))
+    keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter) or "")
     if not adapters_of(linear):
         linear.store_kernel(None)
 
 
-def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str:
-    """The attribute of `layer` that holds `adapter`."""
+def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str | None:
+    """The attribute of `layer` that holds `adapter`, if one does."""
     attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps layers in `_modules`
-    return next(name for name, value in attributes.items() if value is adapter)
+    return next((name for name, value in attributes.items() if value is adapter), None)
+
+
+def _free_slot(linear: LinearMap) -> str:
+    slots = (linear.slot if number == 1 else f"{linear.slot}_{number}" for number in itertools.count(1))
+    return next(slot for slot in slots if not hasattr(linear.layer, slot))

@@ -210,11 +210,12 @@ def _rows_of(
     if place.key in trained and variables:
         count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
         return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
-    planned = sum(map(_size, training.planned_variables(place.layer)))
-    if planned and not any(id(place.layer) == key[0] for key in chosen):
-        return [_row(place, variables, action="train", why="trains already", trainable=planned)]
+    planned = training.planned_variables(place.layer)
+    if planned and len(planned) == len(keras_internals.own_trainable_variables(place.layer)):
+        return [_row(place, variables, action="train", why="trains already", trainable=sum(map(_size, planned)))]
     with_bias = bias == "all" or (bias == "lora_only" and any(id(place.layer) == key[0] for key in chosen))
-    biases = sum(_size(v) for v in variables if with_bias and v.name == "bias")
+    already = {id(v) for v in planned}
+    biases = sum(_size(v) for v in variables if (with_bias and v.name == "bias") or id(v) in already)
     rows = []
     for each, own in _parts(place, _sites_of(place), variables):
         if each.key in chosen:
