@@ -3,20 +3,23 @@
 PYTHON ?= python3
 KERAS_BACKEND ?= jax
 BACKENDS := jax tensorflow torch
+EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks,$(addprefix example-$(name)-,$(BACKENDS)))
 BIN := .venv/bin
 # A test runs a function once or twice: compiling it well takes longer than that. What counts XLA's work turns this off.
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS))
+.PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(EXAMPLES)
 
 demo: .venv/demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/movie_reviews.py $(DEMO)
 
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS))
-	for backend in $(BACKENDS); do for example in movie_reviews every_layer small_memory many_tasks; do \
-		KERAS_BACKEND=$$backend $(BIN)/python examples/$$example.py --quick || exit 1; done; done
+	$(MAKE) --jobs=2 --output-sync=target $(EXAMPLES)
+
+$(EXAMPLES): example-%: .venv/tests
+	KERAS_BACKEND=$(word 2,$(subst -, ,$*)) $(BIN)/python examples/$(word 1,$(subst -, ,$*)).py --quick
 
 lint: .venv/tests
 	$(BIN)/ruff format --check .
