@@ -603,7 +603,7 @@ def test_deleting_frees_the_memory(beside):
     gc.collect()
     assert sum(each() is not None for each in kept) == 0
     count, own = live_variables(), len(model.variables)
-    for _ in range(4):
+    for _ in range(2):
         cycle()
     assert live_variables() == count
     assert len(model.variables) == own
