@@ -77,6 +77,10 @@ class Adapter(keras.layers.Layer):
         """ΔW as an exact product, NumPy arrays `(*groups, in_dim, k)` and `(*groups, k, out_dim)`, where it is one."""
         return None
 
+    def thin_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
+        """Tensors `a` and `b` of which `strength · ΔW` is the product as it runs now, where it is one."""
+        return None
+
     def change(self, matrix: Any) -> Any:
         """`strength · ΔW`: what is added to the kernel."""
         return ops.multiply(self.strength, self.delta_kernel(matrix))

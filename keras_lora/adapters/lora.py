@@ -119,6 +119,12 @@ class LoRA(Adapter):
         a, b = (np.asarray(ops.convert_to_numpy(factor), "float64") for factor in (self.lora_a, self.lora_b))
         return a, self.scale * b
 
+    def thin_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
+        if self.seed_generator is not None and training:
+            return None
+        a, b = (ops.convert_to_tensor(factor) for factor in (self.lora_a, self.lora_b))
+        return a, ops.multiply(ops.multiply(self.scale, self.strength), b)
+
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         return self.add_product(x, y, linear, training, self.lora_b, self.strength)
 
