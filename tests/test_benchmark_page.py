@@ -78,7 +78,10 @@ def test_the_bars_are_those_that_keras_lora_is_held_to():
     assert of("keras_lora DoRA", ours, **short) == list(zip(backends, [(0, 1.10), (0, 1.15), (0, 1.15)], strict=True))
     assert of("enable_lora", ours, "inference", "inference", tokens=1) == [(each, (2.5, infinite)) for each in backends]
     assert of("keras_lora merged", "base", "inference", "inference") == [(each, (0.97, 1.03)) for each in backends]
-    assert len(page.BARS) == 8
+    mixed = {"case": "serving", "quantity": "mixed batch", "tokens": 4}
+    assert of("keras_lora per example", "base", **mixed) == [(each, (0, 1.3)) for each in backends]
+    assert of("one by one", "keras_lora per example", **mixed) == [(each, (4, infinite)) for each in backends]
+    assert len(page.BARS) == 10
 
 
 # Made-up results.
