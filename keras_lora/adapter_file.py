@@ -18,6 +18,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,12 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     variables = _variables_of(started, header["trained"], found)
     raise_problems(path, model, _mismatched(tensors, variables))
 
+    if named and not own and header["trained"]:
+        warnings.warn(
+            f"{path} holds more than an adapter: the layers at {sorted(header['trained'])} trained with it, and all adapters of "
+            f"'{model.name}' share them. They have the file's values now. An adapter on a head (`head=None`) is its own.",
+            stacklevel=2,
+        )
     if not own:
         inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
         for address, entry in header["trained"].items():

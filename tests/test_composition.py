@@ -651,6 +651,16 @@ def test_the_active_sum_is_merged_and_comes_apart_again_bit_for_bit(name, first,
     assert difference(outputs(model, specimen.x), before) == 0
 
 
+def test_loading_another_head_beside_an_adapter_says_that_the_head_is_shared(tmp_path):
+    model = ZOO["multi_head_attention"]().model
+    keras_lora.save_adapter(keras_lora.apply_lora(model, rank=1, train="head"), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="share them. They have the file's values now"):
+        keras_lora.load_adapter(model, tmp_path / "a.safetensors", name="b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_lora.load_adapter(model, tmp_path / "a.safetensors", name="b")  # into the one that is there
+
+
 def test_merging_names_the_inactive_adapters_it_drops():
     specimen = whole("multi_head_attention")
     before = outputs(keras_lora.activate(specimen.model, "a"), specimen.x)
