@@ -134,7 +134,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
 
     if named and not own and header["trained"]:
         warnings.warn(
-            f"{path} holds more than an adapter: the layers at {sorted(header['trained'])} trained with it, and all adapters "
+            f"{path} holds more than an adapter: the layers at {sorted(header['trained'])} train with it, and all adapters "
             f"of '{model.name}' share them. They have the file's values now. An adapter on a head (`head=None`) is its own.",
             stacklevel=2,
         )
