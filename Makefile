@@ -9,13 +9,13 @@ BIN := .venv/bin
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(EXAMPLES)
+.PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS)) $(EXAMPLES)
 
 demo: .venv/demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/movie_reviews.py $(DEMO)
 
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS))
+	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS))
 	$(MAKE) --jobs=2 --output-sync=target $(EXAMPLES)
 
 $(EXAMPLES): example-%: .venv/tests
@@ -28,6 +28,9 @@ lint: .venv/tests
 
 $(addprefix test-,$(BACKENDS)): test-%: .venv/tests
 	$(QUICKLY) KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet -p no:cacheprovider tests
+
+# Keras's own tests of its layers, on adapted ones.
+$(addprefix own-,$(BACKENDS)): own-%: .venv/tests
 	cd tests && $(QUICKLY) KERAS_BACKEND=$* ../$(BIN)/python -m pytest --quiet -p no:cacheprovider -p keras_own_tests -c /dev/null --rootdir=/
 
 docs: .venv/tests

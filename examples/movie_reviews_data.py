@@ -8,6 +8,7 @@
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import keras
@@ -62,8 +63,12 @@ def _read_ratings(source: str) -> str:
     archive = CACHE / "vaderSentiment-3.3.2.tar.gz"
     if not archive.exists():
         print(f"Downloading vaderSentiment 3.3.2 to {CACHE}", flush=True)
-        options = ["--quiet", "--no-cache-dir", "--no-deps", "--no-binary", ":all:", "--dest", str(CACHE)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *options, "vaderSentiment==3.3.2"], check=False)
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # another example may download it at the same time
+            options = ["--quiet", "--no-cache-dir", "--no-deps", "--no-binary", ":all:", "--dest", folder]
+            subprocess.run([sys.executable, "-m", "pip", "download", *options, "vaderSentiment==3.3.2"], check=False)
+            if (downloaded := Path(folder) / archive.name).exists():
+                downloaded.replace(archive)
     if not archive.exists():
         raise SystemExit(f"There is no {archive}, and pip could not download it. Put the source archive from PyPI there.")
     with tarfile.open(archive) as outer:
