@@ -16,7 +16,7 @@ from typing import Any
 
 from keras_lora import adapters, keras_internals, slots, training
 from keras_lora.adapted import AdaptedLayer, named_adapters, set_owners, set_plain
-from keras_lora.inject import forget_traces, remove_lora, require_adapted
+from keras_lora.inject import forget_traces, require_adapted, take_out
 from keras_lora.structure import walk
 
 
@@ -187,16 +187,15 @@ def delete_adapter(model: Any, name: str) -> Any:
     named = _named(model, "delete_adapter")
     check_names(model, [name])
     if len(named) == 1:
-        remove_lora(model)
-        keras_internals.forget_compilation(model)
-        return model
-    for linear, adapter in named[name].values():
-        slots.take(linear, adapter)
-        layer: Any = linear.layer
-        if isinstance(layer, AdaptedLayer) and not slots.adapters_in(layer):
-            set_plain(layer)
-            training.plan_again(layer, None)
-    set_owners(model)
+        take_out(model)
+    else:
+        for linear, adapter in named[name].values():
+            slots.take(linear, adapter)
+            layer: Any = linear.layer
+            if isinstance(layer, AdaptedLayer) and not slots.adapters_in(layer):
+                set_plain(layer)
+                training.plan_again(layer, None)
+        set_owners(model)
     keras_internals.forget_compilation(model)
     forget_traces(model)
     return model

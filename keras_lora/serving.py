@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,7 +72,9 @@ class MultiAdapterModel(keras.Model):
     ):
         super().__init__(**kwargs)
         if not _places_of(model):
-            apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* was compiled for other variables")  # nothing trains here
+                apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
         self.model = model
         self.capacity = capacity
         self.names: dict[str, int] = {}
