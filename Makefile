@@ -6,7 +6,8 @@ BACKENDS := jax tensorflow torch
 EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks,$(addprefix example-$(name)-,$(BACKENDS)))
 BIN := .venv/bin
 # A test runs a function once or twice: compiling it well takes longer than that. What counts XLA's work turns this off.
-QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+# Two jobs run at a time: the threads of torch would wait for one another.
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS)) $(EXAMPLES)
@@ -19,7 +20,7 @@ test: lint
 	$(MAKE) --jobs=2 --output-sync=target $(EXAMPLES)
 
 $(EXAMPLES): example-%: .venv/tests
-	KERAS_BACKEND=$(word 2,$(subst -, ,$*)) $(BIN)/python examples/$(word 1,$(subst -, ,$*)).py --quick
+	OMP_NUM_THREADS=1 KERAS_BACKEND=$(word 2,$(subst -, ,$*)) $(BIN)/python examples/$(word 1,$(subst -, ,$*)).py --quick
 
 lint: .venv/tests
 	$(BIN)/ruff format --check .
