@@ -142,9 +142,9 @@ def _run_layer_test(self, layer_cls, init_kwargs, _run=TestCase.run_layer_test, 
     _run(self, recorded, init_kwargs, **kwargs)
     for layer in [each for each in made if each.built]:
         added = _adapter_weights(layer)
-        self.assertLen(added, 2 * len(adapted_maps(layer)))
+        self.assertLen(added, 3 * len(adapted_maps(layer)))  # two factors and the strength, which does not train
         assert len(adapted_maps(layer)) >= len(_default_maps(layer))
-        assert {id(v) for v in layer.trainable_weights} == {id(v) for v in added}
+        assert {id(v) for v in layer.trainable_weights} == {id(v) for v in added if v.name != "strength"}
         if expected[0] is not None and expected[1] is not None:
             self.assertLen(layer.weights, sum(expected[:2]) + len(added))
 
