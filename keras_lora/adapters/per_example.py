@@ -80,7 +80,8 @@ class PerExample(Adapter):
                 f"Layer '{linear.layer.name}' is called on {rows} rows for {examples} examples, so which adapter a row is "
                 "for is not known. Expected an input whose first axis is the examples. Leave the layer out of `targets`."
             )
-        return ops.add(y, ops.reshape(linear.products(x, self.lora_a, self.lora_b, index), ops.shape(y)))
+        change = ops.reshape(linear.products(x, self.lora_a, self.lora_b, index), ops.shape(y))
+        return ops.add(y, ops.multiply(ops.cast(self.strength, y.dtype), change))
 
     def misfit_with(self, other: Adapter) -> str | None:
         if type(other) is not LoRA:
