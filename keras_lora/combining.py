@@ -183,8 +183,9 @@ def compress(model: Any, name: str, *, rank: int | None = None, energy: float | 
         adapter = new[address]
         adapter.strength.assign(before.strength)
         set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
-        trains = bool(before.trainable_variables)
-        training.mark(adapter, training.flags_of(adapter), [trains, [trains] * 2])
+        planned = any(training.planned_variables(layer) for layer in adapters.with_inside(before))
+        now = bool(before.trainable_variables)
+        training.mark(adapter, training.flags_of(adapter), [planned, [planned] * 2], now=[now, [now] * 2])
         slots.take(linear, before)
     forget_traces(model)
     linears = {address: linear for address, (linear, _) in old.items()}

@@ -254,3 +254,12 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes(arguments, messa
     after = (values(layer.variables), json.dumps(keras_lora.summary(layer).data()), len(walk(layer)))
     assert before[1:] == after[1:]
     assert all(np.array_equal(before[0][path], after[0][path]) for path in before[0])
+
+
+def test_compressing_a_model_that_is_switched_off_keeps_the_plan():
+    model = keras_lora.apply_lora(keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(2)]), rank=2)
+    model.trainable = False
+    keras_lora.compress(model, "default", rank=1)
+    assert not model.trainable_variables
+    model.trainable = True
+    assert [tuple(v.shape) for v in model.trainable_variables] == [(6, 1), (1, 8)]
