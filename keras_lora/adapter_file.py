@@ -29,7 +29,7 @@ import safetensors
 import safetensors.numpy
 
 from keras_lora import adapters, keras_internals, slots, training
-from keras_lora.adapted import KEY, maps_by_address, named_adapters
+from keras_lora.adapted import KEY, maps_by_address, maps_of, named_adapters
 from keras_lora.inject import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
 from keras_lora.structure import by_address, walk
@@ -144,8 +144,13 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
             mark = vars(found[address])[training.MARK]
             training.mark(found[address], found=mark["found"], plan=entry["plan"])
         forget_traces(model)
-    for key, variable in variables.items():
-        variable.assign(tensors[key].astype(keras.backend.standardize_dtype(variable.dtype)))
+    of_base = {key: variable for key, variable in variables.items() if ":base." in key}
+    _assign(of_base, tensors)
+    for address in header["trained"] if of_base else ():
+        for linear in maps_of(found[address]):  # first, so that what an adapter computes from the kernel is that of today
+            for adapter in slots.adapters_of(linear):
+                adapter.base_changed(linear)
+    _assign({key: variable for key, variable in variables.items() if key not in of_base}, tensors)
     if not trainable:
         for layer in [layer for adapter in started.values() for layer in adapters.with_inside(adapter)]:
             layer.trainable = False
@@ -169,6 +174,11 @@ def only_name(model: Any, name: str | None) -> str:
     if name is not None and name not in names:
         raise ValueError(f"'{model.name}' has no adapter '{name}'. Expected one of {names}. Received: name={name!r}.")
     return names[0] if name is None else name
+
+
+def _assign(variables: dict[str, keras.Variable], tensors: dict[str, np.ndarray]) -> None:
+    for key, variable in variables.items():
+        variable.assign(tensors[key].astype(keras.backend.standardize_dtype(variable.dtype)))
 
 
 # What the model has.
@@ -251,9 +261,11 @@ def misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter]
         for address in own:
             if address not in header["adapters"]:
                 problems.append(f"the model has an adapter at '{address}'; the file has none")
-        for address in _trained_layers(model):
-            if address not in header["trained"]:
-                problems.append(f"the model trains variables of '{address}'; the file has none")
+        trained = _trained_layers(model)
+        for address in trained.keys() - header["trained"].keys():
+            problems.append(f"the model trains variables of '{address}'; the file has none")
+        for address in header["trained"].keys() - trained.keys():
+            problems.append(f"the file has trained variables of '{address}'; the model does not train them")
     return problems
 
 

@@ -33,6 +33,7 @@ class MultiAdapterModel(keras.Model):
         capacity: How many adapters there can be at a time.
         rank: The largest rank of an adapter.
         targets, exclude, head: Which layers an adapter may change, as for `keras_lora.apply_lora`.
+        names: The places that are taken, by name, where a saved model is made again.
         **kwargs: `name` of a Keras model.
 
     Call arguments:
@@ -68,16 +69,23 @@ class MultiAdapterModel(keras.Model):
         targets: Patterns | None = None,
         exclude: Patterns | None = None,
         head: Patterns | str | None = "auto",
+        names: dict[str, int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if not _places_of(model):
+        if _places_of(model):
+            if names is None:
+                raise ValueError(
+                    f"'{model.name}' has places for adapters already. Expected a plain model, or the MultiAdapterModel that "
+                    "made them. Received: a model that another one serves."
+                )
+        else:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* was compiled for other variables")  # nothing trains here
                 apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
         self.model = model
         self.capacity = capacity
-        self.names: dict[str, int] = {}
+        self.names: dict[str, int] = dict(names or {})
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -185,11 +193,8 @@ class MultiAdapterModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-        names = config["names"]
         model = keras.saving.deserialize_keras_object(config["model"], custom_objects=custom_objects)
-        made = cls(model, capacity=config["capacity"], name=config["name"])
-        made.names = {name: int(index) for name, index in names.items()}
-        return made
+        return cls(model, **{key: value for key, value in config.items() if key != "model"})
 
 
 def _places_of(model: Any) -> dict[str, adapters.PerExample]:

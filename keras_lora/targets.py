@@ -12,7 +12,7 @@ import keras
 from rich.console import Console
 from rich.table import Table
 
-from keras_lora import adapters, keras_internals, presets, quantization, training
+from keras_lora import adapters, keras_internals, presets, quantization, slots, training
 from keras_lora import blocks as blocks_
 from keras_lora.adapted import ADAPTED_CLASSES, maps_of, named_adapters
 from keras_lora.linear_map import LinearMap
@@ -169,6 +169,8 @@ def list_targets(
         changed = {name: by_key[key] for name, by_key in (("rank", ranks), ("alpha", alphas)) if key in by_key}
         methods[key] = adapters.copy_of(adapters.get(named.values.get(key, method)), **changed)
         search.problems += _problems_of(site, methods[key])
+    for place in trained.values():
+        search.problems += _problems_of_training(place)
     if not chosen:
         search.found_nothing(targets, sites)
     search.raise_problems()
@@ -332,8 +334,16 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
         return [f"'{site.path}' was registered with the axes '{stated}', and its kernel has the shape {shape}"]
     if site.linear.constraint is not None:
         return [f"'{site.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
+    if adapter.derived and any(v is site.linear.kernel_variable for v in training.planned_variables(site.layer)):
+        return [f"'{site.path}' trains in full, and a {type(adapter).__name__} measures the kernel once; exclude it"]
     problem = adapter.problem_with(site.linear)
     return [f"'{site.path}': {problem}"] if problem else []
+
+
+def _problems_of_training(place: Place) -> list[str]:
+    """What stands against training this layer in full: an adapter that has computed something from its kernel."""
+    bound = [adapter.adapter_name for adapter in slots.adapters_in(place.layer) if adapter.derived]
+    return [f"'{place.path}' cannot train in full beside its adapters {bound}, which measured its kernel"] if bound else []
 
 
 def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:

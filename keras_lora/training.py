@@ -60,7 +60,10 @@ def freeze(
         stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"][1]
         variables = [in_full or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)]
         plan = [in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables]
-        mark(layer, found=flags_of(layer) if before is None else before["found"], plan=plan)
+        # What was planned before and has been switched off since stays off.
+        now = [v.trainable or not was for v, was in zip(own, stays, strict=True)]
+        now = [planned and (in_full or on) for planned, on in zip(variables, now, strict=True)]
+        mark(layer, flags_of(layer) if before is None else before["found"], plan, [plan[0], now])
 
 
 def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None = None) -> None:

@@ -877,3 +877,56 @@ def test_generate_compiled_before_a_switch_gives_the_tokens_of_after_it(monkeypa
     merged = sum_into(ZOO["hub_llama_causal_lm"]().model, model, MIXED)
     merged.compile(sampler="greedy")
     assert tokens(merged) == found["both"]
+
+
+# What adapters share.
+
+
+def small():
+    keras.utils.set_random_seed(0)
+    hidden, head = layers.Dense(5, name="hidden"), layers.Dense(3, name="head")
+    return keras.Sequential([keras.Input((6,)), hidden, head])
+
+
+@pytest.fixture
+def with_head(tmp_path):
+    """A file of an adapter and of a head that moved."""
+    model = keras_lora.apply_lora(small(), rank=2, targets="hidden", train="head")
+    perturb(model, size=1.0)
+    keras_lora.save_adapter(model, tmp_path / "head.safetensors")
+    return tmp_path / "head.safetensors"
+
+
+def test_a_head_is_not_loaded_into_a_model_that_does_not_train_it(with_head):
+    model = keras_lora.apply_lora(small(), rank=2, targets="hidden", name="a")
+    before = arrays(model.variables)
+    with pytest.raises(ValueError, match="the file has trained variables of 'layers/1'; the model does not train them"):
+        keras_lora.load_adapter(model, with_head, name="a")
+    assert same(arrays(model.variables), before)
+
+
+def test_what_dora_computed_from_a_kernel_follows_a_head_that_is_loaded(with_head):
+    model = keras_lora.apply_lora(small(), "dora", rank=2, head=None, name="a")
+    with pytest.warns(UserWarning, match="share them"):
+        keras_lora.load_adapter(model, with_head, name="b")
+    x = numbers(4, 6)
+    before = outputs(keras_lora.activate(model, "a"), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "b" is dropped
+        keras_lora.merge_lora(model)
+    assert difference(outputs(model, x), before) < 3e-6
+
+
+def test_a_kernel_that_dora_measured_does_not_train_in_full():
+    model = keras_lora.apply_lora(small(), "dora", rank=2, head=None, name="a")
+    with pytest.raises(ValueError, match=r"'head' cannot train in full beside its adapters \['a'\]"):
+        keras_lora.apply_lora(model, rank=2, targets="hidden", train="head", name="b")
+    model = keras_lora.apply_lora(small(), rank=2, targets="hidden", train="head", name="a")
+    with pytest.raises(ValueError, match="'head' trains in full, and a DoRA measures the kernel once"):
+        keras_lora.apply_lora(model, "dora", rank=2, head=None, name="b")
+
+
+def test_a_head_that_was_loaded_frozen_stays_so_when_an_adapter_is_added(with_head):
+    model = keras_lora.load_adapter(small(), with_head, trainable=False, name="a")
+    keras_lora.apply_lora(model, rank=1, targets="hidden", name="b")
+    assert {v.name for v in model.trainable_variables} == {"lora_a", "lora_b"}

@@ -286,3 +286,9 @@ def test_prompts_with_an_adapter_each_generate_what_they_do_alone(tmp_path):
     if BACKEND == "jax":
         assert served.model.generate_function.__closure__ is not None
     assert np.array_equal(served.model.generate(batch, stop_token_ids=None)["token_ids"], wanted[None])
+
+
+def test_a_model_is_served_by_one_only():
+    served = keras_lora.MultiAdapterModel(base(), capacity=2, rank=2)
+    with pytest.raises(ValueError, match="has places for adapters already"):
+        keras_lora.MultiAdapterModel(served.model, capacity=4, rank=4)
