@@ -14,7 +14,7 @@ from keras_lora.adapted import adapted_maps, named_adapters, set_adapter, set_ow
 from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import Pattern, Patterns
 from keras_lora.structure import walk
-from keras_lora.targets import Target, list_targets, new_name
+from keras_lora.targets import ALREADY, Target, list_targets, new_name
 
 #: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -120,7 +120,7 @@ def apply_lora(
     if base_dtype is not None:
         _refuse_quantized(rows.of("adapt"), base_dtype)
     started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
-    inject(model, started, name, trained=[row.layer for row in rows.of("train")], bias=bias)
+    inject(model, started, name, trained=[row.layer for row in rows.of("train") if row.why != ALREADY], bias=bias)
     if base_dtype is not None:
         for linear, _ in started:
             linear.store_kernel(base_dtype)

@@ -19,6 +19,9 @@ from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import Key, Pattern, Patterns, Search
 from keras_lora.structure import Place, walk
 
+#: Why a row says "train" where nothing was asked for now.
+ALREADY = "trains already"
+
 
 @dataclass(frozen=True)
 class Site(Place):
@@ -214,7 +217,7 @@ def _rows_of(
         return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
     planned = training.planned_variables(place.layer)
     if planned and len(planned) == len(keras_internals.own_trainable_variables(place.layer)):
-        return [_row(place, variables, action="train", why="trains already", trainable=sum(map(_size, planned)))]
+        return [_row(place, variables, action="train", why=ALREADY, trainable=sum(map(_size, planned)))]
     with_bias = bias == "all" or (bias == "lora_only" and any(id(place.layer) == key[0] for key in chosen))
     already = {id(v) for v in planned}
     biases = sum(_size(v) for v in variables if (with_bias and v.name == "bias") or id(v) in already)
