@@ -14,10 +14,8 @@ Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,17 +23,13 @@ from typing import Any
 
 import keras
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from keras_lora import adapters, keras_internals, slots, training
-from keras_lora.adapted import KEY, maps_by_address, maps_of, named_adapters
+from keras_lora import adapters, keras_internals, slots, tensor_file, training
+from keras_lora.adapted import maps_by_address, maps_of, named_adapters
 from keras_lora.inject import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
 from keras_lora.structure import by_address, walk
 from keras_lora.targets import new_name
-
-_VERSION = 1
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -60,10 +54,10 @@ def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = No
     >>> os.path.getsize(path) < 2000
     True
     """
-    path = checked_path(path)
+    path = tensor_file.checked_path(path)
     require_adapted(model, "save_adapter")
     adapted = named_adapters(model)[only_name(model, name)]
-    header: dict[str, Any] = {"version": _VERSION, "adapters": {}, "trained": {}}
+    header: dict[str, Any] = {"adapters": {}, "trained": {}}
     for address, (linear, adapter) in adapted.items():
         header["adapters"][address] = {**_identity_of(linear), **_described(adapter)}
     for address, layer in _trained_layers(model).items():
@@ -76,7 +70,7 @@ def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = No
     methods = {address: adapter for address, (_, adapter) in adapted.items()}
     variables = _variables_of(methods, header["trained"], by_address(model))
     tensors = {key: _to_numpy(variable) for key, variable in variables.items()}
-    _replace(path, safetensors.numpy.save(tensors, {KEY: json.dumps(header, sort_keys=True)}))
+    tensor_file.write(path, header, tensors)
 
 
 def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = True, name: str | None = None) -> Any:
@@ -110,8 +104,8 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
     2
     """
-    path = checked_path(path)
-    header, tensors = read(path)
+    path = tensor_file.checked_path(path)
+    header, tensors = tensor_file.read(path)
     named = named_adapters(model)
     name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
     own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}
@@ -222,6 +216,11 @@ def _described(adapter: adapters.Adapter) -> dict[str, Any]:
     return {"method": names[type(adapter)], "config": adapters.method_of(adapter)}
 
 
+def _to_numpy(variable: keras.Variable) -> np.ndarray:
+    array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
+    return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact
+
+
 def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) -> tuple[adapters.Adapter | None, list[str]]:
     """An adapter with weights for a kernel, or what stands against making one."""
     try:
@@ -322,94 +321,3 @@ def raise_problems(path: Path, model: Any, problems: list[str]) -> None:
             f"The adapter file {path} does not fit '{model.name}', and nothing was changed:{listed}\n"
             "Load it into the base model it was trained on, plain or adapted in the same way."
         )
-
-
-# Bytes.
-
-
-def checked_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, if an adapter file may have it."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"The path of an adapter file must end in '.safetensors'. Received: {str(path)!r}.")
-    return path
-
-
-def _to_numpy(variable: keras.Variable) -> np.ndarray:
-    array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
-    return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the tensors of an adapter file, checked."""
-    if not path.exists():
-        raise FileNotFoundError(f"There is no adapter file at {path}.")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[KEY])
-        version = header["version"]
-        if version == _VERSION:
-            _check_header(header)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole adapter file of keras_lora ({type(error).__name__}: {error}). Expected a file written "
-            "by `keras_lora.save_adapter`. It may be cut off, damaged or of another kind."
-        ) from error
-    if version != _VERSION:
-        raise ValueError(f"{path} has format version {version!r}. Expected {_VERSION}. A newer keras_lora may read it.")
-    return header, tensors
-
-
-def _check_header(header: dict[str, Any]) -> None:
-    """Raise unless every part that is read later is there and of its kind."""
-
-    def shape(value: Any) -> bool:
-        return isinstance(value, list) and all(type(each) is int for each in value)
-
-    def plan(value: Any) -> bool:
-        flags = isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)
-        return flags and all(type(each) is bool for each in [value[0], *value[1]])
-
-    parts = {
-        "adapters": {
-            "class": lambda value: isinstance(value, str),
-            "method": lambda value: isinstance(value, str),
-            "config": lambda value: isinstance(value, dict),
-            "kernel": shape,
-        },
-        "trained": {
-            "class": lambda value: isinstance(value, str),
-            "plan": plan,
-            "shapes": lambda value: isinstance(value, list) and all(map(shape, value)),
-        },
-    }
-    for part, fields in parts.items():
-        if not isinstance(header[part], dict):
-            raise TypeError(f"'{part}' is not a table")
-        for address, entry in header[part].items():
-            wrong = [name for name, fits in fields.items() if not isinstance(entry, dict) or not fits(entry.get(name))]
-            if wrong:
-                raise TypeError(f"{part} at '{address}' lacks a right {', '.join(wrong)}")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename: an interrupted save leaves the old file as it was."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).chmod(0o666 & ~_umask())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapter_file, adapters
+from keras_lora import adapter_file, adapters, tensor_file
 from keras_lora.adapted import named_adapters
 from keras_lora.adapters import per_example
 from keras_lora.inject import apply_lora
@@ -112,8 +112,8 @@ class MultiAdapterModel(keras.Model):
             ValueError: There is no free place, or the file does not fit; nothing is changed then.
             FileNotFoundError: There is no such file.
         """
-        path = adapter_file.checked_path(path)
-        header, tensors = adapter_file.read(path)
+        path = tensor_file.checked_path(path)
+        header, tensors = tensor_file.read(path)
         places = _places_of(self.model)
         problems = adapter_file.misfits(self.model, header, places, partly=True)
         problems += [f"the file has trained variables of '{address}' beside its adapter" for address in header["trained"]]

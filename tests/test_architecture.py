@@ -25,7 +25,7 @@ ORDER = [
     ["slots"],
     ["training", "linear_map", "rebuilding"],
     ["structure", "quantization", "adapters"],
-    ["keras_internals", "backend", "factors"],
+    ["keras_internals", "backend", "factors", "tensor_file"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
