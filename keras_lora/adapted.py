@@ -328,7 +328,7 @@ def named_adapters(model: keras.layers.Layer) -> dict[str, dict[str, tuple[Linea
 
 
 def address_of(layer_address: str, linear: LinearMap) -> str:
-    """The address of a kernel: that of its layer, and the kernel's part where the layer has several."""
+    """The address of a kernel, or its path: that of its layer, and the kernel's part where the layer has several."""
     return "/".join(each for each in (layer_address, linear.part) if each)
 
 

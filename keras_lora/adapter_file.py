@@ -28,8 +28,8 @@ from keras_lora import adapters, keras_internals, slots, tensor_file, training
 from keras_lora.adapted import maps_by_address, maps_of, named_adapters
 from keras_lora.inject import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
+from keras_lora.names import new_name, only_name
 from keras_lora.structure import by_address, walk
-from keras_lora.targets import new_name
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -158,16 +158,6 @@ def keys_at(address: str, tensors: Iterable[str]) -> dict[str, str]:
     """The keys of an adapter's tensors in a file, by their keys in the adapter."""
     own = (key.rpartition(":") for key in tensors if ":base." not in key)
     return {key: f"{place}:{key}" for place, _, key in own if place == address}
-
-
-def only_name(model: Any, name: str | None) -> str:
-    """The adapter that is meant: the one that is named, or the only one."""
-    names = list(named_adapters(model))
-    if name is None and len(names) > 1:
-        raise ValueError(f"'{model.name}' has several adapters. Expected one of {names} as `name`. Received: name=None.")
-    if name is not None and name not in names:
-        raise ValueError(f"'{model.name}' has no adapter '{name}'. Expected one of {names}. Received: name={name!r}.")
-    return names[0] if name is None else name
 
 
 def _assign(variables: dict[str, keras.Variable], tensors: dict[str, np.ndarray]) -> None:

@@ -8,17 +8,16 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from keras_lora import adapters, factors, slots, training
-from keras_lora.adapted import named_adapters, set_adapter
-from keras_lora.composition import check_names, strengths_of
+from keras_lora import adapters, factors, slots, tables, training
+from keras_lora.adapted import address_of, named_adapters, set_adapter
+from keras_lora.composition import strengths_of
 from keras_lora.factors import Factors
 from keras_lora.inject import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
+from keras_lora.names import check_names, new_name
 from keras_lora.structure import walk
-from keras_lora.targets import new_name
 
 #: A weight and the adapter it belongs to.
 _Terms = list[tuple[float, adapters.Adapter]]
@@ -56,10 +55,7 @@ class Combination(list[Combined]):
         table.add_column("error", justify="right")
         for row in self:
             table.add_row(row.layer, str(row.rank), f"{row.error:.2g}")
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(table)
-        return f"{capture.get()}largest error: {self.error:.2g}"
+        return f"{tables.text(table)}largest error: {self.error:.2g}"
 
     __repr__ = __str__
 
@@ -264,7 +260,7 @@ def _report(model: Any, linears: dict[str, LinearMap], made: dict[str, tuple[int
     rows = Combination()
     for address, (rank, error) in made.items():
         linear = linears[address]
-        rows.append(Combined("/".join(filter(None, (paths[id(linear.layer)], linear.part))), rank, error))
+        rows.append(Combined(address_of(paths[id(linear.layer)], linear), rank, error))
     return rows
 
 

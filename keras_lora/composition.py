@@ -17,6 +17,7 @@ from typing import Any
 from keras_lora import adapters, keras_internals, slots, training
 from keras_lora.adapted import AdaptedLayer, named_adapters, set_owners, set_plain
 from keras_lora.inject import forget_traces, require_adapted, take_out
+from keras_lora.names import check_names
 from keras_lora.structure import walk
 
 
@@ -199,14 +200,6 @@ def delete_adapter(model: Any, name: str) -> Any:
     keras_internals.forget_compilation(model)
     forget_traces(model)
     return model
-
-
-def check_names(model: Any, names: Iterable[str]) -> None:
-    """Raise unless `model` has an adapter of each name."""
-    known = list(named_adapters(model))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"'{model.name}' has no adapter {unknown}. Expected some of {known}.")
 
 
 def _named(model: Any, function: str) -> dict[str, dict[str, tuple[Any, adapters.Adapter]]]:

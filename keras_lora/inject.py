@@ -12,9 +12,10 @@ import keras
 from keras_lora import adapters, keras_internals, quantization, slots, training
 from keras_lora.adapted import adapted_maps, named_adapters, set_adapter, set_owners, set_plain
 from keras_lora.linear_map import LinearMap
+from keras_lora.names import new_name
 from keras_lora.patterns import Pattern, Patterns
 from keras_lora.structure import walk
-from keras_lora.targets import ALREADY, Target, list_targets, new_name
+from keras_lora.targets import ALREADY, Target, list_targets
 
 #: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
-from rich.console import Console
 from rich.table import Table
 
-from keras_lora import adapters, training
-from keras_lora.adapted import named_adapters
+from keras_lora import adapters, tables, training
+from keras_lora.adapted import address_of, named_adapters
 from keras_lora.structure import walk
 
 
@@ -86,10 +85,7 @@ class Summary(list[Row]):
         table.add_section()
         for name, line in self.adapters.items():
             table.add_row(f"{line['layers']} layers", name, str(line["method"]), *self._cells(line))
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(table)
-        return f"{capture.get()}{self.total}"
+        return f"{tables.text(table)}{self.total}"
 
     __repr__ = __str__
 
@@ -129,8 +125,8 @@ def summary(model: Any) -> Summary:
     paths = {id(place.layer): place.path for place in places}
     for name, found in named_adapters(model).items():
         for linear, adapter in found.values():
-            path = "/".join(filter(None, (paths[id(linear.layer)], linear.part)))
-            adapters_at.setdefault(id(linear.layer), []).append(_row(path, name, adapter))
+            row = _row(address_of(paths[id(linear.layer)], linear), name, adapter)
+            adapters_at.setdefault(id(linear.layer), []).append(row)
     rows = []
     for place in places:
         rows += adapters_at.get(id(place.layer), [])

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-from rich.console import Console
 from rich.table import Table
 
-from keras_lora import adapters, keras_internals, presets, quantization, slots, training
+from keras_lora import adapters, keras_internals, presets, quantization, slots, tables, training
 from keras_lora import blocks as blocks_
-from keras_lora.adapted import ADAPTED_CLASSES, maps_of, named_adapters
+from keras_lora.adapted import ADAPTED_CLASSES, address_of, maps_of
 from keras_lora.linear_map import LinearMap
+from keras_lora.names import new_name
 from keras_lora.patterns import Key, Pattern, Patterns, Search
 from keras_lora.structure import Place, walk
 
@@ -81,10 +81,7 @@ class TargetList(list[Target]):
             table.add_row(
                 row.path, row.layer_type, row.action, row.why, shape, rank, f"{row.parameters:,}", f"{row.trainable:,}"
             )
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(table)
-        return f"{capture.get()}{self.total}"
+        return f"{tables.text(table)}{self.total}"
 
     __repr__ = __str__
 
@@ -184,22 +181,6 @@ def list_targets(
     return rows
 
 
-def new_name(model: Any, name: str | None) -> str:
-    """The name for an adapter that is to be added to `model`, or an error where it cannot have that."""
-    taken = list(named_adapters(model))
-    if name is None and taken:
-        raise ValueError(
-            f"'{model.name}' is adapted already. Expected a plain model, or a `name` for another adapter beside {taken}. "
-            "Received: name=None. `keras_lora.remove_lora(model)` and `keras_lora.merge_lora(model)` make it plain."
-        )
-    name = adapters.Adapter.adapter_name if name is None else name
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"`name` must be a word for the adapter. Received: name={name!r}.")
-    if name in taken:
-        raise ValueError(f"'{model.name}' has an adapter '{name}' already. Expected a new name. Received: name={name!r}.")
-    return name
-
-
 def _rows_of(
     place: Place,
     chosen: dict[Key, Site],
@@ -245,7 +226,7 @@ def _rows_of(
 
 def _sites_of(place: Place) -> list[Site]:
     maps = maps_of(place.layer) if place.layer.built else []
-    return [Site(place.layer, place.address, "/".join(filter(None, (place.path, m.part))), place.holder, m) for m in maps]
+    return [Site(place.layer, place.address, address_of(place.path, m), place.holder, m) for m in maps]
 
 
 def _parts(place: Place, sites: list[Site], variables: list[Any]) -> list[tuple[Place, list[Any]]]:

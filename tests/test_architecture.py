@@ -20,12 +20,12 @@ ORDER = [
     ["inject"],
     ["targets"],
     ["blocks", "presets"],
-    ["patterns", "layers"],
+    ["patterns", "layers", "names"],
     ["adapted"],
     ["slots"],
     ["training", "linear_map", "rebuilding"],
     ["structure", "quantization", "adapters"],
-    ["keras_internals", "backend", "factors", "tensor_file"],
+    ["keras_internals", "backend", "factors", "tensor_file", "tables"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

@@ -1,0 +1,43 @@
+"""The names of adapters: which a model has, and which it can get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from keras_lora import adapters
+from keras_lora.adapted import named_adapters
+
+
+def new_name(model: Any, name: str | None) -> str:
+    """The name for an adapter that is to be added to `model`, or an error where it cannot have that."""
+    taken = list(named_adapters(model))
+    if name is None and taken:
+        raise ValueError(
+            f"'{model.name}' is adapted already. Expected a plain model, or a `name` for another adapter beside {taken}. "
+            "Received: name=None. `keras_lora.remove_lora(model)` and `keras_lora.merge_lora(model)` make it plain."
+        )
+    name = adapters.Adapter.adapter_name if name is None else name
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"`name` must be a word for the adapter. Received: name={name!r}.")
+    if name in taken:
+        raise ValueError(f"'{model.name}' has an adapter '{name}' already. Expected a new name. Received: name={name!r}.")
+    return name
+
+
+def only_name(model: Any, name: str | None) -> str:
+    """The adapter that is meant: the one that is named, or the only one."""
+    names = list(named_adapters(model))
+    if name is None and len(names) > 1:
+        raise ValueError(f"'{model.name}' has several adapters. Expected one of {names} as `name`. Received: name=None.")
+    if name is not None and name not in names:
+        raise ValueError(f"'{model.name}' has no adapter '{name}'. Expected one of {names}. Received: name={name!r}.")
+    return names[0] if name is None else name
+
+
+def check_names(model: Any, names: Iterable[str]) -> None:
+    """Raise unless `model` has an adapter of each name."""
+    known = list(named_adapters(model))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"'{model.name}' has no adapter {unknown}. Expected some of {known}.")
