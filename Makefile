@@ -6,8 +6,9 @@ BACKENDS := jax tensorflow torch
 EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks,$(addprefix example-$(name)-,$(BACKENDS)))
 BIN := .venv/bin
 # A test runs a function once or twice: compiling it well takes longer than that. What counts XLA's work turns this off.
-# Two jobs run at a time: the threads of torch would wait for one another.
-QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1
+# Two jobs run at a time: the threads of torch would wait for one another. TensorFlow turns oneDNN off on some CPUs, and then
+# has no dilated transposed convolution.
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1 TF_ENABLE_ONEDNN_OPTS=1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS)) $(EXAMPLES)

@@ -1,9 +1,10 @@
 """Run in a fresh process: load every saved specimen, check it, go on training it, and write down what was seen.
 
-    python load_zoo.py FOLDER BACKEND [fresh]
+    python load_zoo.py FOLDER BACKEND [NAME ...]
 
 For each `FOLDER/<name>.keras` there is a `FOLDER/<name>.npz` with inputs and targets. What is seen goes to
-`FOLDER/<name>.<backend>.json`. With `fresh` it also trains with a fresh optimizer.
+`FOLDER/<name>.<backend>.json`. Those named train on. Where none is named all do,
+and then again with a fresh optimizer.
 """
 
 import os
@@ -51,10 +52,12 @@ def look(name):
         "iterations": int(model.optimizer.iterations),
         "optimizer": [list(v.shape) for v in model.optimizer.variables],
     }
+    if sys.argv[3:] and name not in sys.argv[3:]:
+        return seen
     frozen = [v for v in model.non_trainable_variables if "seed" not in v.path]
     before = [keras.ops.convert_to_numpy(v.value).copy() for v in frozen]
     seen["resumed"] = losses(model, x, y)
-    if "fresh" in sys.argv:
+    if not sys.argv[3:]:
         model.compile(keras.optimizers.Adam(1e-3), loss=model.loss)
         seen["fresh"] = losses(model, x, y)
     after = [keras.ops.convert_to_numpy(v.value) for v in frozen]

@@ -17,6 +17,8 @@ from keras_lora.structure import walk
 
 BACKENDS = ("jax", "tensorflow", "torch")
 HERE = keras.backend.backend()
+#: Who trains on in a process of another backend: a third, to save time. In a process of the same backend all do.
+TRAINED_ELSEWHERE = list(ZOO)[BACKENDS.index(HERE) :: 3]
 
 
 def adapted(name):
@@ -71,8 +73,8 @@ def loaded(request, saved):
     folder, seen = saved
     environment = {**os.environ, "KERAS_BACKEND": request.param, "TF_CPP_MIN_LOG_LEVEL": "3"}
     script = Path(__file__).with_name("load_zoo.py")
-    fresh = ["fresh"] if request.param == HERE else []
-    subprocess.run([sys.executable, script, folder, request.param, *fresh], check=True, env=environment)
+    names = [] if request.param == HERE else TRAINED_ELSEWHERE
+    subprocess.run([sys.executable, script, folder, request.param, *names], check=True, env=environment)
     reports = {name: json.loads((folder / f"{name}.{request.param}.json").read_text()) for name in ZOO}
     return request.param, seen, reports
 
@@ -88,6 +90,8 @@ def test_a_fresh_process_loads_the_same_model_and_goes_on_learning(loaded, name)
     assert after["difference"] <= (0 if backend == HERE and tolerance < 1e-4 else tolerance)
     for fact in ("classes", "trainable", "flags", "iterations", "optimizer"):
         assert after[fact] == before[fact], fact
+    if backend != HERE and name not in TRAINED_ELSEWHERE:
+        return
     assert after["moved"] == []
     assert after["resumed"] == pytest.approx(
         before["resumed"], rel=max(tolerance, 1e-5) if backend == HERE else before["resumed_within"]
