@@ -1,19 +1,16 @@
 """The adapter file: only what was trained, as safetensors, with everything needed to rebuild it.
 
-The format, version 1:
+The format is written down in `docs/adapter_file.md`. An address leads from the model to a layer by attributes and indices
+(`transformer_layers/0/_feedforward_intermediate_dense`), and to one of its kernels where it has several
+(`cell/recurrent_kernel`), so it is the same in every process and on every backend.
 
-- A tensor for each weight of an adapter, `<address>:lora_a`, in the shape the method gives it, and for each base variable
-  that was trained, `<address>:base.<index>.<name>`. An address leads from the model to a layer by attributes and indices
-  (`transformer_layers/0/_feedforward_intermediate_dense`), and to one of its kernels where it has several
-  (`cell/recurrent_kernel`), so it is the same in every process and on every backend.
-- The metadata entry `keras_lora`: JSON with `version`, `adapters` (by address: method, config, class and kernel shape of the
-  layer) and `trained` (by address: class of the layer, flags, shapes of its variables).
-
-Nothing is ever unpickled.
+Nothing is ever unpickled, imported or called by a name that a file gives.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import os
 import warnings
@@ -24,7 +21,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, keras_internals, slots, tensor_file, training
+from keras_lora import adapters, fingerprint, keras_internals, slots, tensor_file, training
 from keras_lora.adapted import maps_by_address, maps_of, named_adapters
 from keras_lora.inject import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
@@ -32,7 +29,9 @@ from keras_lora.names import new_name, only_name
 from keras_lora.structure import by_address, walk
 
 
-def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = None) -> None:
+def save_adapter(
+    model: Any, path: str | os.PathLike[str], name: str | None = None, fingerprint_weights: bool = False
+) -> None:
     """Write an adapter of a model, and what else was trained with it, to a safetensors file.
 
     Args:
@@ -40,6 +39,8 @@ def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = No
         path: Ends in `.safetensors`. An existing file is replaced at once when the new one is whole on the disk.
         name: Which adapter, where the model has several. It is not written into the file, and neither is whether the
             adapter is active.
+        fingerprint_weights: Write a fingerprint of the kernels that the adapter changes, as they were without it. Loading
+            into a base with other weights then warns. It costs one pass over these kernels, here and there.
 
     Raises:
         ValueError: The model is not adapted, has several adapters and none was named, or the path has another ending. No
@@ -57,7 +58,7 @@ def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = No
     path = tensor_file.checked_path(path)
     require_adapted(model, "save_adapter")
     adapted = named_adapters(model)[only_name(model, name)]
-    header: dict[str, Any] = {"adapters": {}, "trained": {}}
+    header: dict[str, Any] = {"base_structure": fingerprint.structure(model), "adapters": {}, "trained": {}}
     for address, (linear, adapter) in adapted.items():
         header["adapters"][address] = {**_identity_of(linear), **_described(adapter)}
     for address, layer in _trained_layers(model).items():
@@ -69,7 +70,10 @@ def save_adapter(model: Any, path: str | os.PathLike[str], name: str | None = No
         }
     methods = {address: adapter for address, (_, adapter) in adapted.items()}
     variables = _variables_of(methods, header["trained"], by_address(model))
-    tensors = {key: _to_numpy(variable) for key, variable in variables.items()}
+    if fingerprint_weights:
+        kernels = {address: linear for address, (linear, _) in adapted.items()}
+        header["base_weights"] = fingerprint.weights(kernels, variables.values())
+    tensors = {key: fingerprint.to_numpy(variable) for key, variable in variables.items()}
     tensor_file.write(path, header, tensors)
 
 
@@ -79,6 +83,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     A plain model is adapted as the file says. An adapted model gets the file's values into an adapter that it has, which
     must change the same kernels by the same method; its rank may be larger and its scale another. Nothing is compiled
     again then. Under a new `name` the file becomes another adapter, as `keras_lora.apply_lora` with that name would add it.
+    Where the file has a fingerprint of the weights it was trained on and the model has others, there is a warning.
 
     Args:
         model: The base model, plain or adapted. If the file was made from a part of a model, the same part.
@@ -109,7 +114,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     named = named_adapters(model)
     name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
     own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}
-    raise_problems(path, model, misfits(model, header, own))
+    raise_problems(path, model, misfits(model, header, own), header)
     found, maps = by_address(model), maps_by_address(model)
     started, problems = dict(own), []
     for address, entry in header["adapters"].items():
@@ -117,15 +122,24 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
         if not own:
             adapter, misfit = _started(maps[address], address, entry, sum(tensors[key].size for key in keys.values()))
             problems += misfit
-            started |= {address: adapter} if adapter is not None else {}
-        else:
-            other = adapters.get(entry["method"], **entry["config"])
-            fitted = own[address].values_from(other, {name: tensors[key] for name, key in keys.items()})
+            if adapter is not None:
+                started[address] = adapter
+            else:
+                tensors = {key: tensor for key, tensor in tensors.items() if key not in keys.values()}
+        elif _is_within({name: tensors[key] for name, key in keys.items()}, own[address]):
+            fitted = own[address].values_from(_made(entry), {name: tensors[key] for name, key in keys.items()})
             tensors |= {keys[name]: value for name, value in fitted.items()}
-    raise_problems(path, model, problems)
     variables = _variables_of(started, header["trained"], found)
-    raise_problems(path, model, _mismatched(tensors, variables))
+    raise_problems(path, model, problems + _mismatched(tensors, variables), header)
 
+    if "base_weights" in header:
+        now = fingerprint.weights({address: maps[address] for address in header["adapters"]}, variables.values())
+        if now != header["base_weights"]:
+            warnings.warn(
+                f"{path} was made from other weights than '{model.name}' has in the kernels that the adapter changes, or "
+                "from the same ones in another dtype. It fits, and is loaded. Load the weights it was trained on first.",
+                stacklevel=2,
+            )
     if named and not own and header["trained"]:
         warnings.warn(
             f"{path} holds more than an adapter: the layers at {sorted(header['trained'])} train with it, and all adapters "
@@ -152,6 +166,13 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
             flags = [False] * len(keras_internals.own_trainable_variables(found[address]))
             training.set_flags(found[address], [found[address].trainable, flags])
     return model
+
+
+def _is_within(values: dict[str, np.ndarray], own: adapters.Adapter) -> bool:
+    """Whether filling `values` up to the size of `own` takes no more memory than `own` has."""
+    most = {key: tuple(v.shape) for key, v in own.saved_weights.items()}
+    pairs = [(value.shape, most[key]) for key, value in values.items() if key in most]
+    return all(len(found) == len(each) and all(map(int.__le__, found, each)) for found, each in pairs)
 
 
 def keys_at(address: str, tensors: Iterable[str]) -> dict[str, str]:
@@ -203,22 +224,40 @@ def _described(adapter: adapters.Adapter) -> dict[str, Any]:
             f"An adapter file names its method, and {type(adapter).__name__} has no name. Expected one of "
             f"{sorted(names.values())}. Enter it in `keras_lora.adapters.TABLE`, in the process that loads the file too."
         )
-    return {"method": names[type(adapter)], "config": adapters.method_of(adapter)}
+    return {"method": names[type(adapter)], "config": adapters.method_of(adapter), "scale": _scale_of(adapter)}
 
 
-def _to_numpy(variable: keras.Variable) -> np.ndarray:
-    array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
-    return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact
+def _made(entry: dict[str, Any]) -> adapters.Adapter:
+    """The adapter that an entry of a file describes, without weights; an error where it is none that is ever written."""
+    method, config = adapters.TABLE[entry["method"]], entry["config"]
+    flags = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
+    wrong = [key for key in flags if not isinstance(config.get(key, False), bool)]
+    wrong += config.keys() & set(adapters.OF_THE_START)  # these could name an object to be made
+    if not wrong:
+        adapter = method(**config)
+        said = adapters.method_of(adapter)  # in which an argument is of its own kind: true is no 1
+        wrong = [key for key in config if key not in said or _as_json(config[key]) != _as_json(said[key])]
+    if wrong:
+        raise ValueError(f"its config has a wrong {', '.join(sorted(wrong))}")
+    if not math.isclose(entry.get("scale", _scale_of(adapter)), _scale_of(adapter), rel_tol=1e-6):
+        raise ValueError(f"its scale is {_scale_of(adapter)} by its config, and {entry['scale']} by the file")
+    return adapter
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _scale_of(adapter: adapters.Adapter) -> float:
+    """What multiplies the product of an adapter's factors."""
+    return float(getattr(adapter, "scale", 1.0))
 
 
 def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) -> tuple[adapters.Adapter | None, list[str]]:
     """An adapter with weights for a kernel, or what stands against making one."""
-    try:
-        adapter = adapters.get(entry["method"], **entry["config"])
-    except (TypeError, ValueError) as error:
-        return None, [f"the adapter at '{address}' cannot be made: {error}"]
+    adapter = _made(entry)
     wanted = adapter.parameter_count(linear.matrix_shape)
-    if wanted > held and wanted > 8 * math.prod(linear.matrix_shape):  # a header that asks for all memory
+    if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
     with adapters.values_come():
         slots.start(linear, adapter)
@@ -233,8 +272,8 @@ def misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter]
 
     With `partly` the file need not have all that the model has.
     """
-    layers, maps = by_address(model), maps_by_address(model)
-    problems = []
+    layers = {address: layer for address, layer in by_address(model).items() if not isinstance(layer, adapters.Adapter)}
+    maps, problems = maps_by_address(model), []
     for address, entry in header["adapters"].items():
         layer = maps[address].layer if address in maps else layers.get(address)
         misfit = _layer_misfits(address, layer, entry)
@@ -283,12 +322,13 @@ def _adapter_misfits(address: str, linear: LinearMap, own: adapters.Adapter | No
         return [f"the kernel at '{address}' has shape {identity['kernel']}; in the file it has {entry['kernel']}"]
     if entry["method"] not in adapters.TABLE:
         return [f"the adapter at '{address}' has the method '{entry['method']}'; known are {sorted(adapters.TABLE)}"]
-    if own is None:
-        return []
     try:
-        in_file = adapters.get(entry["method"], **entry["config"])  # with arguments that are newer than the file
-    except (TypeError, ValueError) as error:
+        in_file = _made(entry)  # with arguments that are newer than the file
+    except (TypeError, ValueError, ArithmeticError) as error:
         return [f"the adapter at '{address}' cannot be made: {error}"]
+    if own is None:
+        problem = in_file.problem_with(linear)
+        return [] if problem is None else [f"the adapter at '{address}' cannot be made: {problem}"]
     misfit = own.misfit_with(in_file)
     return [] if misfit is None else [f"the adapter at '{address}' cannot take that of the file: {misfit}"]
 
@@ -300,14 +340,20 @@ def _mismatched(tensors: dict[str, np.ndarray], variables: dict[str, keras.Varia
         if tuple(variables[key].shape) != tensors[key].shape:
             expected = tuple(variables[key].shape)
             problems.append(f"the tensor '{key}' has shape {tensors[key].shape}; expected is {expected}")
+        dtype = keras.backend.standardize_dtype(variables[key].dtype)
+        if (tensors[key].dtype.kind == "f") != keras.backend.is_float_dtype(dtype):
+            problems.append(f"the tensor '{key}' is of {tensors[key].dtype}; expected is {dtype}")
     return problems
 
 
-def raise_problems(path: Path, model: Any, problems: list[str]) -> None:
+def raise_problems(path: Path, model: Any, problems: list[str], header: dict[str, Any] | None = None) -> None:
     """Raise with the list of problems, if there are any."""
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
+        listed = "".join(f"\n  - {problem if len(problem) <= 1000 else problem[:1000] + '…'}" for problem in problems)
+        found = (header or {}).get("base_structure")
+        same = found is None or found == fingerprint.structure(model)
+        other = "" if same else "The file was made from a base of another structure. "
         raise ValueError(
-            f"The adapter file {path} does not fit '{model.name}', and nothing was changed:{listed}\n"
+            f"The adapter file {path} does not fit '{model.name}', and nothing was changed:{listed}\n{other}"
             "Load it into the base model it was trained on, plain or adapted in the same way."
         )

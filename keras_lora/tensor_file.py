@@ -5,9 +5,13 @@ What the header and the tensors mean, `adapter_file.py` says.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
+import math
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-VERSION = 1
+VERSION = 2
 #: The entry of the metadata that is the header.
 ENTRY = "keras_lora"
+_DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
+#: The ending of a file while it is written, and the seconds after which the next save takes away what a killed one left.
+_UNFINISHED, _LEFT_OVER = ".unfinished", 3600
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
@@ -35,44 +42,69 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[ENTRY])
-        version = header["version"]
-        if version == VERSION:
-            _check_header(header)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            header = json.loads(metadata[ENTRY], object_pairs_hook=_each_once)
+            version = header["version"]
+            if type(version) is not int:
+                raise TypeError("'version' is no number")
+            if 1 <= version <= VERSION:
+                _check_header(header)
+                tensors = {key: _tensor(file, key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ValueError(
-            f"{path} is not a whole adapter file of keras_lora ({type(error).__name__}: {error}). Expected a file written "
-            "by `keras_lora.save_adapter`. It may be cut off, damaged or of another kind."
+            f"{path} is not a whole adapter file of keras_lora ({type(error).__name__}: {_short(str(error))}). Expected a "
+            "file written by `keras_lora.save_adapter`. It may be cut off, damaged or of another kind."
         ) from error
-    if version != VERSION:
-        raise ValueError(f"{path} has format version {version!r}. Expected {VERSION}. A newer keras_lora may read it.")
+    if not 1 <= version <= VERSION:
+        raise ValueError(f"{path} has format version {version}. Expected at most {VERSION}. A newer keras_lora may read it.")
     return header, tensors
+
+
+def _tensor(file: Any, key: str) -> np.ndarray:
+    part = file.get_slice(key)
+    if part.get_dtype() not in _DTYPES or 0 in part.get_shape():
+        raise TypeError(
+            f"the tensor '{key}' of dtype {part.get_dtype()} and shape {part.get_shape()} is none that is written"
+        )
+    return file.get_tensor(key)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key is there twice")
+    return table
 
 
 def _check_header(header: dict[str, Any]) -> None:
     """Raise unless every part that is read later is there and of its kind."""
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
 
     def shape(value: Any) -> bool:
         return isinstance(value, list) and all(type(each) is int for each in value)
 
     def plan(value: Any) -> bool:
         flags = isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)
-        return flags and all(type(each) is bool for each in [value[0], *value[1]])
+        return flags and value[0] is True and all(type(each) is bool for each in value[1]) and any(value[1])
 
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "adapters": {
-            "class": lambda value: isinstance(value, str),
-            "method": lambda value: isinstance(value, str),
-            "config": lambda value: isinstance(value, dict),
+            "class": text,
+            "method": text,
+            "config": lambda value: isinstance(value, dict) and _plain(value),
             "kernel": shape,
         },
         "trained": {
-            "class": lambda value: isinstance(value, str),
+            "class": text,
             "plan": plan,
             "shapes": lambda value: isinstance(value, list) and all(map(shape, value)),
         },
     }
+    if header["version"] > 1:
+        parts["adapters"]["scale"] = lambda value: type(value) in (int, float) and _plain(value)
+        if not text(header["base_structure"]) or not text(header.get("base_weights", "")):
+            raise TypeError("a fingerprint of the base is no text")
     for part, fields in parts.items():
         if not isinstance(header[part], dict):
             raise TypeError(f"'{part}' is not a table")
@@ -80,12 +112,28 @@ def _check_header(header: dict[str, Any]) -> None:
             wrong = [name for name, fits in fields.items() if not isinstance(entry, dict) or not fits(entry.get(name))]
             if wrong:
                 raise TypeError(f"{part} at '{address}' lacks a right {', '.join(wrong)}")
+    if not header["adapters"]:
+        raise ValueError("it has no adapter")
+
+
+def _plain(value: Any, depth: int = 8) -> bool:
+    """Whether `value` is data to be taken as it is: nothing that Keras would make an object of, no number without end."""
+    if isinstance(value, dict):
+        return depth > 0 and "class_name" not in value and all(_plain(each, depth - 1) for each in value.values())
+    if isinstance(value, list):
+        return depth > 0 and all(_plain(each, depth - 1) for each in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:500]}…"
 
 
 def write(path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """Write beside `path` and rename: an interrupted save leaves the old file as it was."""
     data = safetensors.numpy.save(tensors, {ENTRY: json.dumps({"version": VERSION, **header}, sort_keys=True)})
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _take_left_over(path)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -96,6 +144,14 @@ def write(path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) ->
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def _take_left_over(path: Path) -> None:
+    """Remove what a save to `path` that was killed has left: no adapter file ends so."""
+    for each in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            if each.stat().st_mtime < time.time() - _LEFT_OVER:  # a younger one may be a save that goes on
+                each.unlink()
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ from helpers import difference, outputs, perturb, value, values
 from zoo import ZOO, numbers
 
 import keras_lora
+from keras_lora import fingerprint
 from keras_lora.structure import walk
 
 PLAIN = [name for name in ZOO if name != "made_by_hand"]
@@ -144,12 +145,14 @@ def model(request):
 
 
 KEY = "layers/0/_query_dense:lora_a"
+OTHER_KEY = "layers/0/_value_dense:lora_b"
 
 
 def test_missing_and_unexpected_tensors_are_all_listed(file, model):
     def change(tensors):
         tensors["layers/0/_query_dense:lora_c"] = tensors.pop(KEY)
         del tensors["layers/0/_key_dense:lora_b"]
+        tensors[OTHER_KEY] = tensors[OTHER_KEY][None].copy()
         return tensors
 
     rewritten(file, change)
@@ -157,6 +160,7 @@ def test_missing_and_unexpected_tensors_are_all_listed(file, model):
     assert f"the file lacks the tensor '{KEY}'" in message
     assert "the file lacks the tensor 'layers/0/_key_dense:lora_b'" in message
     assert "has a tensor 'layers/0/_query_dense:lora_c' that fits nothing" in message
+    assert f"the tensor '{OTHER_KEY}' has shape (1, 2, 8); expected is (2, 8)" in message
 
 
 def test_a_tensor_of_another_shape(file, model):
@@ -175,7 +179,7 @@ def test_an_unknown_method(file, model):
 
 def test_another_version(file, model):
     rewritten(file, header=lambda header: {**header, "version": 99})
-    refused(model, file, "format version 99. Expected 1")
+    refused(model, file, "format version 99. Expected at most 2")
 
 
 def test_a_header_with_the_wrong_parts(file, model):
@@ -197,7 +201,7 @@ def test_a_header_with_the_wrong_parts(file, model):
 def test_a_config_that_asks_for_all_memory_or_for_nonsense(file):
     def with_config(config):
         def change(header):
-            header["adapters"]["layers/0/_query_dense"]["config"] = config
+            header["adapters"]["layers/0/_query_dense"] |= {"config": config, "scale": 16 / 10**12}
             return header
 
         return change
@@ -207,6 +211,7 @@ def test_a_config_that_asks_for_all_memory_or_for_nonsense(file):
         ({"rank": 10**12}, r"would have \d+ numbers; the file has 32"),
         ({"rank": "two"}, "cannot be made: `rank` must be"),
         ({"ranks": 2}, "cannot be made"),
+        ({"rank": 2}, "its scale is 8.0 by its config, and 1.6e-11 by the file"),
     ]:
         rewritten(file, header=with_config(config))
         refused(ZOO["multi_head_attention"]().model, file, match)
@@ -326,3 +331,131 @@ def test_a_file_from_before_an_argument_was_there_still_loads(tmp_path):
     for other in (base(), keras_lora.apply_lora(base(), rank=2, head=None)):
         keras_lora.load_adapter(other, path)
         assert np.array_equal(value(other.layers[0].adapter.lora_b), value(model.layers[0].adapter.lora_b))
+
+
+# What a file says of its base.
+
+
+def header_of(path):
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["keras_lora"])
+
+
+def saved_header(model, path, **arguments):
+    keras_lora.save_adapter(model, path, **arguments)
+    return header_of(path)
+
+
+def test_the_scale_is_said_apart_from_the_method(tmp_path):
+    for method, scale in [
+        (keras_lora.LoRA(4, alpha=2), 0.5),
+        (keras_lora.DoRA(4, alpha=2, rank_stabilized=True), 1.0),
+        (keras_lora.TrainableTokens([1]), 1.0),
+    ]:
+        x = keras.Input((3,), dtype="int32")
+        model = keras.Model(x, keras.layers.Dense(4)(keras.layers.Embedding(5, 4, name="tokens")(x)))
+        keras_lora.apply_lora(model, method, targets="tokens")
+        assert saved_header(model, tmp_path / "a.safetensors")["adapters"]["layers/0"]["scale"] == scale
+
+
+@pytest.mark.parametrize("name", ["sequential", "multi_head_attention", "subclassed", "hub_bert_backbone"])
+def test_the_fingerprint_of_the_structure_is_that_of_the_plain_base(tmp_path, name):
+    specimen, other = adapted(name), ZOO[name]()
+    plain = fingerprint.structure(other.model)
+    assert saved_header(specimen.model, tmp_path / "a.safetensors")["base_structure"] == plain
+    keras_lora.apply_lora(other.model, **{**other.apply, "adapter": "dora", "rank": 3})
+    keras_lora.apply_lora(specimen.model, "dora", rank=1, name="another")
+    assert fingerprint.structure(other.model) == fingerprint.structure(specimen.model) == plain
+    keras_lora.remove_lora(specimen.model)
+    assert fingerprint.structure(specimen.model) == plain
+
+
+def a_block(policy="float32", units=5):
+    keras.config.set_dtype_policy(policy)
+    x = keras.Input((3,), dtype="int32")
+    y = keras.layers.Dense(units)(keras.layers.Dropout(0.1)(keras.layers.Embedding(6, 4)(x)))
+    y = keras.layers.BatchNormalization()(keras.layers.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d")(y))
+    model = keras.Model(x, keras.layers.LSTM(4, recurrent_initializer="zeros")(y))
+    keras.config.set_dtype_policy("float32")
+    rng = np.random.default_rng(1)
+    for v in model.weights:
+        v.assign(rng.normal(size=tuple(v.shape)).astype("float32"))
+    return model
+
+
+#: The same on every backend.
+STRUCTURE = "fded03a63bf6f3c310532a56c8e4160628152eca079ab586ed43665141758c58"
+WEIGHTS = "cff68e6304126ef202d05213e248fb216a6e4fd01e4024901af68268f86560a2"
+
+
+def test_the_fingerprint_of_the_structure_is_one_on_every_backend_and_in_every_dtype():
+    for policy in ("float32", "mixed_bfloat16", "bfloat16", "float16"):
+        assert fingerprint.structure(a_block(policy)) == STRUCTURE
+    assert fingerprint.structure(a_block(units=6)) != STRUCTURE
+    for mode in ("int8", "int4"):
+        model = a_block()
+        model.quantize(mode)
+        assert fingerprint.structure(model) == STRUCTURE
+
+
+def test_the_fingerprint_of_the_weights_is_one_on_every_backend_and_no_matter_what_was_trained(tmp_path):
+    for method in ("lora", "dora"):
+        model = keras_lora.apply_lora(
+            a_block(), method, rank=2, head=None, bias="all", train=keras.layers.BatchNormalization
+        )
+        assert "base_weights" not in saved_header(model, tmp_path / "a.safetensors")
+        assert saved_header(model, tmp_path / "a.safetensors", fingerprint_weights=True)["base_weights"] == WEIGHTS
+        perturb(model)
+        assert saved_header(model, tmp_path / "a.safetensors", fingerprint_weights=True)["base_weights"] == WEIGHTS
+
+
+def test_a_base_with_other_weights_gives_a_warning_and_one_with_the_same_none(tmp_path, recwarn):
+    path = tmp_path / "a.safetensors"
+    model = keras_lora.apply_lora(a_block(), rank=2, head=None)
+    model.layers[3].linear_map.kernel_variable.trainable = True  # trained as well: the file brings its value
+    perturb(model)
+    keras_lora.save_adapter(model, path, fingerprint_weights=True)
+    keras_lora.load_adapter(a_block(), path)
+    keras_lora.load_adapter(model, path)
+    assert not [each for each in recwarn if "other weights" in str(each.message)]
+    other = a_block()
+    other.layers[-1].cell.kernel.assign(value(other.layers[-1].cell.kernel) * 1.001)
+    with pytest.warns(UserWarning, match="was made from other weights than 'functional.* It fits, and is loaded") as caught:
+        keras_lora.load_adapter(other, path)
+    assert [each.filename for each in caught if "other weights" in str(each.message)] == [__file__]
+    assert np.array_equal(
+        value(other.layers[-1].cell.kernel_adapter.lora_b), value(model.layers[-1].cell.kernel_adapter.lora_b)
+    )
+    with pytest.warns(UserWarning, match="was made from other weights"):
+        keras_lora.load_adapter(a_block("bfloat16"), path)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_weights_of_a_quantised_base_have_a_fingerprint(tmp_path, recwarn, mode):
+    def base(quantized=True):
+        model = a_block()
+        if quantized:
+            model.quantize(mode)
+        return model
+
+    keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=2), tmp_path / "a.safetensors", fingerprint_weights=True)
+    keras_lora.load_adapter(base(), tmp_path / "a.safetensors")
+    assert not [each for each in recwarn if "other weights" in str(each.message)]
+    with pytest.warns(UserWarning, match="or from the same ones in another dtype"):
+        keras_lora.load_adapter(base(quantized=False), tmp_path / "a.safetensors")
+
+
+def test_a_refusal_says_where_the_structure_is_another(file):
+    other = "made from a base of another structure"
+    assert other in refused(ZOO["sequential"]().model, file, "does not fit")
+    rewritten(file, lambda tensors: {key: tensors[key] for key in tensors if key != KEY})
+    assert other not in refused(ZOO["multi_head_attention"]().model, file, "does not fit")
+
+
+def test_a_base_of_another_structure_that_fits_is_taken(tmp_path, recwarn):
+    def base(classes):
+        return keras.Sequential([keras.Input((6,)), keras.layers.Dense(5), keras.layers.Dense(classes)])
+
+    keras_lora.save_adapter(keras_lora.apply_lora(base(3), rank=1), tmp_path / "a.safetensors")
+    keras_lora.load_adapter(base(4), tmp_path / "a.safetensors")
+    assert not [each for each in recwarn if "structure" in str(each.message)]

@@ -157,12 +157,12 @@ def strength_of(adapter: Adapter) -> float:
 
 
 #: The starting point and the Keras layer's own arguments say nothing about trained values.
-_OF_THE_START = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+OF_THE_START = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
 
 
 def method_of(adapter: Adapter) -> dict[str, Any]:
     """The arguments of a method that say what its values mean: its config without its starting point."""
-    return {key: value for key, value in adapter.get_config().items() if key not in _OF_THE_START}
+    return {key: value for key, value in adapter.get_config().items() if key not in OF_THE_START}
 
 
 def _words(adapter: Adapter) -> str:

@@ -1,0 +1,55 @@
+"""Fingerprints of a base: what an adapter file says of the model it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora import adapters, keras_internals, quantization
+from keras_lora.adapted import maps_of
+from keras_lora.linear_map import LinearMap
+from keras_lora.structure import walk
+
+
+def structure(model: keras.layers.Layer) -> str:
+    """Of the addresses, classes and shapes of the base: equal on every backend, in every process and dtype."""
+    rows, inside = [], set()
+    for place in walk(model):
+        if isinstance(place.layer, adapters.Adapter) or id(place.holder) in inside:
+            inside.add(id(place.layer))
+        else:
+            rows.append([place.address, type(place.layer).__name__, _shapes(place.layer)])
+    return hashlib.sha256(json.dumps(sorted(rows), separators=(",", ":")).encode()).hexdigest()
+
+
+def _shapes(layer: keras.layers.Layer) -> list[list[int]]:
+    variables = keras_internals.own_variables(layer)
+    if quantization.mode_of(layer) is None:
+        return sorted(list(v.shape) for v in variables)
+    kernels = {linear.kernel_name: list(linear.kernel_shape) for linear in maps_of(layer)}
+    floats = [v for v in variables if v.name not in kernels and not v.name.endswith(("_scale", "_zero", "g_idx"))]
+    return sorted([*kernels.values(), *(list(v.shape) for v in floats)])
+
+
+def weights(kernels: Mapping[str, LinearMap], trained: Iterable[Any] = ()) -> str:
+    """Of the kernels as they are stored, but for variables that were trained themselves: one kernel is read at a time."""
+    found, left_out = hashlib.sha256(), {id(v) for v in trained}
+    for address in sorted(kernels):
+        stored = kernels[address].kernel_variable
+        if id(stored) not in left_out:
+            array = to_numpy(stored)
+            said = [address, keras.backend.standardize_dtype(stored.dtype), list(array.shape)]
+            found.update(json.dumps(said, separators=(",", ":")).encode())
+            found.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return found.hexdigest()
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    """A variable or tensor as a file holds it."""
+    array = np.ascontiguousarray(keras.ops.convert_to_numpy(getattr(variable, "value", variable)))
+    return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact

@@ -1,0 +1,103 @@
+"""A save that is killed at any moment leaves the old file or the new one, whole."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import keras_lora
+from keras_lora import tensor_file
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")
+
+#: The room alone, without Keras, which takes seconds to import.
+WRITER = """
+import importlib.util, itertools, pathlib, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("tensor_file", sys.argv[1])
+tensor_file = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tensor_file)
+print("ready", flush=True)
+for number in itertools.count():
+    tensor_file.write(pathlib.Path(sys.argv[2]), {"number": number}, {"a": np.full(500_000, number, "float32")})
+"""
+
+SAVER = """
+import itertools, sys
+import keras, keras_lora
+model = keras.Sequential([keras.Input((600,)), keras.layers.Dense(600), keras.layers.Dense(2)])
+keras_lora.apply_lora(model, rank=100)
+print("ready", flush=True)
+for number in itertools.count():
+    for variable in model.trainable_variables:
+        variable.assign(keras.ops.full(variable.shape, number % 1000))
+    keras_lora.save_adapter(model, sys.argv[1])
+"""
+
+
+def started(script, *arguments):
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE)
+
+
+def kill(process, rng):
+    """Let a script run until it is ready and a little longer."""
+    try:
+        assert process.stdout.readline().strip() == b"ready"
+        time.sleep(rng.uniform(0, 0.1))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_thirty_kills_leave_a_whole_file_each_time(tmp_path):
+    path, rng = tmp_path / "a.safetensors", random.Random(0)
+    tensor_file.write(path, {"number": 0}, {"a": np.full(500_000, 0, "float32")})
+    for _ in range(30):
+        kill(started(WRITER, tensor_file.__file__, path), rng)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            number, a = json.loads(file.metadata()[tensor_file.ENTRY])["number"], file.get_tensor("a")
+        assert a.shape == (500_000,)
+        assert (a == number).all()
+    left = [each for each in tmp_path.iterdir() if each != path]
+    assert left  # or no kill came while a file was written
+    assert all(each.name.startswith(".a.safetensors.") and each.suffix == ".unfinished" for each in left)
+
+
+def test_what_is_left_is_no_adapter_and_the_next_save_after_an_hour_takes_it_away(tmp_path):
+    path = tmp_path / "a.safetensors"
+    model = keras_lora.apply_lora(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), rank=1, head=None)
+    old, new, others = (
+        f".{name}.unfinished" for name in ("a.safetensors.1234_old", "a.safetensors.1234_new", "b.safetensors.old")
+    )
+    names = [old, new, others, ".a.safetensors.original", "a.safetensors.old"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half a file")
+        with pytest.raises(ValueError, match="must end in"):
+            keras_lora.load_adapter(model, tmp_path / name)
+        if name != new:
+            os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    keras_lora.save_adapter(model, path)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, *names} - {old}
+
+
+def test_kills_of_the_whole_save_leave_an_adapter_that_loads(tmp_path):
+    rng, paths = random.Random(1), [tmp_path / f"{number}.safetensors" for number in range(3)]
+    processes = [started(SAVER, path) for path in paths]
+    for path, process in zip(paths, processes, strict=True):
+        kill(process, rng)
+        if not path.exists():  # killed in the first save
+            continue
+        model = keras.Sequential([keras.Input((600,)), keras.layers.Dense(600), keras.layers.Dense(2)])
+        keras_lora.load_adapter(model, path)
+        numbers = {float(number) for v in model.trainable_variables for number in np.unique(keras.ops.convert_to_numpy(v))}
+        assert len(numbers) == 1
