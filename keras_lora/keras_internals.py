@@ -220,3 +220,27 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
         for name in ("train_function", "test_function", "predict_function", "generate_function"):
             if isinstance(layer, keras.Model) and hasattr(layer, name):
                 setattr(layer, name, None)
+
+
+def forget_enabled_lora(layer: Any) -> None:
+    """Undo `layer.enable_lora`: its two variables go, and its kernel is the base again (Keras can only switch it on).
+
+    Keras's own deletion of a variable collects garbage each time, which takes seconds for a large model.
+    """
+    for name in [name for name in vars(layer) if name.startswith("lora_") and isinstance(vars(layer)[name], keras.Variable)]:
+        layer._untrack_variable(vars(layer)[name])
+        super(keras.layers.Layer, layer).__delattr__(name)
+    layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
+
+
+def forget_backbone_lora(model: keras.layers.Layer) -> None:
+    """Let KerasHub's backbones forget which layers `backbone.enable_lora` changed: `save_lora_weights` would look there."""
+    for layer in model._flatten_layers():
+        for name in ("_lora_enabled_layers", "_lora_rank"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+
+def layers_with_weights(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers of `model` in the order by which KerasHub counts them in its `.lora.h5` files."""
+    return [layer for layer in model._flatten_layers(include_self=False) if layer.weights]

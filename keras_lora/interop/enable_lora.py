@@ -1,0 +1,219 @@
+"""`from_enable_lora`: Keras's own LoRA becomes ours.
+
+Keras factors the last axis of a kernel: `ΔW = scale · A B` with `A (*kernel.shape[:-1], rank)` and `B (rank, last)`. We
+factor the matrix, all inputs × all outputs. Where the last axis holds all outputs (or all inputs) the factors are the same
+numbers. Elsewhere, as for a query kernel `(dim, heads, head)`, the matrix is `[A₁ … A_h] · blockdiag(B, …, B)`, of rank up
+to `heads · rank`; its exact factors come from an SVD.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora import adapters, factors, keras_internals, quantization, slots, training
+from keras_lora.adapted import address_of, maps_of, named_adapters, set_adapter, set_owners
+from keras_lora.combining import Combination, Combined
+from keras_lora.inject import forget_traces
+from keras_lora.linear_map import LinearMap, seen_with
+from keras_lora.names import new_name
+from keras_lora.structure import walk
+
+#: What an exact adapter may leave out, as a share of the change (Frobenius): less than float32 keeps of it.
+_ZERO = 1e-6
+
+
+@dataclass(frozen=True)
+class LastAxisLoRA:
+    """Keras's LoRA of one kernel.
+
+    Attributes:
+        linear: The kernel.
+        path: The names that lead to its layer.
+        a, b: The factors, `(*kernel_shape[:-1], rank)` and `(rank, kernel_shape[-1])`, float64.
+        alpha: The change is `alpha / rank · a b`.
+    """
+
+    linear: LinearMap
+    path: str
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+
+    @property
+    def bare(self) -> LinearMap:
+        """The kernel without Keras's change, which is computed whole each time the kernel is read."""
+        layer = self.linear.layer
+        return type(self.linear)(seen_with(layer, type(layer), lora_enabled=False))
+
+    def as_matrices(self) -> factors.Factors:
+        """The same product `a b`, as the two factors of the kernel's matrix: `(*groups, in, k)` and `(*groups, k, out)`."""
+        axes, (*groups, in_dim, out_dim) = self.bare.kernel_axes, self.bare.matrix_shape
+        if groups and "g" not in axes:  # a grouped convolution: all groups share A, each has columns of B
+            a = self.a.reshape(in_dim, -1)
+            return np.broadcast_to(a, (*groups, *a.shape)), self.b.reshape(-1, *groups, out_dim).swapaxes(0, 1)
+        last = axes[-1]
+        if last == "g":  # no low rank in any group
+            order = [axis for role in "gio" for axis, each in enumerate(axes) if each == role]
+            whole = (self.a @ self.b).transpose(order).reshape(*groups, in_dim, out_dim)
+            return whole, np.broadcast_to(np.eye(out_dim), (*groups, out_dim, out_dim))
+        other = "i" if last == "o" else "o"
+        order = [axis for role in f"g{other}{last}" for axis, each in enumerate(axes[:-1]) if each == role]
+        thin = self.a.transpose(*order, len(order)).reshape(*groups, in_dim if last == "o" else out_dim, -1)
+        blocks = np.kron(np.eye(thin.shape[-1] // self.b.shape[0]), self.b)
+        blocks = np.broadcast_to(blocks, (*groups, *blocks.shape))
+        return (thin, blocks) if last == "o" else (np.swapaxes(blocks, -1, -2), np.swapaxes(thin, -1, -2))
+
+    def started(self, rank: int | None) -> tuple[adapters.LoRA, float]:
+        """Our adapter with weights, of at most `rank`, and its relative error."""
+        (a, b), error, size = self.as_matrices(), 0.0, self.b.shape[0]
+        scale, same = self.alpha / size, a.shape[-1] == size <= (rank or size) and self.alpha > 0
+        if not same:
+            (a, b), error = factors.truncate((a, scale * b), energy=1 - _ZERO**2)
+            if rank is not None and rank < a.shape[-1]:
+                (a, b), error = factors.truncate((a, b), rank)
+        if a.any() and b.any():
+            adapter = adapters.LoRA(rank=a.shape[-1], alpha=self.alpha if same else a.shape[-1])
+            with adapters.values_come():
+                slots.start(self.bare, adapter)
+            adapter.lora_a.assign(a.astype("float32"))
+            adapter.lora_b.assign(b.astype("float32"))
+            return adapter, error
+        size = min(size, rank or size)
+        adapter = adapters.LoRA(rank=size, alpha=scale * size if scale > 0 else size)
+        slots.start(self.bare, adapter)
+        return adapter, 0.0
+
+
+def from_enable_lora(model: Any, rank: int | None = None, name: str | None = None) -> Combination:
+    """Turn a model with Keras's own LoRA (`enable_lora`) into one with our adapters, in place: same outputs, same alpha.
+
+    Keras's variables leave the layers, whose kernels are the base ones again, changed by an adapter each. What trained
+    still trains (biases, which `enable_lora` leaves on, among it), and what was frozen is frozen.
+
+    Where the last axis of a kernel holds all its outputs, or all its inputs, the adapter has the same factors, rank and
+    alpha. Elsewhere (query kernels, `(dim, heads, head)`) its rank is that of Keras's change as a matrix, up to
+    `heads · rank`, and its scale 1. A change that is zero, as `enable_lora` starts, becomes a LoRA at its start.
+
+    Args:
+        model: A model, or a part of one, with layers whose `lora_enabled` is true: Dense, EinsumDense, Embedding,
+            ReversibleEmbedding, Conv1D, Conv2D, Conv3D, and classes registered as like them. int8 and int4 are kept.
+        rank: The most that a kernel's adapter may have; the nearest change of this rank is taken, and its error said.
+        name: What to call the adapter.
+
+    Returns:
+        A row for each kernel, with its rank and error, as of `keras_lora.compress`. Call `compile` on the model before
+        training.
+
+    Raises:
+        TypeError: `model` is no Keras layer.
+        ValueError: No layer has Keras's LoRA on, the model has adapters of ours, or a layer cannot be converted exactly: its
+            class is not known, it holds numbers that are not finite, or it is a quantised tied embedding, whose way back
+            Keras leaves without the change. All such layers are listed, and the model is as it was.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_lora.interop.enable_lora import from_enable_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model.layers[0].enable_lora(rank=4, lora_alpha=8)
+    >>> [(row.rank, row.error) for row in from_enable_lora(model)]
+    [(4, 0.0)]
+    >>> model.layers[0].lora_enabled
+    False
+    """
+    name = checked_arguments("from_enable_lora", model, rank, name)
+    found, problems = _enabled(model)
+    if not found and not problems:
+        raise ValueError(
+            f"`from_enable_lora()` found no layer with Keras's LoRA in '{model.name}'. Expected layers on which "
+            "`enable_lora` was called. Received: none. `keras_lora.apply_lora(model)` adapts a plain model."
+        )
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(
+            f"`from_enable_lora()` cannot convert all layers of '{model.name}', and has changed nothing. Expected layers of "
+            f"Keras's own classes, or of classes that `keras_lora.register_layer` made known. Received:{listed}\n"
+            "Convert a part of the model without these layers, or build it anew with `keras_lora.apply_lora`."
+        )
+    started = [(each, *each.started(rank)) for each in found]
+    _warn_of_regularizers(found)
+    for each, adapter, _ in started:
+        layer: Any = each.linear.layer
+        trains = [v.trainable for v in _variables(each.linear)]
+        keras_internals.forget_enabled_lora(layer)
+        set_adapter(each.linear, adapter, name)
+        training.set_flags(adapter, [any(trains), trains if each.linear.kernel_axes[-1] != "i" else trains[::-1]])
+    keras_internals.forget_backbone_lora(model)
+    for place in walk(model):
+        if place.layer.weights:
+            flags = training.flags_of(place.layer)
+            training.mark(place.layer, flags, flags)
+    set_owners(model)
+    forget_traces(model)
+    return report(started)
+
+
+def checked_arguments(function: str, model: Any, rank: int | None, name: str | None) -> str:
+    """The name for the adapter, or an error where the arguments are wrong or the model has adapters."""
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"`rank` must be a positive integer or None. Received: rank={rank!r}.")
+    if taken := list(named_adapters(model)):
+        raise ValueError(
+            f"`{function}()` wants a model without adapters of keras_lora. Received: '{model.name}' with the adapters "
+            f"{taken}. `keras_lora.remove_lora(model)` or `keras_lora.merge_lora(model)` takes them out first."
+        )
+    return new_name(model, name)
+
+
+def report(started: Iterable[tuple[LastAxisLoRA, adapters.LoRA, float]]) -> Combination:
+    """A row for each kernel."""
+    return Combination(Combined(address_of(each.path, each.linear), made.rank, error) for each, made, error in started)
+
+
+def kernel_of(layer: keras.layers.Layer) -> LinearMap | None:
+    """The kernel that Keras's LoRA changes in `layer`, or `None` where its class is not known."""
+    return next((linear for linear in maps_of(layer) if linear.kernel_name in ("kernel", "embeddings")), None)
+
+
+def _variables(linear: LinearMap) -> list[keras.Variable]:
+    return [getattr(linear.layer, f"lora_{linear.kernel_name}_{factor}") for factor in "ab"]
+
+
+def _enabled(model: keras.layers.Layer) -> tuple[list[LastAxisLoRA], list[str]]:
+    """The kernels with Keras's LoRA, and what stands against converting the others."""
+    found, problems = [], []
+    for place in walk(model):
+        layer: Any = place.layer
+        if not getattr(layer, "lora_enabled", False):
+            continue
+        linear, mode = kernel_of(layer), quantization.mode_of(layer)
+        if linear is None or not hasattr(layer, f"lora_{linear.kernel_name}_a"):
+            problems.append(f"'{place.path}', of {type(layer).__module__}.{type(layer).__name__}, a class that is not known")
+        elif mode not in quantization.SUPPORTED_MODES:
+            problems.append(f"'{place.path}', quantised in the mode '{mode}'")
+        elif mode is not None and getattr(layer, "tie_weights", False):
+            problems.append(f"'{place.path}', quantised ('{mode}') and tied: Keras leaves its way back without the change")
+        else:
+            a, b = (np.asarray(keras.ops.convert_to_numpy(v.value), "float64") for v in _variables(linear))
+            if not np.isfinite([a.sum(), b.sum(), layer.lora_alpha]).all():
+                problems.append(f"'{place.path}', whose factors or alpha are not finite")
+            found.append(LastAxisLoRA(linear, place.path, a, b, float(layer.lora_alpha)))
+    return found, problems
+
+
+def _warn_of_regularizers(found: list[LastAxisLoRA]) -> None:
+    paths = [each.path for each in found if any(v.regularizer is not None for v in _variables(each.linear))]
+    if paths:
+        warnings.warn(
+            f"Keras adds the regularizers of the kernels of {paths} for A and B to the loss. Our adapters have none, so the "
+            "loss in training is without these terms now; the outputs are the same.",
+            stacklevel=3,
+        )

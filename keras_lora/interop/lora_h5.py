@@ -1,0 +1,138 @@
+"""`from_lora_h5`: the `.lora.h5` files that KerasHub's `save_lora_weights` writes.
+
+Such a file holds `lora/vars/rank`, and `lora/<index>/vars/lora_kernel_a` and `lora_kernel_b` for each layer: the index
+counts the layers of the backbone that have weights. It has no alpha, no names and no biases.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+
+from keras_lora import keras_internals, quantization
+from keras_lora.combining import Combination
+from keras_lora.inject import forget_traces, inject
+from keras_lora.interop.enable_lora import LastAxisLoRA, checked_arguments, kernel_of, report
+from keras_lora.structure import walk
+
+_TENSORS = ("lora_kernel_a", "lora_kernel_b")
+
+
+def from_lora_h5(
+    backbone: Any, path: str | os.PathLike[str], alpha: float | None = None, rank: int | None = None, name: str | None = None
+) -> Combination:
+    """Read a `.lora.h5` file of KerasHub into a plain backbone, in place, as our adapters.
+
+    It reads files for any targets, also those that KerasHub's own `load_lora_weights` cannot. As there, the adapters and the
+    biases of the adapted layers train afterwards and all else is frozen. The file holds no biases: where they were trained
+    (`enable_lora` leaves them on), they are lost, and the outputs are not those of the model that was saved.
+
+    The factors become ours as in `from_enable_lora`; a query kernel's adapter has a rank of up to `heads · rank`.
+
+    Args:
+        backbone: The backbone, built as the one that was saved: the file knows its layers by a count. Of a task, its
+            `backbone`.
+        path: A file written by `backbone.save_lora_weights`.
+        alpha: The change is `alpha / rank` times the product of the factors. The file does not say it; by default it is the
+            rank in the file, which is what `backbone.enable_lora` uses.
+        rank: The most that a kernel's adapter may have, as in `from_enable_lora`.
+        name: What to call the adapter.
+
+    Returns:
+        A row for each kernel, with its rank and error. Call `compile` on the model before training.
+
+    Raises:
+        TypeError: `backbone` is no Keras layer.
+        ValueError: An argument is out of range, the model has adapters of ours or Keras's own LoRA on, or the file is
+            damaged, of another kind or does not fit; everything missing, unexpected or of another shape is listed. The model
+            is then as it was.
+        FileNotFoundError: There is no such file.
+
+    Example:
+
+    >>> import os, tempfile, keras_hub
+    >>> from keras_lora.interop.lora_h5 import from_lora_h5
+    >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+    >>> base = lambda: keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
+    >>> path, tuned = os.path.join(tempfile.mkdtemp(), "french.lora.h5"), base()
+    >>> tuned.enable_lora(rank=1)
+    >>> tuned.save_lora_weights(path)
+    >>> [row.layer.split("/")[-1] for row in from_lora_h5(base(), path)]
+    ['value', 'query']
+    """
+    name = checked_arguments("from_lora_h5", backbone, rank, name)
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < np.inf):
+        raise ValueError(f"`alpha` must be a positive finite number or None. Received: alpha={alpha!r}.")
+    paths = {id(place.layer): place.path for place in walk(backbone)}
+    if enabled := [place.path for place in walk(backbone) if getattr(place.layer, "lora_enabled", False)]:
+        raise ValueError(
+            f"`from_lora_h5()` wants a backbone without Keras's own LoRA. Received: '{backbone.name}', where it is on at "
+            f"{enabled}. Read the file into a new backbone, or call `from_enable_lora` on this one."
+        )
+    rank_in_file, tensors, problems = _read(path)
+    layers = {str(index): layer for index, layer in enumerate(keras_internals.layers_with_weights(backbone))}
+    found = []
+    for key, (a, b) in tensors.items():
+        if (layer := layers.get(key)) is None:
+            problems.append(f"the file has an entry 'lora/{key}'; the backbone has {len(layers)} layers with weights")
+            continue
+        place, linear = paths[id(layer)], kernel_of(layer)
+        quantized = quantization.mode_of(layer) not in quantization.SUPPORTED_MODES
+        if linear is None or linear.kernel_name != "kernel" or quantized:
+            problems.append(f"the layer 'lora/{key}', '{place}', is a {type(layer).__name__} that cannot take its factors")
+            continue
+        shapes = (*linear.kernel_shape[:-1], rank_in_file), (rank_in_file, linear.kernel_shape[-1])
+        for tensor, array, shape in zip(_TENSORS, (a, b), shapes, strict=True):
+            if array is not None and rank_in_file and array.shape != shape:
+                problems.append(f"'lora/{key}/vars/{tensor}' has shape {array.shape}; '{place}' expects {shape}")
+        found.append(LastAxisLoRA(linear, place, a, b, float(alpha or rank_in_file)))
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(
+            f"The file {path} does not fit '{backbone.name}', and nothing was changed:{listed}\n"
+            "Expected a file of KerasHub's `save_lora_weights`, and a backbone of the same class and sizes as was saved."
+        )
+    started = [(each, *each.started(rank)) for each in found]
+    inject(backbone, [(each.linear, adapter) for each, adapter, _ in started], name, bias="lora_only")
+    forget_traces(backbone)
+    return report(started)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, tuple[Any, Any]], list[str]]:
+    """The rank in a file, its two tensors by layer, and what is wrong with the file itself."""
+    problems: list[str] = []
+    entries: dict[str, np.ndarray] = {}
+
+    def read(key: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            entries[key] = np.asarray(item[()])
+
+    try:
+        with h5py.File(os.fspath(path), "r") as file:
+            file.visititems(read)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return 0, {}, [f"it cannot be read as HDF5: {error}"]
+    rank = entries.pop("lora/vars/rank", None)
+    size = int(rank) if rank is not None and rank.shape == () and rank.dtype.kind in "iu" else 0
+    if size < 1:
+        problems.append(f"the file has no rank, a positive integer, at 'lora/vars/rank'; received {rank!r}")
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in entries.items():
+        match key.split("/"):
+            case ["lora", index, "vars", tensor] if tensor in _TENSORS and value.dtype.kind == "f":
+                tensors.setdefault(index, {})[tensor] = value.astype("float64")
+                if not np.isfinite(value).all():
+                    problems.append(f"'{key}' has numbers that are not finite")
+            case _:
+                problems.append(f"the file has an entry '{key}', {value.dtype} of shape {value.shape}, that fits nothing")
+    for index, pair in tensors.items():
+        problems += [f"the file lacks 'lora/{index}/vars/{tensor}'" for tensor in _TENSORS if tensor not in pair]
+    if not tensors:
+        problems.append("the file has no layer with LoRA")
+    ordered = sorted(tensors, key=lambda index: (len(index), index))
+    return size, {index: (tensors[index].get(_TENSORS[0]), tensors[index].get(_TENSORS[1])) for index in ordered}, problems
