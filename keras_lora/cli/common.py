@@ -1,0 +1,155 @@
+"""What the commands share: how they refuse, read, print and show how far they are."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from keras_lora import adapters, tensor_file
+from keras_lora.factors import Factors
+
+#: Tensors by address and name.
+Tensors = dict[str, dict[str, np.ndarray]]
+
+
+class Refused(Exception):
+    """Bad input. The message is what the user reads."""
+
+
+@contextlib.contextmanager
+def refusing(*kinds: type[Exception], before: str = "") -> Iterator[None]:
+    """Refuse where one of these errors is raised, which then say what is wrong with the input."""
+    try:
+        yield
+    except kinds as error:
+        raise Refused(f"{before}{error}") from error
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, without what a terminal would take for a command; of a list, the first three entries."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    listed = [line for line in lines if line.startswith("- ")]
+    if listed:
+        first = lines.index(listed[0])
+        more = [f"and {len(listed) - 3} more"] if len(listed) > 3 else []
+        words = "; ".join([*(line.removeprefix("- ") for line in listed[:3]), *more])
+        lines = [*lines[:first], f"{words}.", *(line for line in lines[first:] if line not in listed)]
+    return _printable(" ".join(lines))
+
+
+# Files.
+
+
+def old_file(path: str, ending: str) -> Path:
+    """`path`, if there is a file with that ending."""
+    if Path(path).suffix != ending:
+        raise Refused(f"Expected a file whose name ends in '{ending}'. Received: {path!r}.")
+    if not Path(path).is_file():
+        raise Refused(f"There is no file {path}. Check the path.")
+    return Path(path)
+
+
+def new_file(path: str, ending: str, force: bool) -> Path:
+    """`path`, if it may be written."""
+    out = Path(path)
+    if out.suffix != ending:
+        raise Refused(f"The name of OUT must end in '{ending}'. Received: {path!r}.")
+    if not out.parent.is_dir():
+        raise Refused(f"There is no folder {out.parent} to write OUT into. Make it first.")
+    if out.is_dir() or (out.exists() and not force):
+        do = "Choose another OUT" if out.is_dir() else "Choose another OUT, or give --force to replace it"
+        raise Refused(f"{out} is there already. {do}.")
+    return out
+
+
+def read_adapter(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the tensors of an adapter file."""
+    with refusing(ValueError, OSError):
+        return tensor_file.read(old_file(path, ".safetensors"))
+
+
+def by_address(tensors: dict[str, np.ndarray]) -> tuple[Tensors, Tensors]:
+    """The tensors of the adapters in a file, and those of what was trained beside them."""
+    of_adapters: Tensors = {}
+    of_base: Tensors = {}
+    for key, tensor in tensors.items():
+        address, base, name = key.rpartition(":base.")
+        if not base:
+            address, _, name = key.rpartition(":")
+        (of_base if base else of_adapters).setdefault(address, {})[name] = tensor
+    return of_adapters, of_base
+
+
+def scale_of(config: dict[str, Any]) -> float | None:
+    """What multiplies `A B` of an adapter with this config, or `None` where it has no such product."""
+    size = {key: config[key] for key in ("rank", "alpha", "rank_stabilized") if key in config}
+    return adapters.LoRA(**size).scale if "alpha" in size else None
+
+
+def lora_factors(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Factors:
+    """The change of a LoRA in a file, as a product."""
+    missing = [name for name in ("lora_a", "lora_b") if name not in tensors]
+    if missing:
+        raise ValueError(f"the file lacks {' and '.join(missing)}")
+    a, b = (np.asarray(tensors[name], "float64") for name in ("lora_a", "lora_b"))
+    adapter = adapters.LoRA(**{key: config[key] for key in ("rank", "alpha", "rank_stabilized") if key in config})
+    if a.ndim < 2 or a.shape[-1] != adapter.rank:
+        raise ValueError(f"the file says rank {adapter.rank}, and lora_a has shape {a.shape}")
+    return a, adapter.scale * b
+
+
+# What is printed.
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines. The width is that of the terminal, or a fixed one where there is none."""
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def table(rows: list[dict[str, Any]], numbers: tuple[str, ...], total: dict[str, Any] | None = None) -> Table:
+    """A table with a column for each key of the first row; those in `numbers` are set to the right."""
+    made = Table()
+    columns = list(rows[0]) if rows else []
+    for column in columns:
+        right = column in numbers
+        made.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for row in rows:
+        made.add_row(*(_cell(row[column]) for column in columns))
+    if total is not None:
+        made.add_section()
+        made.add_row(*(_cell(total.get(column)) for column in columns))
+    return made
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return _printable(str(tuple(value) if isinstance(value, list) else value))
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, where that is a terminal. What is given is called with the name of each step as it begins."""
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task, done = bar.add_task("", total=steps), itertools.count()
+        yield lambda name: bar.update(task, description=escape(name), completed=next(done))

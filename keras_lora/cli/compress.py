@@ -1,0 +1,91 @@
+"""`keras-lora compress`: a smaller adapter file. NumPy on the factors alone, no base."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from keras_lora import adapters, factors, tensor_file
+from keras_lora.cli.common import Refused, by_address, lora_factors, new_file, progress, read_adapter, refusing, show, table
+
+
+def add(commands: Any) -> None:
+    """Say the arguments of `compress`."""
+    command = commands.add_parser(
+        "compress",
+        help="an adapter file of smaller rank",
+        description="Write the nearest LoRA of a rank, or of a share of the energy, for each layer, and say what was lost. "
+        "No base is needed. What was trained beside the adapter is copied.",
+        epilog="example: keras-lora compress french.safetensors small.safetensors --energy 0.9",
+    )
+    command.add_argument("file", metavar="FILE", help="an adapter file of LoRA, .safetensors")
+    command.add_argument("out", metavar="OUT", help="the .safetensors file to write, whole or not at all")
+    size = command.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", metavar="N", type=_rank, help="the new rank, cut to what each layer has")
+    size.add_argument(
+        "--energy",
+        metavar="E",
+        type=_energy,
+        help="a number in (0, 1]: for each layer the smallest rank that keeps this share of its squared singular values",
+    )
+    command.add_argument("--force", action="store_true", help="replace OUT where it is there already")
+    command.set_defaults(run=run)
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, received {text!r}")
+    return int(text)
+
+
+def _energy(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], received {text!r}")
+    return number
+
+
+def run(given: argparse.Namespace) -> int:
+    """Compress an adapter file."""
+    out = new_file(given.out, ".safetensors", given.force)
+    header, tensors = read_adapter(given.file)
+    entries = dict(header["adapters"])
+    if others := sorted({entry["method"] for entry in entries.values()} - {"lora"}):
+        raise Refused(
+            f"{given.file} holds adapters of the method {', '.join(others)}. Expected lora alone, whose change a file says "
+            "without its base. Load it into its base and call `keras_lora.compress(model, name, rank=...)` in Python."
+        )
+    of_adapters, _ = by_address(tensors)
+    before = sum(each.nbytes for each in tensors.values())
+    rows = []
+    with progress(len(entries)) as step:
+        for address, entry in entries.items():
+            step(address)
+            with refusing(ValueError, before=f"The adapter at '{address}' of {given.file} is damaged: "):
+                whole = lora_factors(entry["config"], of_adapters.get(address, {}))
+                (a, b), error = factors.truncate(whole, given.rank, given.energy)
+            rank = a.shape[-1]
+            entries[address] = _entry_of(entry, adapters.LoRA(rank=rank, alpha=rank))
+            new = {"lora_a": a, "lora_b": b}
+            tensors |= {f"{address}:{name}": np.ascontiguousarray(factor, "float32") for name, factor in new.items()}
+            rows.append({"layer": address, "rank before": entry["config"]["rank"], "rank": rank, "error": error})
+    with refusing(OSError, before=f"{out} cannot be written: "):
+        tensor_file.write(out, {**header, "adapters": entries}, tensors)
+    after = sum(each.nbytes for each in tensors.values())
+    largest = max((row["error"] for row in rows), default=0.0)
+    show(
+        table(rows, ("rank before", "rank", "error")),
+        f"{out}: {after:,} bytes of numbers in the place of {before:,}; largest error: {largest:.2g}",
+    )
+    return 0
+
+
+def _entry_of(entry: dict[str, Any], adapter: adapters.LoRA) -> dict[str, Any]:
+    """The entry with another LoRA in it; a header that says the scale apart says the new one."""
+    scale = {"scale": adapter.scale} if "scale" in entry else {}
+    return {**entry, **scale, "config": adapters.method_of(adapter)}

@@ -1,0 +1,112 @@
+"""`keras-lora diff`: in what two adapter files differ."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_lora import factors
+from keras_lora.cli.common import by_address, lora_factors, read_adapter, show, table
+from keras_lora.factors import Factors
+
+#: What the header says of one adapter or trained layer, and its tensors.
+_Part = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+def add(commands: Any) -> None:
+    """Say the arguments of `diff`."""
+    command = commands.add_parser(
+        "diff",
+        help="in what two adapter files differ",
+        description="Compare two adapter files: layers, methods, arguments and values. For LoRA the column `change` says "
+        "|A - B| / |A| of the changes of the kernel (Frobenius), whatever the factors; for other methods and for what was "
+        "trained beside, `number` says how far two numbers are apart at most. Exit code 1 where they differ.",
+        epilog="example: keras-lora diff monday.safetensors tuesday.safetensors",
+    )
+    command.add_argument("a", metavar="A", help="an adapter file, .safetensors")
+    command.add_argument("b", metavar="B", help="another one")
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Compare two adapter files."""
+    a, b = (_parts(*read_adapter(path)) for path in (given.a, given.b))
+    places = list(dict.fromkeys([*a, *b]))
+    rows = [row for place in places if (row := _row(place, a.get(place), b.get(place))) is not None]
+    if not rows:
+        show(f"{given.a} and {given.b} hold the same: {len(places)} adapters or trained layers")
+        return 0
+    show(
+        table(rows, ("change", "number")),
+        f"{given.a} (A) and {given.b} (B) differ at {len(rows)} of {len(places)} adapters or trained layers",
+    )
+    return 1
+
+
+def _parts(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[tuple[str, str], _Part]:
+    of_adapters, of_base = by_address(tensors)
+    parts: dict[tuple[str, str], _Part] = {}
+    for address in dict.fromkeys([*header["adapters"], *of_adapters]):
+        entry = header["adapters"].get(address, {"config": {}})
+        said = {key: entry.get(key) for key in ("method", "class", "kernel")} | entry["config"]
+        parts[address, "adapter"] = said, of_adapters.get(address, {})
+    for address in dict.fromkeys([*header["trained"], *of_base]):
+        entry = header["trained"].get(address, {})
+        parts[address, "trained"] = {key: entry.get(key) for key in ("class", "plan", "shapes")}, of_base.get(address, {})
+    return parts
+
+
+def _row(place: tuple[str, str], a: _Part | None, b: _Part | None) -> dict[str, Any] | None:
+    """What differs at one place, or `None`."""
+    row: dict[str, Any] = {"layer": place[0], "part": place[1]}
+    if a is None or b is None:
+        return {**row, "A / B": "only in A" if b is None else "only in B", "change": None, "number": None}
+    words = [f"{key}: {a[0].get(key)} / {b[0].get(key)}" for key in {**a[0], **b[0]} if a[0].get(key) != b[0].get(key)]
+    same = not words and a[1].keys() == b[1].keys()
+    if same and all(np.array_equal(*_pair(a, b, name), equal_nan=True) for name in a[1]):
+        return None
+    change = _change_apart(a, b)
+    number = None
+    if change is None:
+        words += _misfits(a, b)
+        apart = [float(np.abs(np.subtract(*_pair(a, b, name))).max(initial=0)) for name in _alike(a, b)]
+        number = float(np.max(apart)) if apart else None  # NaN where one of them is
+    return {**row, "A / B": ", ".join(words), "change": change, "number": number}
+
+
+def _change_apart(a: _Part, b: _Part) -> float | None:
+    """`‖ΔA - ΔB‖ / ‖ΔA‖`, where both are LoRA with finite numbers for kernels of one shape."""
+    if not a[0].get("method") == b[0].get("method") == "lora":
+        return None
+    try:
+        first, second = lora_factors(*a), lora_factors(*b)
+        apart = factors.concatenate([(1.0, first), (-1.0, second)])
+        whole, off = _size(first), _size(apart)
+    except ValueError:
+        return None
+    return off / whole if whole else (math.inf if off else 0.0)
+
+
+def _size(pair: Factors) -> float:
+    """`‖a b‖` without forming it: the columns of `a` of a truncation have the square roots of the singular values."""
+    (a, _), _ = factors.truncate(pair, energy=1.0)
+    return float(np.linalg.norm(np.square(a).sum(axis=-2)))
+
+
+def _pair(a: _Part, b: _Part, name: str) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(a[1][name], "float64"), np.asarray(b[1][name], "float64")
+
+
+def _alike(a: _Part, b: _Part) -> list[str]:
+    return [name for name in a[1] if name in b[1] and a[1][name].shape == b[1][name].shape]
+
+
+def _misfits(a: _Part, b: _Part) -> Iterator[str]:
+    for name in {**a[1], **b[1]}:
+        shapes = [part[1][name].shape if name in part[1] else "none" for part in (a, b)]
+        if shapes[0] != shapes[1]:
+            yield f"{name}: {shapes[0]} / {shapes[1]}"

@@ -1,0 +1,79 @@
+"""`keras-lora merge`: a plain model of a base and an adapter file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_lora.adapter_file import load_adapter
+from keras_lora.cli.common import Refused, new_file, progress, read_adapter, refusing, show
+from keras_lora.cli.inspect_file import keras_file
+from keras_lora.merging import merge_lora
+
+
+def add(commands: Any) -> None:
+    """Say the arguments of `merge`."""
+    command = commands.add_parser(
+        "merge",
+        help="add an adapter to its base model for good",
+        description="Load BASE, add the change of ADAPTER to its kernels, and save a plain Keras model as OUT. Nothing that "
+        "BASE was compiled with is kept. Classes of your own must be importable: put their folder into PYTHONPATH.",
+        epilog="example: keras-lora merge base.keras french.safetensors merged.keras",
+    )
+    command.add_argument("base", metavar="BASE", help="the base model, plain, a .keras file")
+    command.add_argument("adapter", metavar="ADAPTER", help="an adapter file, .safetensors")
+    command.add_argument("out", metavar="OUT", help="the .keras file to write, whole or not at all")
+    command.add_argument("--force", action="store_true", help="replace OUT where it is there already")
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Merge an adapter file into a base."""
+    out = new_file(given.out, ".keras", given.force)
+    header, _ = read_adapter(given.adapter)  # before the base, which may take long
+    base = Path(given.base)
+    if keras_file(base)["adapters"]:
+        raise Refused(
+            f"{base} is adapted already. Expected the plain base of the adapter. Merge what it has first, in Python: "
+            "`keras_lora.merge_lora(keras.saving.load_model(path))`."
+        )
+    with progress(4) as step:
+        step("loading the base")
+        model = _loaded(base)
+        step("loading the adapter")
+        with refusing(ValueError, OSError):
+            load_adapter(model, given.adapter)
+        step("merging")
+        with refusing(ValueError):
+            merge_lora(model)
+        step("saving")
+        with refusing(OSError, before=f"{out} cannot be written: "):
+            _save(model, out)
+    show(f"{out}: {base} with {len(header['adapters'])} changed kernels, {out.stat().st_size:,} bytes")
+    return 0
+
+
+def _loaded(base: Path) -> Any:
+    try:
+        return keras.saving.load_model(base, compile=False)
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise Refused(
+            f"Keras cannot load {base} ({type(error).__name__}: {said[:300]}{'...' * (len(said) > 300)}). Expected a whole "
+            ".keras file, whose classes can be imported here (PYTHONPATH) and are registered with Keras."
+        ) from error
+
+
+def _save(model: Any, out: Path) -> None:
+    """Write beside `out` and rename, so that it is never half written."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+        whole = Path(aside) / out.name
+        model.save(whole)
+        with whole.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(whole, out)
