@@ -356,7 +356,7 @@ def test_diff_of_lora_says_how_far_the_changes_are_apart(here, capsys):
     b = saved("b.safetensors", seed=6, train="head", rank=3, alpha=5)
     code, out, _ = run(capsys, "diff", "a.safetensors", "b.safetensors")
     assert code == 1
-    assert "rank: 4 / 3, alpha: 16.0 / 5" in out
+    assert "alpha: 16.0 / 5, rank: 4 / 3" in out  # in the order of the file, which sorts them
     for (_, one), (_, other) in zip(adapters_of(a), adapters_of(b), strict=True):
         one, other = (value(each.delta_kernel(None)) for each in (one, other))
         assert f"{np.linalg.norm(one - other) / np.linalg.norm(one):.3g}" in out
