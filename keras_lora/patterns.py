@@ -62,7 +62,7 @@ class Search:
             )
             return
         names = sorted({name for place in among for name in (*place.path.split("/"), place.path)})
-        near = difflib.get_close_matches(str(pattern), names, n=4, cutoff=0.4) or names[:4]
+        near = nearest(str(pattern), names)
         self.problems.append(f"{argument}={shown(pattern)} matches no layer; the nearest names are {near}")
 
     def found_nothing(self, targets: Any, linear: Sequence[Place]) -> None:
@@ -101,6 +101,11 @@ def matches(pattern: Any, place: Place) -> bool:
         "A pattern must be a name, a path, a glob, a compiled regular expression, a layer class, a function or a layer. "
         f"Received: {pattern!r} of type {type(pattern).__name__}."
     )
+
+
+def nearest(name: str, names: Sequence[str]) -> list[str]:
+    """The few of `names` that are most like `name`, or simply the first."""
+    return difflib.get_close_matches(name, names, n=4, cutoff=0.4) or list(names[:4])
 
 
 def as_list(patterns: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapter_file, adapters, tensor_file
+from keras_lora import adapters, contents, tensor_file
 from keras_lora.adapted import named_adapters
 from keras_lora.adapters import per_example
 from keras_lora.inject import apply_lora
@@ -115,19 +115,19 @@ class MultiAdapterModel(keras.Model):
         path = tensor_file.checked_path(path)
         header, tensors = tensor_file.read(path)
         places = _places_of(self.model)
-        problems = adapter_file.misfits(self.model, header, places, partly=True)
+        problems = contents.misfits(self.model, header, places, partly=True)
         problems += [f"the file has trained variables of '{address}' beside its adapter" for address in header["trained"]]
-        adapter_file.raise_problems(path, self.model, problems)
+        contents.raise_problems(f"The adapter file {path}", self.model, problems)
         values = {}
         for address, entry in header["adapters"].items():
-            own = {key: tensors[there] for key, there in adapter_file.keys_at(address, tensors).items()}
+            own = {key: tensors[there] for key, there in contents.keys_at(address, tensors).items()}
             other = adapters.get(entry["method"], **entry["config"])
             values[address] = found = places[address].values_from(other, own)
             for key, variable in (("lora_a", places[address].lora_a), ("lora_b", places[address].lora_b)):
                 shape = found[key].shape if key in found else None
                 if shape != tuple(variable.shape[1:]):
                     problems.append(f"'{address}:{key}' has shape {shape}; expected is {tuple(variable.shape[1:])}")
-        adapter_file.raise_problems(path, self.model, problems)
+        contents.raise_problems(f"The adapter file {path}", self.model, problems)
         index = self.names.get(name) or self._free_place()
         for address, adapter in places.items():
             adapter.put(index, values.get(address))

@@ -1,6 +1,6 @@
 """The bytes of an adapter file: safetensors with a header, read with every check and written whole or not at all.
 
-What the header and the tensors mean, `adapter_file.py` says.
+What the header and the tensors mean, `contents.py` says.
 """
 
 from __future__ import annotations

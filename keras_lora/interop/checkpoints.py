@@ -1,0 +1,259 @@
+"""Where the variables of a model lie in a checkpoint of Hugging Face's: names, and layouts.
+
+For KerasHub models both come from KerasHub's own converters (see `converters.py`); for any other layer the caller gives the
+name of a module, and the layout is the one PyTorch has for that kind of layer.
+
+A converter says how a tensor becomes a variable by a function. That function is run on the numbers 0, 1, 2, ... in the
+place of the tensor: what comes out says for each entry of the variable which entry of the tensor it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora.adapted import address_of, maps_of
+from keras_lora.interop.ports import Port, shape_of
+from keras_lora.keras_internals import own_variables
+from keras_lora.linear_map import LinearMap
+from keras_lora.patterns import nearest
+from keras_lora.structure import Place, walk
+
+#: What Keras calls a variable, and what PyTorch does; a kernel is a weight.
+_NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", "moving_mean": "running_mean"} | {
+    "moving_variance": "running_var"
+}
+
+
+class NotAReshape(ValueError):
+    """A variable is not a tensor of the checkpoint in another order."""
+
+
+@dataclass(frozen=True)
+class Lie:
+    """Where one variable lies in a tensor of a checkpoint.
+
+    Attributes:
+        key: The tensor, `"model.layers.0.self_attn.q_proj.weight"` say.
+        shape: Its shape there.
+        index: For each entry of the variable, in the variable's shape, its number among those of the tensor.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the matrix of a kernel lies in the weight of a module.
+
+    Attributes:
+        module: The module, `"model.layers.0.self_attn.q_proj"` say.
+        kind: `"linear"`, `"transposed"` (GPT-2's Conv1D, whose weight is `(in, out)`), `"embedding"` or `"convolution"`.
+        shape: The shape of its weight.
+        ins, outs: For each input and each output of our matrix, its number among those of the weight. Several kernels may
+            be parts of one weight; each then has some of its outputs, and all its inputs.
+    """
+
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    ins: np.ndarray
+    outs: np.ndarray
+
+    @property
+    def out_dim(self) -> int:
+        """How many outputs the weight has."""
+        return self.shape[1 if self.kind in ("transposed", "embedding") else 0]
+
+    @property
+    def in_dim(self) -> int:
+        """How many inputs the weight has."""
+        return math.prod(self.shape) // self.out_dim
+
+
+class Checkpoint:
+    """What a model is to Hugging Face's `transformers`.
+
+    Args:
+        model: A KerasHub backbone, a task on one, or any model with `names`.
+        names: For layers that KerasHub has no converter for, or another name for those it has one for: from the path of a
+            layer (as `keras_lora.list_targets` prints it) or its address, to the name of the module.
+
+    Attributes:
+        keys: The tensors, each with the variables that lie in it.
+        reason: Why KerasHub's converter says nothing of this model, or `""`.
+    """
+
+    def __init__(self, model: keras.layers.Layer, names: Mapping[str, str] | None = None):
+        places = walk(model)
+        self.addresses = {id(place.layer): place.address for place in places}
+        self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
+        ports, self.reason = _converted(model)
+        named = list(_named(places, names or {}))
+        renamed = {(id(port.layer), port.attribute) for port in named}
+        by_variable = {(id(port.layer), port.attribute): port for port in ports}  # a shared layer is filled several times
+        kept = [port for variable, port in by_variable.items() if variable not in renamed]
+        self.keys: dict[str, list[Port]] = {}
+        for port in [*kept, *named]:
+            if id(port.layer) in self.addresses:
+                self.keys.setdefault(port.key, []).append(port)
+        self._ports = {(id(port.layer), port.attribute): port for each in self.keys.values() for port in each}
+
+    @property
+    def modules(self) -> dict[str, list[str]]:
+        """The modules in whose weights kernels lie, each with the addresses of these kernels."""
+        found: dict[str, list[str]] = {}
+        for address, linear in self.maps.items():
+            port = self._ports.get((id(linear.layer), linear.kernel_name))
+            if port is not None and port.key.endswith(".weight"):
+                found.setdefault(port.key.removesuffix(".weight"), []).append(address)
+        return found
+
+    def source_of(self, address: str) -> Source:
+        """Where the matrix of the kernel at an address lies.
+
+        Raises:
+            NotAReshape: Nowhere, or not as inputs and outputs in another order; the message says why.
+        """
+        linear = self.maps[address]
+        port = self._ports.get((id(linear.layer), linear.kernel_name))
+        if port is None:
+            raise NotAReshape(self.reason or "KerasHub's converter fills it from no single tensor")
+        if not port.key.endswith(".weight"):
+            raise NotAReshape(f"it comes from '{port.key}', which is no weight of a module")
+        if len(linear.matrix_shape) > 2:
+            raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
+        for shape in self._shapes(port, linear):
+            index = _index(port, shape, linear.kernel_shape)
+            if index is not None and (found := _matrix(index, shape, linear)) is not None:
+                kind, ins, outs = found
+                return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
+        raise NotAReshape(f"its matrix is not the inputs and outputs of '{port.key}' in another order")
+
+    def lie_of(self, layer: keras.layers.Layer, attribute: str) -> Lie:
+        """Where a variable lies.
+
+        Raises:
+            NotAReshape: Nowhere, or not as its entries in another order.
+        """
+        port = self._ports.get((id(layer), attribute))
+        if port is None:
+            raise NotAReshape(self.reason or "KerasHub's converter fills it from no single tensor")
+        linear = next((each for each in maps_of(layer) if each.kernel_name == attribute), None)
+        if linear is not None:
+            self.source_of(address_of(self.addresses[id(layer)], linear))  # the shape that is right for the matrix
+        for shape in self._shapes(port, linear):
+            index = _index(port, shape, shape_of(layer, attribute))
+            if index is not None and (linear is None or _matrix(index, shape, linear) is not None):
+                return Lie(port.key, shape, index)
+        raise NotAReshape(f"its numbers are not those of '{port.key}' in another order")
+
+    def _shapes(self, port: Port, linear: LinearMap | None) -> Iterator[tuple[int, ...]]:
+        """The shapes that the tensor may have; a converter does not say which it is."""
+        own = shape_of(port.layer, port.attribute)
+        sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in self.keys[port.key]]
+        for whole in dict.fromkeys([sum(sizes), math.prod(own)]):  # parts of one tensor, or all of it
+            shapes = [own, own[::-1]]
+            if linear is not None:
+                in_dim = linear.matrix_shape[-2]
+                shapes = [(whole // in_dim, in_dim), (in_dim, whole // in_dim), *shapes]
+            elif port.key.endswith(".bias"):
+                shapes = [(whole,), *shapes]
+            if len(own) > 2:
+                shapes.append((own[-1], own[-2], *own[:-2]))
+            yield from (shape for shape in dict.fromkeys(shapes) if math.prod(shape) == whole)
+
+
+class _Numbers(np.ndarray):
+    """Numbers that stay what they are: some converters round to float16."""
+
+    def astype(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarray | None:
+    """Which entry of a tensor of `shape` each entry of a variable is, where that can be said."""
+    numbers = np.arange(math.prod(shape)).reshape(shape).view(_Numbers)
+    try:
+        found = np.asarray(numbers if port.hook is None else port.hook(numbers, list(own)))
+    except Exception:  # the hook is foreign code, made for another shape
+        return None
+    if found.shape != own or found.dtype.kind not in "iu":
+        return None
+    seen = np.zeros(numbers.size, bool)
+    if found.size and (found.min() < 0 or found.max() >= numbers.size):
+        return None
+    seen[found.reshape(-1)] = True
+    return found.view(np.ndarray) if seen.sum() == found.size else None
+
+
+def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> tuple[str, np.ndarray, np.ndarray] | None:
+    """The kind of a weight, and its inputs and outputs in the order of our matrix, where that is all that differs."""
+    order = [axis for role in "io" for axis, each in enumerate(linear.kernel_axes) if each == role]
+    matrix = index.transpose(order).reshape(linear.matrix_shape)
+    first, rest = np.divmod(matrix, math.prod(shape[1:]))
+    if (first == first[:1]).all() and (rest == rest[:, :1]).all():  # (out, in) or (out, in, height, width)
+        kind, ins, outs = "convolution" if len(shape) > 2 else "linear", rest[:, 0], first[0]
+    elif len(shape) == 2 and (first == first[:, :1]).all() and (rest == rest[:1]).all():
+        kind, ins, outs = "embedding" if linear.picks_rows else "transposed", first[:, 0], rest[0]
+    else:
+        return None
+    whole = len(np.unique(ins)) == (math.prod(shape[1:]) if kind in ("linear", "convolution") else shape[0])
+    return (kind, ins, outs) if whole and (kind == "embedding") == linear.picks_rows else None
+
+
+def _converted(model: Any) -> tuple[list[Port], str]:
+    """What KerasHub's converter says of a model, or why it says nothing."""
+    backbone = getattr(model, "backbone", None) or model
+    if not any(cls.__module__.partition(".")[0] == "keras_hub" for cls in type(backbone).__mro__):
+        return [], "it is no layer of a KerasHub model, and `names` says no module for it"
+    converters = importlib.import_module("keras_lora.interop.converters")  # which imports KerasHub
+    try:
+        return [*converters.watch(backbone), *(converters.watch_head(model) if backbone is not model else ())], ""
+    except converters.ConverterError as error:
+        return [], str(error)
+
+
+def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:
+    """The ports of layers for which the caller names the modules."""
+    by_name: dict[str, list[Place]] = {}
+    for place in places:
+        for name in {place.path, place.address, place.layer.name}:
+            by_name.setdefault(name, []).append(place)
+    wrong = [name for name in names if len(by_name.get(name, [])) != 1]
+    if wrong:
+        near = {name: nearest(name, [place.path for place in places if place.layer.weights]) for name in wrong}
+        raise ValueError(
+            f"`names` must have the path or the address of one layer as each key. Received: {wrong}. The nearest paths are "
+            f"{near}. `keras_lora.list_targets(model)` prints them."
+        )
+    for name, module in names.items():
+        layer: Any = by_name[name][0].layer
+        kernels = {each.kernel_name: each for each in maps_of(layer)}
+        for attribute, linear in kernels.items():
+            yield Port(layer, attribute, f"{module}.weight", _hook_of(linear))
+        for variable in own_variables(layer):
+            if variable.name not in kernels:
+                yield Port(layer, variable.name, f"{module}.{_NAMES.get(variable.name, variable.name)}", None)
+
+
+def _hook_of(linear: LinearMap) -> Any:
+    """From the weight that PyTorch has for such a layer to the kernel."""
+    spatial = len(linear.kernel_shape) - 2 if linear.kernel_axes == "i" * (len(linear.kernel_shape) - 1) + "o" else 0
+    if linear.picks_rows:
+        return None
+    if spatial > 0 and isinstance(linear.layer, keras.layers.Layer) and hasattr(linear.layer, "kernel_size"):
+        return lambda weight, shape: np.moveaxis(weight, (0, 1), (-1, -2))
+    axes = linear.kernel_axes
+    order = [axis for role in "io" for axis, each in enumerate(axes) if each == role]
+    back = [order.index(axis) for axis in range(len(axes))]
+    sizes = [linear.kernel_shape[axis] for axis in order]
+    return lambda weight, shape: weight.T.reshape(sizes).transpose(back)

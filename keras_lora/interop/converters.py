@@ -1,0 +1,279 @@
+"""KerasHub's converters, run to be watched: which variable of a model comes from which tensor of a Hugging Face checkpoint.
+
+Every `convert_*.py` of KerasHub fills a backbone through a loader: `loader.port_weight(variable, key, hook)`. Here one runs
+with a loader that has no file, on a view of the backbone of which nothing can be written. What it asks for is the map.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras_hub.src.utils.transformers import preset_loader
+
+from keras_lora.adapted import Owner, maps_of
+from keras_lora.interop.ports import Port, shape_of
+from keras_lora.linear_map import seen_with
+
+
+class ConverterError(ValueError):
+    """A converter could not be followed."""
+
+
+def watch(backbone: keras.Model, config: dict[str, Any] | None = None) -> list[Port]:
+    """What KerasHub's converter for a backbone ports, in its order. The backbone is not changed.
+
+    Args:
+        backbone: A KerasHub backbone, plain or adapted.
+        config: The checkpoint's `config.json`. Without it, what the converter asks is read from the backbone's own config.
+
+    Raises:
+        ConverterError: KerasHub has no converter for the class, or it cannot be followed without `config`.
+    """
+    cls = _plain_class(backbone)
+    model_types = model_types_of(backbone)
+    if config is None:
+        config = min((_config_of(backbone, converters()[kind], kind) for kind in model_types), key=lambda pair: pair[1])[0]
+    if config.get("model_type") not in model_types:
+        raise ConverterError(f"the config says `model_type` {config.get('model_type')!r}; {cls.__name__} has {model_types}")
+    for lacks in (_MAYBE_LACKING, _OLD_NAMES):
+        loader = _Loader(lacks)
+        try:
+            converters()[config["model_type"]].convert_weights(_shown(backbone), loader, _Config(config))
+            return loader.ports
+        except Exception as error:  # the converter is foreign code that was given less than it expects
+            failure = error
+    reason = f"{type(failure).__name__}: {failure}"
+    raise ConverterError(f"KerasHub's converter for {cls.__name__} could not be followed ({reason})") from failure
+
+
+def watch_head(task: Any) -> list[Port]:
+    """What KerasHub's converter ports into the head of a task; nothing where it has no function for that."""
+    convert = getattr(_converter_of(_plain_class(task.backbone)), "convert_head", None)
+    loader = _Loader(_OLD_NAMES)
+    if convert is not None and isinstance(task, keras_hub.models.ImageClassifier):
+        convert(_shown(task), loader, _Config())
+    return loader.ports
+
+
+def model_types_of(backbone: keras.Model) -> list[str]:
+    """What a Hugging Face config may call a model of the class of this backbone."""
+    converter = _converter_of(_plain_class(backbone))
+    return [name for name, each in converters().items() if each is converter]
+
+
+@functools.cache
+def converters() -> dict[str, ModuleType]:
+    """KerasHub's converters by the `model_type` of a Hugging Face config."""
+    # KerasHub keeps no table: the names are those to which its loader compares a config's.
+    source = ast.parse(textwrap.dedent(inspect.getsource(preset_loader.TransformersPresetLoader.__init__)))
+    found: dict[str, ModuleType] = {}
+    for comparison in (node for node in ast.walk(source) if isinstance(node, ast.Compare)):
+        for constant in (node for node in ast.walk(comparison) if isinstance(node, ast.Constant)):
+            loader = preset_loader.TransformersPresetLoader("", {"model_type": constant.value})
+            found[str(constant.value)] = loader.converter
+    return found
+
+
+def _converter_of(cls: type) -> ModuleType:
+    """The converter that fills `cls`, or the nearest class that it comes from, or one that comes from it."""
+    by_class: dict[type, ModuleType] = {}
+    for converter in converters().values():
+        by_class.setdefault(converter.backbone_cls, converter)
+    for each in inspect.getmro(cls):
+        if each in by_class:
+            return by_class[each]
+    for each in by_class:
+        if issubclass(each, cls) and cls is not keras_hub.models.Backbone:
+            return by_class[each]
+    raise ConverterError(f"KerasHub has no converter for {cls.__name__}; known are {sorted(c.__name__ for c in by_class)}")
+
+
+def _plain_class(layer: Any) -> type:
+    return getattr(type(layer), "base_class", type(layer))
+
+
+# The config of a checkpoint, worked out from that of a backbone.
+
+
+def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[dict[str, Any], int]:
+    """What `convert_backbone_config` turns into the config of this backbone, as far as it only renames.
+
+    And how many entries say that this backbone is of another `model_type`.
+    """
+    own = seen_with(backbone, _plain_class(backbone)).get_config() if isinstance(backbone, Owner) else backbone.get_config()
+    asked: Any = _Asked(("model_type",), model_type)
+    try:
+        made = converter.convert_backbone_config(asked)
+    except Exception:  # more than renaming: `watch` says which entry was missing, if one was
+        return {"model_type": model_type}, len(own)
+    apart = sum((value is None) != (own[key] is None) for key, value in made.items() if key in own)
+    config: dict[str, Any] = {"model_type": model_type}
+    for key, value in made.items():
+        if isinstance(value, _Unknown) and value.place and key in own:
+            entry = config
+            for name in value.place[:-1]:
+                entry = entry.setdefault(name, {})
+            entry[value.place[-1]] = own[key]
+    return config, apart
+
+
+class _Unknown:
+    """A value that is not known, and so is all that is computed from it."""
+
+    place: tuple[Any, ...] = ()
+    __array_priority__ = 1e6
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Unknown()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Unknown()
+
+    def __getitem__(self, key: Any) -> Any:
+        return _Unknown()
+
+    def __array_function__(self, *args: Any) -> Any:
+        return _Unknown()
+
+    def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Unknown()
+
+    def __bool__(self) -> bool:
+        raise TypeError("it asks for more than the names of tensors")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("it asks for more than the names of tensors")
+
+
+def _unknown(self: Any, *args: Any) -> Any:
+    return _Unknown()
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    setattr(_Unknown, f"__{_name}__", _unknown)
+    setattr(_Unknown, f"__r{_name}__", _unknown)
+
+
+class _Asked(_Unknown):
+    """A config that answers with the place of what was asked."""
+
+    def __init__(self, known: tuple[Any, ...] = (), value: Any = None, place: tuple[Any, ...] = ()):
+        self.known, self.value, self.place = known, value, place
+
+    def __getitem__(self, key: Any) -> Any:
+        place = (*self.place, key)
+        return self.value if place == self.known else _Asked(self.known, self.value, place)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self.value if (*self.place, key) == self.known else default
+
+    def __contains__(self, key: Any) -> bool:
+        return (*self.place, key) == self.known
+
+
+class _Config(dict):
+    """A config of which a missing entry is named."""
+
+    def __missing__(self, key: Any) -> Any:
+        raise ConverterError(f"it reads '{key}' of the checkpoint's config.json, so pass the checkpoint's folder as `base`")
+
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        return _Config(value) if isinstance(value, dict) else value
+
+
+# What a converter is given.
+
+#: Names of the first checkpoints, which transformers renames.
+_OLD_NAMES = (".gamma", ".beta")
+#: What a converter looks for to see which of two kinds of norm there is.
+_MAYBE_LACKING = (*_OLD_NAMES, ".running_mean")
+
+
+class _Loader:
+    """A loader without a file."""
+
+    safetensor_config = None
+
+    def __init__(self, lacks: tuple[str, ...]):
+        self.ports: list[Port] = []
+        self.lacks = lacks
+
+    def port_weight(self, keras_variable: Any, hf_weight_key: str, hook_fn: Any = None) -> None:
+        if isinstance(keras_variable, _Slot):
+            self.ports.append(Port(keras_variable.layer, keras_variable.attribute, hf_weight_key, hook_fn))
+
+    def get_tensor(self, hf_weight_key: str) -> Any:
+        if hf_weight_key.endswith(self.lacks):
+            raise KeyError(hf_weight_key)
+        return _Unknown()
+
+    def get_prefixed_key(self, hf_weight_key: str, dict_like: Any) -> str:
+        return hf_weight_key
+
+
+class _Slot(_Unknown):
+    """A variable of a layer: it has a shape, and takes any value."""
+
+    def __init__(self, layer: keras.layers.Layer, attribute: str, value: Any):
+        self.layer, self.attribute, self.value = layer, attribute, value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.layer, self.attribute)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.broadcast_to(np.float32(0), self.shape)  # for code that computes one variable from another
+
+
+class _View:
+    """A layer, of which the variables are slots and the layers are views."""
+
+    def __init__(self, layer: keras.layers.Layer):
+        vars(self)["_layer"] = layer
+
+    @property  # type: ignore[misc]  # for `isinstance`
+    def __class__(self) -> Any:
+        return _plain_class(vars(self)["_layer"])
+
+    def __getattr__(self, name: str) -> Any:
+        layer = vars(self)["_layer"]
+        plain = seen_with(layer, layer.base_class) if isinstance(layer, Owner) else layer
+        value = getattr(plain, name)
+        if isinstance(value, keras.Variable) or (
+            _is_tensor(value) and name in {each.kernel_name for each in maps_of(layer)}
+        ):
+            return _Slot(layer, name, value)
+        return _shown(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Nothing is written."""
+
+
+def _is_tensor(value: Any) -> bool:
+    return keras.ops.is_tensor(value) or isinstance(value, np.ndarray)
+
+
+def _shown(value: Any) -> Any:
+    if type(value) is _View:
+        return value
+    if isinstance(value, keras.layers.Layer):
+        return _View(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_shown, value))
+    if isinstance(value, dict):
+        return {key: _shown(each) for key, each in value.items()}
+    if inspect.ismethod(value):
+        return lambda *args, **kwargs: _shown(value(*args, **kwargs))
+    return value
