@@ -34,14 +34,11 @@ def contents_of(model: Any, name: str | None = None, fingerprint_weights: bool =
     adapted = named_adapters(model)[only_name(model, name)]
     header: dict[str, Any] = {"base_structure": fingerprint.structure(model), "adapters": {}, "trained": {}}
     for address, (linear, adapter) in adapted.items():
-        header["adapters"][address] = {**_identity_of(linear), **_described(adapter)}
+        header["adapters"][address] = {**identity_of(linear), **described(adapter)}
     for address, layer in _trained_layers(model).items():
         trained = training.trained_variables(layer)
-        header["trained"][address] = {
-            "class": _class_name(layer),
-            "plan": [True, [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]],
-            "shapes": [list(v.shape) for v in keras_internals.own_variables(layer)],
-        }
+        flags = [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]
+        header["trained"][address] = {**nothing_trained(layer), "plan": [True, flags]}
     methods = {address: adapter for address, (_, adapter) in adapted.items()}
     variables = _variables_of(methods, header["trained"], by_address(model))
     if fingerprint_weights:
@@ -165,7 +162,15 @@ def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
     return {place.address: place.layer for place in places if training.trained_variables(place.layer)}
 
 
-def _identity_of(linear: LinearMap) -> dict[str, Any]:
+def nothing_trained(layer: Any) -> dict[str, Any]:
+    """What a header says of a layer of which base variables train, with none of them chosen yet."""
+    flags = [False] * len(keras_internals.own_trainable_variables(layer))
+    shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
+    return {"class": _class_name(layer), "plan": [True, flags], "shapes": shapes}
+
+
+def identity_of(linear: LinearMap) -> dict[str, Any]:
+    """What a header says of a kernel."""
     return {"class": _class_name(linear.layer), "kernel": list(linear.kernel_shape)}
 
 
@@ -173,7 +178,7 @@ def _class_name(layer: Any) -> str:
     return type(layer).__name__
 
 
-def _described(adapter: adapters.Adapter) -> dict[str, Any]:
+def described(adapter: adapters.Adapter) -> dict[str, Any]:
     """The method as plain words: no class path that a reader would have to import."""
     names = {cls: name for name, cls in adapters.TABLE.items()}
     if type(adapter) not in names:
@@ -274,7 +279,7 @@ def _variable_misfits(address: str, layer: Any, entry: dict[str, Any]) -> list[s
 def _adapter_misfits(address: str, linear: LinearMap, own: adapters.Adapter | None, entry: dict[str, Any]) -> list[str]:
     if not linear.layer.built:
         return [f"the layer at '{address}' is not built"]
-    identity = _identity_of(linear)
+    identity = identity_of(linear)
     if identity["kernel"] != entry["kernel"]:
         return [f"the kernel at '{address}' has shape {identity['kernel']}; in the file it has {entry['kernel']}"]
     if entry["method"] not in adapters.TABLE:

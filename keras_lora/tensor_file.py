@@ -130,16 +130,20 @@ def _short(text: str) -> str:
 
 
 def write(path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Write beside `path` and rename: an interrupted save leaves the old file as it was."""
-    data = safetensors.numpy.save(tensors, {ENTRY: json.dumps({"version": VERSION, **header}, sort_keys=True)})
+    """Write an adapter file."""
     _take_left_over(path)
+    write_bytes(path, safetensors.numpy.save(tensors, {ENTRY: json.dumps({"version": VERSION, **header}, sort_keys=True)}))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside `path` and rename: an interrupted save leaves the old file as it was."""
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(aside).chmod(0o666 & ~_umask())
+        Path(aside).chmod(0o666 & ~umask())
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
@@ -154,7 +158,8 @@ def _take_left_over(path: Path) -> None:
                 each.unlink()
 
 
-def _umask() -> int:
+def umask() -> int:
+    """What this process takes from the rights of a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

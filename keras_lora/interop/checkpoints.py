@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -86,14 +86,20 @@ class Checkpoint:
         model: A KerasHub backbone, a task on one, or any model with `names`.
         names: For layers that KerasHub has no converter for, or another name for those it has one for: from the path of a
             layer (as `keras_lora.list_targets` prints it) or its address, to the name of the module.
+        rename: From a name that KerasHub's converter has, `"encoder.layer.0.output.dense.weight"` say, to the one wanted.
 
     Attributes:
         keys: The tensors, each with the variables that lie in it.
         reason: Why KerasHub's converter says nothing of this model, or `""`.
     """
 
-    def __init__(self, model: keras.layers.Layer, names: Mapping[str, str] | None = None):
-        places = walk(model)
+    def __init__(
+        self,
+        model: keras.layers.Layer,
+        names: Mapping[str, str] | None = None,
+        rename: Callable[[str], str] | None = None,
+    ):
+        self.model, places = model, walk(model)
         self.addresses = {id(place.layer): place.address for place in places}
         self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
         ports, self.reason = _converted(model)
@@ -101,6 +107,8 @@ class Checkpoint:
         renamed = {(id(port.layer), port.attribute) for port in named}
         by_variable = {(id(port.layer), port.attribute): port for port in ports}  # a shared layer is filled several times
         kept = [port for variable, port in by_variable.items() if variable not in renamed]
+        if rename is not None:
+            kept = [replace(port, key=rename(port.key)) for port in kept]
         self.keys: dict[str, list[Port]] = {}
         for port in [*kept, *named]:
             if id(port.layer) in self.addresses:

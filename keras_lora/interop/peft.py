@@ -1,0 +1,146 @@
+"""`from_peft` and `to_peft`: adapters from and to Hugging Face PEFT.
+
+PEFT names a module of a `transformers` model and keeps `lora_A (rank, in)` and `lora_B (out, rank)` for its weight
+`(out, in)`. Ours is a kernel of a Keras layer with `lora_a (in, rank)` and `lora_b (rank, out)`. Which module a kernel is,
+and in which order the inputs and outputs of both lie, `checkpoints.py` says; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from keras_lora import contents, huggingface
+from keras_lora.inject import require_adapted
+from keras_lora.interop import peft_folder
+from keras_lora.interop.checkpoints import Checkpoint
+from keras_lora.interop.peft_reading import Reader, aligned
+from keras_lora.interop.peft_writing import Writer
+
+
+def from_peft(
+    model: Any,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    trainable: bool = True,
+    names: Mapping[str, str] | None = None,
+    rename: Callable[[str], str] | None = None,
+) -> Any:
+    """Read a PEFT adapter into a model, in place: LoRA or DoRA, and what was trained with it.
+
+    The layers of a KerasHub model are found by the names that KerasHub's own converter for `transformers` checkpoints has
+    for them, whatever stands before these names in the file (`bert.`, `transformer.`). Where several of our kernels are one
+    weight there (GPT-2's `c_attn`), each gets its part. Ranks and alphas by pattern, rank-stabilized scales, biases,
+    `modules_to_save`, embeddings, convolutions and trainable tokens are read.
+
+    Args:
+        model: The base, plain or adapted: a KerasHub backbone, a task on one, or any model with `names`. Its weights must be
+            those that the adapter was trained on, which nothing in the file can tell.
+        folder: A folder that PEFT's `save_pretrained` wrote, or `"hf://owner/name"`. Only safetensors is read.
+        name: What to call the adapter, or which adapter to load into, as for `keras_lora.load_adapter`.
+        trainable: Whether it trains further.
+        names: Modules of layers that the converter does not know, a head say: from the path or the address of a layer to
+            the name of its module. The weight is taken to be laid out as PyTorch has it for a layer of that kind.
+        rename: From a name that KerasHub's converter has, which is that in a checkpoint, to that in the file. `transformers`
+            5 gives modules of some vision models other names than their checkpoints have;
+            `keras_lora.interop.transformers_names.renaming("vit")` asks it for them.
+
+    Returns:
+        `model` itself. Where an adapter was added, it needs `compile` before training.
+
+    Raises:
+        ValueError: The adapter is damaged, of another kind, or does not fit; everything that is unknown or of another shape
+            is listed. The model is then as it was.
+        FileNotFoundError: There is no such folder, or it lacks one of its two files.
+
+    Example:
+
+    >>> import os, tempfile, keras_hub, keras_lora
+    >>> from keras_lora.interop.peft import from_peft, to_peft
+    >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+    >>> base = lambda: keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
+    >>> folder = os.path.join(tempfile.mkdtemp(), "french")
+    >>> to_peft(keras_lora.apply_lora(base(), rank=2, targets="query"), folder)
+    >>> [tuple(v.shape) for v in from_peft(base(), folder).trainable_variables]
+    [(8, 2), (2, 8)]
+
+    Reference:
+        [PEFT, checkpoint format](https://huggingface.co/docs/peft/developer_guides/checkpoint)
+    """
+    if huggingface.is_address(folder):
+        folder = huggingface.local_folder(str(folder), [peft_folder.CONFIG, peft_folder.TENSORS])
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Expected one that PEFT's `save_pretrained` wrote.")
+    config, modules = peft_folder.read(folder)
+    checkpoint = Checkpoint(model, names, rename)
+    reader = Reader(checkpoint, config)
+    for module, known in aligned(modules, checkpoint).items():
+        reader.take(module, known, modules[module])
+    source = f"The PEFT adapter {folder}"
+    contents.raise_problems(source, model, reader.problems)
+    return contents.put_contents(model, reader.header, reader.tensors, source, trainable, name)
+
+
+def to_peft(
+    model: Any,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    prefix: str = "",
+    rename: Callable[[str], str] | None = None,
+    names: Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    bake_scaling: bool = False,
+) -> None:
+    """Write an adapter of a model, and what else was trained with it, as a PEFT adapter.
+
+    Args:
+        model: An adapted model: a KerasHub backbone, a task on one, or any model with `names`.
+        folder: Where to write `adapter_config.json` and `adapter_model.safetensors`, or `"hf://owner/name"`. What else lies
+            in the folder stays.
+        name: Which adapter, where the model has several.
+        prefix: What stands before the names of KerasHub's converter in the model that PEFT will adapt: `"bert."` for a
+            `BertForSequenceClassification`, `"transformer."` for a `GPT2LMHeadModel`; nothing for a `LlamaForCausalLM`.
+        rename: From a name that KerasHub's converter has to that in the model that PEFT will adapt, where more than the
+            beginning differs: see `from_peft`.
+        names: As for `from_peft`, with the whole names.
+        base_model: What to write as `base_model_name_or_path`, `"meta-llama/Llama-3.2-1B"` say.
+        bake_scaling: Write what vLLM, llama.cpp and Ollama read right: one rank, the scales multiplied into B, whole numbers
+            in the config. What they cannot read (DoRA, biases, heads, tokens) is refused then.
+
+    Raises:
+        ValueError: The model has no adapter or several and none was named; or an adapted kernel or a trained variable has no
+            place in PEFT's format; all of these are listed. Nothing is written then.
+
+    Example:
+
+    >>> import json, os, tempfile, keras_hub, keras_lora
+    >>> from keras_lora.interop.peft import to_peft
+    >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+    >>> model = keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
+    >>> folder = os.path.join(tempfile.mkdtemp(), "french")
+    >>> to_peft(keras_lora.apply_lora(model, rank=2, targets="query"), folder, prefix="bert.")
+    >>> json.load(open(os.path.join(folder, "adapter_config.json")))["target_modules"]
+    ['bert.encoder.layer.0.attention.self.query']
+
+    Reference:
+        [PEFT, checkpoint format](https://huggingface.co/docs/peft/developer_guides/checkpoint)
+    """
+    if huggingface.is_address(folder):
+        with tempfile.TemporaryDirectory() as local:
+            own: dict[str, Any] = {"prefix": prefix, "rename": rename, "names": names, "bake_scaling": bake_scaling}
+            to_peft(model, local, name, base_model=base_model, **own)
+            huggingface.upload_folder_to(str(folder), local)
+        return
+    require_adapted(model, "to_peft")
+    header, tensors = contents.contents_of(model, name)
+    writer = Writer(model, Checkpoint(model, names, lambda key: (rename or str)(prefix + key)))
+    writer.take(header, tensors)
+    if bake_scaling:
+        writer.bake()
+    contents.raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems)
+    peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)

@@ -1,0 +1,293 @@
+"""The folder of a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`, read with every check, and written.
+
+A pickled `adapter_model.bin` is never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from keras_lora import tensor_file
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: Before every name of a module in the keys of PEFT.
+PREFIX = "base_model.model."
+#: The longest config that is read, in bytes.
+_LONGEST_CONFIG = 4_000_000
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(\.(?!weight$|bias$)[^.]+)?(\.(?P<variable>weight|bias))?"
+)
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
+_BASE = re.compile(r"(?P<module>.+?)(\.base_layer|\.modules_to_save(\.[^.]+)?)?\.(?P<variable>[^.]+)")
+
+#: Of settings that change what the numbers mean, the values with which they mean a plain LoRA or DoRA.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+#: Starting points that leave the base as it is, and so need not be known.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass
+class Module:
+    """What a PEFT adapter has of one module.
+
+    Attributes:
+        a, b: The factors as they are in the file.
+        magnitude: That of DoRA.
+        tokens: Rows of an embedding that take the place of its own.
+        variables: Variables of the base that were trained, by name (`"weight"`, `"bias"`).
+    """
+
+    a: np.ndarray | None = None
+    b: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+    variables: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    """The settings of a PEFT adapter that say what its tensors mean."""
+
+    r: int
+    alpha: float
+    rank_stabilized: bool
+    dora: bool
+    dropout: float
+    rank_pattern: dict[str, Any]
+    alpha_pattern: dict[str, Any]
+    tokens: Any
+
+    def rank_of(self, module: str) -> Any:
+        """The rank that the config says of a module."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> Any:
+        """The alpha that the config says of a module."""
+        return _by_pattern(self.alpha_pattern, module, self.alpha)
+
+    def tokens_of(self, module: str) -> Any:
+        """The rows of an embedding that a file has, or `None`."""
+        if isinstance(self.tokens, dict):
+            return next((each for name, each in self.tokens.items() if f".{module}".endswith(f".{name}")), None)
+        return self.tokens
+
+
+def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
+    """What PEFT finds: the first pattern that is the module's name or the end of it."""
+    for pattern, value in patterns.items():
+        name = pattern.replace("\\.", ".")
+        is_name = re.fullmatch(r"[\w.\-]+", name) is not None
+        if f".{module}".endswith(f".{name}") if is_name else re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+# Reading.
+
+
+def read(folder: Path) -> tuple[Config, dict[str, Module]]:
+    """The settings and the modules of a PEFT adapter, by their names as they are in the file.
+
+    Raises:
+        FileNotFoundError: The folder lacks one of the two files.
+        ValueError: One of them is damaged, or of a kind that is no plain LoRA or DoRA; all reasons are listed.
+    """
+    missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
+    if missing:
+        pickled = " A pickled adapter_model.bin is not read; PEFT's `save_pretrained` writes safetensors."
+        raise FileNotFoundError(
+            f"The folder {folder} lacks {' and '.join(missing)}. Expected a folder that PEFT's `save_pretrained` wrote."
+            f"{pickled if (folder / 'adapter_model.bin').exists() else ''}"
+        )
+    try:
+        config, problems = _config(_json(folder / CONFIG))
+        modules, more = _modules(tensors_of(folder / TENSORS))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        said = str(error)
+        raise ValueError(
+            f"{folder} is not a whole PEFT adapter ({type(error).__name__}: {said[:500]}{'…' * (len(said) > 500)}). "
+            "Expected a folder that PEFT's `save_pretrained` wrote. It may be cut off, damaged or of another kind."
+        ) from error
+    if problems := problems + more:
+        listed = "".join(f"\n  - {each[:1000]}" for each in problems)
+        raise ValueError(
+            f"The PEFT adapter {folder} is not one that keras_lora can read:{listed}\nExpected a LoRA or DoRA of plain "
+            "matrices, embeddings or convolutions, with what was trained beside it."
+        )
+    return config, modules
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LONGEST_CONFIG:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise TypeError(f"{path.name} holds a {type(config).__name__}, no table")
+    return config
+
+
+def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+    problems = [f"its `{key}` is {said[key]!r}" for key, plain in _PLAIN.items() if said.get(key, plain[0]) not in plain]
+    if "peft_type" not in said:
+        problems.append("its config has no `peft_type`")
+    start = said.get("init_lora_weights", True)
+    if start not in _STARTS:
+        problems.append(
+            f"it was started by {start!r}, which changes the base, and the file does not hold that change; let PEFT "
+            "convert it to a LoRA on `save_pretrained` (`path_initial_model_for_weight_conversion`)"
+        )
+    fields: dict[str, Any] = {
+        "r": (8, lambda value: type(value) is int and value > 0),
+        "lora_alpha": (8, number),
+        "lora_dropout": (0.0, lambda value: type(value) in (int, float) and 0 <= value < 1),
+        "use_rslora": (False, lambda value: type(value) is bool),
+        "use_dora": (False, lambda value: type(value) is bool),
+        "rank_pattern": ({}, lambda value: _are_patterns(value, lambda each: type(each) is int and each > 0)),
+        "alpha_pattern": ({}, lambda value: _are_patterns(value, number)),
+        "trainable_token_indices": (None, _are_tokens),
+    }
+    found = {key: default if said.get(key) is None else said[key] for key, (default, _) in fields.items()}
+    problems += [f"its `{key}` is {found[key]!r}"[:300] for key, (_, fits) in fields.items() if not fits(found[key])]
+    return Config(
+        r=found["r"],
+        alpha=found["lora_alpha"],
+        rank_stabilized=found["use_rslora"],
+        dora=found["use_dora"],
+        dropout=found["lora_dropout"],
+        rank_pattern=found["rank_pattern"],
+        alpha_pattern=found["alpha_pattern"],
+        tokens=found["trainable_token_indices"],
+    ), problems
+
+
+def _are_patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether `value` has patterns that can be matched without hanging: names, and a few with a wild card or two."""
+    if not isinstance(value, dict) or len(value) > 20_000 or not all(map(fits, value.values())):
+        return False
+    wild = [each for each in value if not re.fullmatch(r"(?:[\w.\-]|\\\.)+", each)]
+    simple = re.compile(r"\^?(?:[\w.\-]|\\[.\-_d]|\.\*|\\d\+|\[[\w\-]+\]|[|()])*\$?")
+    few = all(len(each) < 1000 and each.count("*") + each.count("+") < 3 and simple.fullmatch(each) for each in wild)
+    return few and len(wild) <= 16 and all(map(_compiles, wild))
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _are_tokens(value: Any) -> bool:
+    tables = value.values() if isinstance(value, dict) else [] if value is None else [value]
+    return all(isinstance(each, list) and each and all(type(row) is int and row >= 0 for row in each) for each in tables)
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file as NumPy arrays; bfloat16, which NumPy has not, as float32."""
+    found = {}
+    for key, said in safetensors.deserialize(path.read_bytes()):
+        kind, shape, data = said["dtype"], said["shape"], said["data"]
+        if kind not in _KINDS or 0 in shape:
+            raise TypeError(f"the tensor '{key}' of dtype {kind} and shape {shape} is none that PEFT writes")
+        array = np.frombuffer(data, _KINDS[kind]).reshape(shape)
+        if kind == "BF16":
+            array = (array.astype("<u4") << 16).view("<f4")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"the tensor '{key}' has numbers that are not finite")
+        found[key] = array.astype("float32", copy=False) if kind != "F64" else array
+    return found
+
+
+_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
+_FIELDS = {"lora_A": "a", "lora_embedding_A": "a", "lora_B": "b", "lora_embedding_B": "b"}
+
+
+def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[str]]:
+    """The tensors by module, and what cannot be read of them."""
+    modules: dict[str, Module] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(PREFIX)
+        if match := _FACTOR.fullmatch(plain):
+            part, place = match["part"], modules.setdefault(match["module"], Module())
+            name = _FIELDS.get(part, "magnitude")
+            if match["variable"] == "bias":
+                problems.append(f"the tensor '{key}' is a bias of the change itself (`lora_bias`)")
+            elif getattr(place, name) is not None:
+                problems.append(f"the tensor '{key}' is there twice")
+            else:
+                setattr(place, name, tensor)
+        elif match := _TOKENS.fullmatch(plain):
+            modules.setdefault(match["module"], Module()).tokens = tensor
+        elif ".lora_" in plain or not (match := _BASE.fullmatch(plain)):
+            problems.append(f"the tensor '{key}' is none that a LoRA has")
+        else:
+            variables = modules.setdefault(match["module"], Module()).variables
+            if match["variable"] in variables:
+                problems.append(f"the tensor '{key}' is there twice")
+            variables[match["variable"]] = tensor
+    for name, module in modules.items():
+        if (module.a is None) != (module.b is None):
+            problems.append(f"the module '{name}' has only one of its two factors")
+        if module.magnitude is not None and module.a is None:
+            problems.append(f"the module '{name}' has a magnitude and no factors")
+    if not any(module.a is not None or module.tokens is not None for module in modules.values()):
+        problems.append(f"none of its {len(tensors)} tensors is of an adapter")
+    return modules, problems
+
+
+# Writing.
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Write the two files beside `folder`, and put the whole in its place; what else lies in the folder stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".unfinished"))
+    try:
+        if folder.exists():
+            shutil.copytree(folder, aside, dirs_exist_ok=True)
+        tensor_file.write_bytes(aside / TENSORS, safetensors.numpy.save(tensors, {"format": "pt"}))
+        tensor_file.write_bytes(aside / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        aside.chmod(0o777 & ~tensor_file.umask())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
+            os.rename(folder, old)
+            os.rename(aside, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -1,0 +1,187 @@
+"""From the modules of a PEFT adapter to what an adapter file of ours holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora import adapters, contents, keras_internals
+from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
+from keras_lora.interop.peft_folder import Config, Module
+from keras_lora.linear_map import LinearMap
+from keras_lora.patterns import nearest
+
+
+class Reader:
+    """Turns the modules of a PEFT adapter into what an adapter file holds, and collects what stands against it."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config):
+        self.checkpoint, self.config = checkpoint, config
+        self.header: dict[str, Any] = {"adapters": {}, "trained": {}}
+        self.tensors: dict[str, np.ndarray] = {}
+        self.problems: list[str] = []
+
+    def take(self, module: str, known: str, found: Module) -> None:
+        """Take what there is of one module, which the converter knows by the name `known`."""
+        addresses = self.checkpoint.modules.get(known, [])
+        if found.a is not None or found.tokens is not None:
+            if not addresses:
+                near = nearest(known, sorted(self.checkpoint.modules))
+                why = f"the nearest that the model has are {near}" if near else self.checkpoint.reason
+                self.problems.append(f"the module '{module}' is no kernel of this model; {why}")
+            for address in addresses:
+                try:
+                    source = self.checkpoint.source_of(address)
+                except NotAReshape as error:
+                    self.problems.append(f"the module '{module}' is the kernel at '{address}', and {error}")
+                else:
+                    self._take_adapter(module, address, source, found)
+        for variable, tensor in found.variables.items():
+            self._take_variable(module, f"{known}.{variable}", tensor)
+
+    def _take_adapter(self, module: str, address: str, source: Source, found: Module) -> None:
+        linear = self.checkpoint.maps[address]
+        if found.a is not None and found.tokens is not None:
+            self.problems.append(f"the module '{module}' has factors and trained tokens; one kernel can have one of them")
+        elif found.tokens is not None:
+            self._take_tokens(module, address, linear, source, found.tokens)
+        elif found.a is not None and found.b is not None:
+            self._take_factors(module, address, linear, source, found.a, found.b, found.magnitude)
+
+    def _take_factors(
+        self,
+        module: str,
+        address: str,
+        linear: LinearMap,
+        source: Source,
+        a: np.ndarray,
+        b: np.ndarray,
+        magnitude: np.ndarray | None,
+    ) -> None:
+        if linear.picks_rows and goes_back(self.checkpoint.model, linear):
+            self.problems.append(
+                f"the module '{module}' is an embedding that this model uses for its way back too, where PEFT leaves it as "
+                "it was; load the adapter into the backbone alone"
+            )
+            return
+        rank, said, alpha = a.shape[0], self.config.rank_of(module), self.config.alpha_of(module)
+        if rank != said:
+            self.problems.append(f"the module '{module}' has rank {rank}, and the config says {said}")
+            return
+        flat_a, flat_b = a.reshape(rank, -1), b.reshape(b.shape[0], -1)
+        wanted = (rank, source.in_dim), (source.out_dim, rank)
+        if (flat_a.shape, flat_b.shape) != wanted:
+            self.problems.append(
+                f"the module '{module}' has factors of shape {a.shape} and {b.shape}; for its weight {source.shape} "
+                f"expected are {wanted[0]} and {wanted[1]}, flat"
+            )
+            return
+        if (magnitude is not None) != self.config.dora or (magnitude is not None and magnitude.size != source.out_dim):
+            shape = None if magnitude is None else magnitude.shape
+            self.problems.append(
+                f"the module '{module}' has a magnitude of shape {shape}; expected are {source.out_dim} numbers for DoRA "
+                f"(`use_dora` is {self.config.dora})"
+            )
+            return
+        method = adapters.LoRA if magnitude is None else adapters.DoRA
+        dropout = 0.0 if linear.no_dropout else self.config.dropout
+        adapter = method(rank, alpha, dropout, self.config.rank_stabilized)
+        self._put(address, linear, adapter)
+        self.tensors[f"{address}:lora_a"] = np.ascontiguousarray(flat_a[:, source.ins].T)
+        self.tensors[f"{address}:lora_b"] = np.ascontiguousarray(flat_b[source.outs].T)
+        if magnitude is not None:
+            self.tensors[f"{address}:magnitude"] = np.ascontiguousarray(magnitude.reshape(-1)[source.outs])
+
+    def _take_tokens(self, module: str, address: str, linear: LinearMap, source: Source, tokens: np.ndarray) -> None:
+        indices = self.config.tokens_of(module)
+        if source.kind != "embedding" or indices is None:
+            self.problems.append(
+                f"the module '{module}' has trained tokens, and is no embedding or the config names no tokens"
+            )
+            return
+        if tokens.shape != (len(indices), source.out_dim) or max(indices) >= source.in_dim:
+            self.problems.append(
+                f"the module '{module}' has trained tokens of shape {tokens.shape}; expected are {len(indices)} rows of "
+                f"{source.out_dim} numbers, for rows below {source.in_dim}"
+            )
+            return
+        self._put(address, linear, adapters.TrainableTokens(indices))
+        rows = keras.ops.convert_to_numpy(keras.ops.take(linear.kernel, np.array(indices), axis=0))
+        self.tensors[f"{address}:token_delta"] = tokens[:, source.outs] - rows.astype("float32")
+
+    def _put(self, address: str, linear: LinearMap, adapter: adapters.Adapter) -> None:
+        self.header["adapters"][address] = {**contents.identity_of(linear), **contents.described(adapter)}
+
+    def _take_variable(self, module: str, key: str, tensor: np.ndarray) -> None:
+        ports = self.checkpoint.keys.get(key, [])
+        if not ports:
+            near = nearest(key, sorted(self.checkpoint.keys))
+            self.problems.append(
+                f"the tensor '{key}' of '{module}' is no variable of this model; the nearest are {near}. `names` says which "
+                "layer it is"
+            )
+        for port in ports:
+            try:
+                lie = self.checkpoint.lie_of(port.layer, port.attribute)
+            except NotAReshape as error:
+                self.problems.append(f"the tensor '{key}' of '{module}' cannot be read: {error}")
+                continue
+            address, index = self.checkpoint.addresses[id(port.layer)], number_of(port.layer, port.attribute)
+            if tensor.size != np.prod(lie.shape) or index is None:
+                self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")
+                continue
+            own = keras_internals.own_variables(port.layer)
+            entry = self.header["trained"].setdefault(address, contents.nothing_trained(port.layer))
+            if index < len(entry["plan"][1]):
+                entry["plan"][1][index] = True
+            self.tensors[f"{address}:base.{index}.{own[index].name}"] = tensor.reshape(-1)[lie.index]
+
+
+def number_of(layer: Any, attribute: str) -> int | None:
+    """The place of a variable among the own variables of its layer."""
+    kernel = next((each for each in contents.maps_of(layer) if each.kernel_name == attribute), None)
+    variable = getattr(layer, attribute) if kernel is None else kernel.kernel_variable
+    return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
+
+
+def aligned(modules: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """What the model calls each module of a file: one may have a beginning (`bert.`) that the other has not."""
+    known = {key.rpartition(".")[0] for key in checkpoint.keys}
+    votes: Counter[tuple[str, str]] = Counter()
+    for module in modules:
+        for name in known:
+            if f".{module}".endswith(f".{name}"):
+                votes[module[: len(module) - len(name)], ""] += 1
+            elif f".{name}".endswith(f".{module}"):
+                votes["", name[: len(name) - len(module)]] += 1
+    most = max(votes.values(), default=0)
+    best = [each for each, number in votes.items() if number == most]
+    if len(best) > 1 and ("", "") not in best:
+        raise ValueError(
+            f"The modules of the adapter fit this model in several ways: with {best} as (beginning in the file, beginning "
+            "in the model). Expected one. Received: names such as "
+            + repr(next(iter(modules)))
+            + ". Load it into a part of the model."
+        )
+    of_file, of_model = ("", "") if not best or ("", "") in best else best[0]
+    found = {}
+    for module in modules:
+        inside = module.startswith(of_file)  # a head stands beside the backbone, and has not its beginning
+        found[module] = of_model + module[len(of_file) :] if inside and module not in known else module
+    return found
+
+
+def goes_back(model: Any, linear: LinearMap) -> bool:
+    """Whether a model uses a tied embedding for its way back: an output of the model is its product."""
+    if not getattr(linear.layer, "tie_weights", False):
+        return False
+    produced = [keras_internals.producer_of(each)[0] for each in keras.tree.flatten(getattr(model, "outputs", None) or [])]
+    return any(each is linear.layer or linear.layer in _inside(each) for each in produced)
+
+
+def _inside(operation: Any) -> list[Any]:
+    return keras_internals.sublayers(operation) if isinstance(operation, keras.layers.Layer) else []

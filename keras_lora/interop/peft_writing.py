@@ -1,0 +1,322 @@
+"""From what an adapter file of ours holds to the tensors and the config of a PEFT adapter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_lora import adapters, keras_internals
+from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
+from keras_lora.interop.peft_folder import PREFIX
+from keras_lora.interop.peft_reading import goes_back, number_of
+from keras_lora.interop.ports import Port
+from keras_lora.interop.serving_rules import unread
+from keras_lora.linear_map import LinearMap
+
+#: What PEFT calls the task of a model, by the end of its class's name.
+_TASKS = {"CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM", "TextClassifier": "SEQ_CLS"}
+
+
+@dataclass
+class Part:
+    """The adapter of one of our kernels.
+
+    Attributes:
+        address, linear, source: The kernel, and where it lies.
+        adapter: The method, without weights.
+        values: Its weights by name.
+    """
+
+    address: str
+    linear: LinearMap
+    source: Source
+    adapter: Any
+    values: dict[str, np.ndarray]
+
+    @property
+    def a(self) -> np.ndarray:
+        """`(rank, in)`, with the inputs in the order of the weight."""
+        found = np.empty((self.values["lora_a"].shape[1], self.source.in_dim), "float32")
+        found[:, self.source.ins] = self.values["lora_a"].T
+        return found
+
+    @property
+    def b(self) -> np.ndarray:
+        """`(out, rank)`, with the outputs in the order of the weight; zeros where they are not of this kernel."""
+        return self.spread(self.values["lora_b"].T)
+
+    def spread(self, rows: np.ndarray) -> np.ndarray:
+        """What there is for each output of the kernel, for each output of the weight."""
+        found = np.zeros((self.source.out_dim, *rows.shape[1:]), "float32")
+        found[self.source.outs] = rows
+        return found
+
+
+@dataclass
+class Written:
+    """The adapter of one module.
+
+    Attributes:
+        module, kind, weight: Its name there, and the kind and the shape of its weight.
+        rank, alpha, rank_stabilized: What gives its scale.
+        dropout: What it trained with.
+    """
+
+    module: str
+    kind: str
+    weight: tuple[int, ...]
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    dropout: float
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None = None
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `b a`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclass
+class Writer:
+    """Turns an adapter of ours into tensors of PEFT, and collects what stands against it.
+
+    Attributes:
+        model, checkpoint: The adapted model, and what it is to `transformers`.
+    """
+
+    model: Any
+    checkpoint: Checkpoint
+    written: list[Written] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    variables: dict[str, np.ndarray] = field(default_factory=dict)
+    saved: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+    _tokens: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def take(self, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        """Take all that an adapter has."""
+        parts: dict[str, list[Part]] = {}
+        for address, entry in header["adapters"].items():
+            try:
+                source = self.checkpoint.source_of(address)
+            except NotAReshape as error:
+                self.problems.append(f"the adapter at '{address}' has no place there: {error}")
+                continue
+            values = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == address}
+            adapter = adapters.get(entry["method"], **entry["config"])
+            part = Part(address, self.checkpoint.maps[address], source, adapter, values)
+            parts.setdefault(source.module, []).append(part)
+        kinds = {type(part.adapter) for each in parts.values() for part in each} - {adapters.TrainableTokens}
+        if unknown := kinds - {adapters.LoRA, adapters.DoRA}:
+            names = sorted(each.__name__ for each in unknown)
+            self.problems.append(f"its methods {names} have no place there; `keras_lora.compress` makes LoRA of them")
+        elif len(kinds) > 1:
+            self.problems.append(
+                "it has both LoRA and DoRA; PEFT has one of them in all layers. `keras_lora.compress` makes LoRA"
+            )
+        else:
+            for module, each in parts.items():
+                self._take_module(module, each)
+        self._take_variables(header["trained"])
+
+    def _take_module(self, module: str, parts: list[Part]) -> None:
+        if isinstance(parts[0].adapter, adapters.TrainableTokens):
+            self._take_tokens(module, parts)
+            return
+        back = [part.address for part in parts if part.linear.picks_rows and goes_back(self.model, part.linear)]
+        if back:
+            self.problems.append(
+                f"the embedding at {back} is used for the way back too, and so is its change; in PEFT that is another "
+                "module. Leave it out of `targets`, or export the adapter of the backbone alone"
+            )
+            return
+        taken = np.sort(np.concatenate([part.source.outs for part in parts]))
+        same_a = all(np.array_equal(part.a, parts[0].a) and part.adapter.scale == parts[0].adapter.scale for part in parts)
+        if len(np.unique(taken)) < len(taken):  # one weight that several layers have
+            if not same_a or not all(np.array_equal(part.b, parts[0].b) for part in parts):
+                self.problems.append(f"{[part.address for part in parts]} are one module there, '{module}', and differ here")
+                return
+            parts, taken = parts[:1], parts[0].source.outs
+        magnitude = None
+        if isinstance(parts[0].adapter, adapters.DoRA):
+            if len(taken) < parts[0].source.out_dim:
+                self.problems.append(
+                    f"{[part.address for part in parts]} are a part of one module there, '{module}', which has one DoRA or "
+                    "none; adapt all of it"
+                )
+                return
+            magnitude = np.sum([part.spread(part.values["magnitude"]) for part in parts], axis=0, dtype="float32")
+        one, source = parts[0].adapter, parts[0].source
+        said = one.get_config()
+        rank, alpha, stabilized = said["rank"], said["alpha"], said["rank_stabilized"]
+        a, b = parts[0].a, np.sum([part.b for part in parts], axis=0, dtype="float32") if same_a else parts[0].b
+        if not same_a:  # the factors stacked: the exact sum
+            ratios = [part.adapter.scale / one.scale for part in parts]
+            a = np.concatenate([part.a for part in parts])
+            b = np.concatenate(
+                [(ratio * part.b).astype("float32") for ratio, part in zip(ratios, parts, strict=True)], axis=1
+            )
+            rank, alpha, stabilized = len(a), one.scale * len(a), False
+        shape = source.shape
+        self.written.append(Written(module, source.kind, shape, rank, alpha, stabilized, said["dropout"], a, b, magnitude))
+
+    def _take_tokens(self, module: str, parts: list[Part]) -> None:
+        part = parts[0]
+        if len(parts) > 1 or part.source.kind != "embedding":
+            self.problems.append(f"the trained tokens of {[each.address for each in parts]} have no place there")
+            return
+        rows = keras.ops.take(part.linear.kernel, np.array(part.adapter.tokens), axis=0)
+        self.tokens[module] = list(part.adapter.tokens)
+        self._tokens[module] = part.spread((keras.ops.convert_to_numpy(rows) + part.values["token_delta"]).T).T
+
+    # What was trained beside.
+
+    def _take_variables(self, trained: dict[str, Any]) -> None:
+        by_layer: dict[int, list[Port]] = {}
+        for ports in self.checkpoint.keys.values():
+            for port in ports:
+                by_layer.setdefault(id(port.layer), []).append(port)
+        layers = {address: key for key, address in self.checkpoint.addresses.items()}
+        adapted = {each.module for each in self.written}
+        keys: dict[str, bool] = {}
+        for address, entry in trained.items():
+            found = {number_of(port.layer, port.attribute): port for port in by_layer.get(layers[address], [])}
+            for index, trains in enumerate(entry["plan"][1]):
+                if trains and index not in found:
+                    self.problems.append(
+                        f"variable {index} of '{address}' was trained, and KerasHub's converter fills it from no tensor; "
+                        "`names` says which module a layer is"
+                    )
+                elif trains:
+                    keys[found[index].key] = True
+        for key in list(keys):  # a module is saved whole, its frozen variables too
+            module, _, variable = key.rpartition(".")
+            if variable != "bias":
+                keys |= {each: True for each in self.checkpoint.keys if each.rpartition(".")[0] == module}
+        for key in keys:
+            module, _, variable = key.rpartition(".")
+            is_saved = any(each in keys for each in self._others(module))
+            if is_saved and module in adapted:
+                self.problems.append(f"the module '{module}' has an adapter and was trained itself; PEFT has one of them")
+            try:
+                tensor = self._tensor(key)
+            except NotAReshape as error:
+                self.problems.append(f"'{key}' was trained, and has no place there: {error}")
+                continue
+            inside = ".base_layer" if module in adapted else ""
+            self.variables[f"{module}{inside}.{variable}"] = tensor
+            if is_saved:
+                self.saved.add(module)
+
+    def _others(self, module: str) -> list[str]:
+        """The tensors of a module that are no bias."""
+        return [key for key in self.checkpoint.keys if key.rpartition(".")[0] == module and not key.endswith(".bias")]
+
+    def _tensor(self, key: str) -> np.ndarray:
+        """A tensor of the checkpoint as it is now, of all variables that lie in it."""
+        tensor: np.ndarray | None = None
+        for port in self.checkpoint.keys[key]:
+            lie = self.checkpoint.lie_of(port.layer, port.attribute)
+            index = number_of(port.layer, port.attribute)
+            if index is None:
+                raise NotAReshape("it is no variable of its layer")
+            tensor = np.zeros(math.prod(lie.shape), "float32") if tensor is None else tensor
+            value = keras_internals.own_variables(port.layer)[index].value
+            tensor[lie.index.reshape(-1)] = keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")).reshape(-1)
+            shape = lie.shape
+        if tensor is None:
+            raise NotAReshape("no variable lies there")
+        return tensor.reshape(shape)
+
+    # For other readers than PEFT.
+
+    def bake(self) -> None:
+        """One rank, and the scales in B: what readers that know one scale, and that as alpha / rank, read right."""
+        rank = max((each.rank for each in self.written), default=1)
+        for each in self.written:
+            more = rank - each.rank
+            each.b = np.pad((each.scale * each.b).astype("float32"), [(0, 0), (0, more)])
+            each.a = np.pad(each.a, [(0, more), (0, 0)])
+            each.rank, each.alpha, each.rank_stabilized = rank, rank, False
+        self.problems += unread(self.config(None), self.tensors)
+
+    # What is written.
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The tensors by their keys in the file."""
+        found: dict[str, np.ndarray] = {}
+        for each in self.written:
+            key, embedding = f"{PREFIX}{each.module}.lora_", each.kind == "embedding"
+            spatial = each.weight[1:] if each.kind == "convolution" else ()
+            a = each.a.reshape(each.rank, *spatial) if spatial else each.a
+            b = each.b.reshape(*each.b.shape, *(1 for _ in spatial[1:]))
+            found[f"{key}embedding_A" if embedding else f"{key}A.weight"] = a
+            found[f"{key}embedding_B" if embedding else f"{key}B.weight"] = b
+            if each.magnitude is not None:
+                whole = (1, -1, *(1 for _ in spatial[1:])) if spatial else (-1,)
+                found[f"{key}magnitude_vector"] = each.magnitude.reshape(whole)
+        for module, rows in self._tokens.items():
+            found[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
+        found |= {f"{PREFIX}{key}": tensor for key, tensor in self.variables.items()}
+        return {key: np.ascontiguousarray(tensor, "float32") for key, tensor in sorted(found.items())}
+
+    def config(self, base_model: str | None) -> dict[str, Any]:
+        """The settings: the few that every version of PEFT knows."""
+        stabilized = bool(self.written) and all(each.rank_stabilized for each in self.written)
+        alphas = {
+            each.module: each.alpha if each.rank_stabilized == stabilized else each.scale * each.rank
+            for each in self.written
+        }
+        ranks = {each.module: each.rank for each in self.written}
+        rank, alpha = _most_common(ranks.values(), 8), _most_common(map(_whole, alphas.values()), 8)
+        named = type(self.model).__name__
+        found: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": next((task for end, task in _TASKS.items() if named.endswith(end)), None),
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": max((each.dropout for each in self.written), default=0.0),
+            "bias": self._bias,
+            "target_modules": sorted(ranks),
+            "modules_to_save": sorted(self.saved) or None,
+            "use_rslora": stabilized,
+            "use_dora": any(each.magnitude is not None for each in self.written),
+            "rank_pattern": {self._exactly(module): each for module, each in ranks.items() if each != rank},
+            "alpha_pattern": {self._exactly(m): _whole(each) for m, each in alphas.items() if _whole(each) != alpha},
+            "fan_in_fan_out": bool(self.written) and all(each.kind == "transposed" for each in self.written),
+            "init_lora_weights": True,
+        }
+        if self.tokens:
+            found["trainable_token_indices"] = self.tokens
+        return found
+
+    def _exactly(self, module: str) -> str:
+        """A pattern that matches this module and no other: by itself a name matches all that end with it."""
+        return f"^{module}" if any(each.endswith(f".{module}") for each in self.checkpoint.modules) else module
+
+    @property
+    def _bias(self) -> str:
+        names = {key.removesuffix(".bias") for key in self.variables if key.endswith(".bias")} - self.saved
+        if not names:
+            return "none"
+        return "lora_only" if all(name.endswith(".base_layer") for name in names) else "all"
+
+
+def _most_common(values: Any, otherwise: Any) -> Any:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else otherwise
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else float(number)

@@ -1,0 +1,51 @@
+"""What the modules of `transformers` are called, where that is not what its checkpoints say.
+
+`transformers` 5 renames the tensors of older checkpoints when it loads them, by tables of its own. PEFT names modules, and
+KerasHub's converters know checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def renaming(model_type: str) -> Callable[[str], str]:
+    """From the names of a checkpoint to those of the modules that `transformers`, as installed here, has for them.
+
+    Args:
+        model_type: What the `config.json` of the checkpoint says, `"vit"` say.
+
+    Raises:
+        ImportError: `transformers` 5 is not installed, with PyTorch, which it needs.
+        ValueError: It knows no such model.
+
+    Example:
+
+    >>> from keras_lora.interop.transformers_names import renaming
+    >>> renaming("vit")("vit.encoder.layer.0.attention.attention.query.weight")
+    'vit.layers.0.attention.q_proj.weight'
+    >>> renaming("llama")("model.layers.0.self_attn.q_proj.weight")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+    except ImportError as error:
+        raise ImportError(
+            f"`renaming({model_type!r})` asks `transformers` for the names of its modules. Expected version 5, with PyTorch. "
+            f"Received: {error}. Run `pip install 'keras_lora[interop]'`, or pass a function of your own."
+        ) from error
+    if model_type not in MODEL_MAPPING_NAMES:
+        raise ValueError(f"`transformers` has no model of the type {model_type!r}. Expected one such as 'vit' or 'llama'.")
+    class_names = MODEL_MAPPING_NAMES[model_type]
+    classes = [class_names] if isinstance(class_names, str) else list(class_names)
+    tables = [get_checkpoint_conversion_mapping(name) for name in (*classes, model_type)]
+    rules: list[Any] = next((table for table in tables if table), [])
+
+    def rename(name: str) -> str:
+        for rule in rules:
+            name, _ = rule.rename_source_key(name)
+        return name
+
+    return rename
