@@ -3,7 +3,7 @@
 PYTHON ?= python3
 KERAS_BACKEND ?= jax
 BACKENDS := jax tensorflow torch
-EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks,$(addprefix example-$(name)-,$(BACKENDS)))
+EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks to_peft,$(addprefix example-$(name)-,$(BACKENDS)))
 BIN := .venv/bin
 # A test runs a function once or twice: compiling it well takes longer than that. What counts XLA's work turns this off.
 # Two jobs run at a time: the threads of torch would wait for one another. TensorFlow turns oneDNN off on some CPUs, and then

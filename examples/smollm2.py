@@ -55,7 +55,7 @@ def load_keras(blocks: int = BLOCKS) -> keras.Model:
     epsilon = json.loads((checkpoint() / "config.json").read_text())["rms_norm_eps"]  # KerasHub 0.32 leaves it at 1e-6
     folder, options = str(checkpoint()), {"num_layers": blocks, "layer_norm_epsilon": epsilon}
     backbone = keras_hub.models.Backbone.from_preset(folder, **options)
-    return keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None)
+    return keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None, compile=False)
 
 
 def load_torch(blocks: int = BLOCKS):
