@@ -5,10 +5,9 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-if os.environ["KERAS_BACKEND"] == "torch":
-    import torch  # noqa: F401  # before TensorFlow, which KerasHub imports: the other order crashes in one process
+import torch  # noqa: F401  # before TensorFlow, which KerasHub imports: the other order crashes in one process
 
-import keras
+import keras  # isort: skip
 import pytest
 
 

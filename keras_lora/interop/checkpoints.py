@@ -238,7 +238,8 @@ def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:
             by_name.setdefault(name, []).append(place)
     wrong = [name for name in names if len(by_name.get(name, [])) != 1]
     if wrong:
-        near = {name: nearest(name, [place.path for place in places if place.layer.weights]) for name in wrong}
+        known = sorted({part for place in places[1:] for part in (*place.path.split("/"), place.path)})
+        near = {name: nearest(name, known) for name in wrong}
         raise ValueError(
             f"`names` must have the path or the address of one layer as each key. Received: {wrong}. The nearest paths are "
             f"{near}. `keras_lora.list_targets(model)` prints them."

@@ -233,7 +233,7 @@ class _Slot(_Unknown):
     def shape(self) -> tuple[int, ...]:
         return shape_of(self.layer, self.attribute)
 
-    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.broadcast_to(np.float32(0), self.shape)  # for code that computes one variable from another
 
 

@@ -6,7 +6,6 @@ A pickled `adapter_model.bin` is never opened.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -25,8 +24,10 @@ from keras_lora import tensor_file
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Before every name of a module in the keys of PEFT.
 PREFIX = "base_model.model."
-#: The longest config that is read, in bytes.
-_LONGEST_CONFIG = 4_000_000
+#: The longest config that is read, in bytes, and the longest name of a tensor.
+_LONGEST_CONFIG, _LONGEST_NAME = 4_000_000, 500
+#: Alpha is below it, so that no scale is without end in float32.
+_LARGEST = 1e30
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -63,6 +64,7 @@ class Module:
         magnitude: That of DoRA.
         tokens: Rows of an embedding that take the place of its own.
         variables: Variables of the base that were trained, by name (`"weight"`, `"bias"`).
+        base: The weight under an adapter, a copy of the base's, which PEFT adds for embeddings.
     """
 
     a: np.ndarray | None = None
@@ -70,6 +72,7 @@ class Module:
     magnitude: np.ndarray | None = None
     tokens: np.ndarray | None = None
     variables: dict[str, np.ndarray] = field(default_factory=dict)
+    base: np.ndarray | None = None
 
 
 @dataclass
@@ -156,7 +159,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
     def number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value) and value > 0
+        return type(value) in (int, float) and 0 < value < _LARGEST
 
     problems = [f"its `{key}` is {said[key]!r}" for key, plain in _PLAIN.items() if said.get(key, plain[0]) not in plain]
     if "peft_type" not in said:
@@ -237,7 +240,7 @@ _FIELDS = {"lora_A": "a", "lora_embedding_A": "a", "lora_B": "b", "lora_embeddin
 def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[str]]:
     """The tensors by module, and what cannot be read of them."""
     modules: dict[str, Module] = {}
-    problems = []
+    problems = [f"the tensor '{key[:100]}…' has a name of {len(key)} letters" for key in tensors if len(key) > _LONGEST_NAME]
     for key, tensor in tensors.items():
         plain = key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(plain):
@@ -253,6 +256,8 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
             modules.setdefault(match["module"], Module()).tokens = tensor
         elif ".lora_" in plain or not (match := _BASE.fullmatch(plain)):
             problems.append(f"the tensor '{key}' is none that a LoRA has")
+        elif plain.endswith(".base_layer.weight"):
+            modules.setdefault(match["module"], Module()).base = tensor
         else:
             variables = modules.setdefault(match["module"], Module()).variables
             if match["variable"] in variables:

@@ -42,6 +42,8 @@ class Reader:
                     self._take_adapter(module, address, source, found)
         for variable, tensor in found.variables.items():
             self._take_variable(module, f"{known}.{variable}", tensor)
+        if found.base is not None:
+            self._compare(module, f"{known}.weight", found.base)
 
     def _take_adapter(self, module: str, address: str, source: Source, found: Module) -> None:
         linear = self.checkpoint.maps[address]
@@ -112,6 +114,20 @@ class Reader:
         self._put(address, linear, adapters.TrainableTokens(indices))
         rows = keras.ops.convert_to_numpy(keras.ops.take(linear.kernel, np.array(indices), axis=0))
         self.tensors[f"{address}:token_delta"] = tokens[:, source.outs] - rows.astype("float32")
+
+    def _compare(self, module: str, key: str, tensor: np.ndarray) -> None:
+        """A file may hold a copy of a weight of the base, in fewer digits perhaps; it must be that of this base."""
+        for port in self.checkpoint.keys.get(key, []):
+            lie, index = self.checkpoint.lie_of(port.layer, port.attribute), number_of(port.layer, port.attribute)
+            same = index is not None and tensor.size == np.prod(lie.shape)
+            if same and index is not None:
+                own = keras.ops.convert_to_numpy(keras.ops.cast(keras_internals.own_variables(port.layer)[index], "float32"))
+                same = np.allclose(tensor.reshape(-1)[lie.index], own, rtol=0.01, atol=0.01 * float(np.abs(own).max()))
+            if not same:
+                self.problems.append(
+                    f"the module '{module}' has another weight in the file than in this base (its vocabulary may have grown "
+                    "before training); give the base that weight first"
+                )
 
     def _put(self, address: str, linear: LinearMap, adapter: adapters.Adapter) -> None:
         self.header["adapters"][address] = {**contents.identity_of(linear), **contents.described(adapter)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,8 @@ from keras_lora.interop.ports import Port
 from keras_lora.interop.serving_rules import unread
 from keras_lora.linear_map import LinearMap
 
-#: What PEFT calls the task of a model, by the end of its class's name.
-_TASKS = {"CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM", "TextClassifier": "SEQ_CLS"}
+#: What PEFT calls the task of a model, by the end of its class's name. Not `SEQ_CLS`: PEFT then expects a whole head.
+_TASKS = {"CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM"}
 
 
 @dataclass
@@ -288,7 +289,7 @@ class Writer:
             "lora_alpha": alpha,
             "lora_dropout": max((each.dropout for each in self.written), default=0.0),
             "bias": self._bias,
-            "target_modules": sorted(ranks),
+            "target_modules": self._targets(sorted(ranks)),
             "modules_to_save": sorted(self.saved) or None,
             "use_rslora": stabilized,
             "use_dora": any(each.magnitude is not None for each in self.written),
@@ -301,9 +302,16 @@ class Writer:
             found["trainable_token_indices"] = self.tokens
         return found
 
+    def _targets(self, modules: list[str]) -> list[str] | str:
+        """The modules by name, or by one regular expression where a name is the end of another's: it would match both."""
+        return "|".join(map(re.escape, modules)) if any(map(self._ends_another, modules)) else modules
+
     def _exactly(self, module: str) -> str:
-        """A pattern that matches this module and no other: by itself a name matches all that end with it."""
-        return f"^{module}" if any(each.endswith(f".{module}") for each in self.checkpoint.modules) else module
+        """A pattern for the rank or alpha of this module and no other."""
+        return f"^{module}" if self._ends_another(module) else module
+
+    def _ends_another(self, module: str) -> bool:
+        return any(each.endswith(f".{module}") for each in self.checkpoint.modules)
 
     @property
     def _bias(self) -> str:

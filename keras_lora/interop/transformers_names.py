@@ -33,7 +33,7 @@ def renaming(model_type: str) -> Callable[[str], str]:
         from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
     except ImportError as error:
         raise ImportError(
-            f"`renaming({model_type!r})` asks `transformers` for the names of its modules. Expected version 5, with PyTorch. "
+            f"`renaming({model_type!r})` asks `transformers` for the names of its modules. Expected version 5 and PyTorch. "
             f"Received: {error}. Run `pip install 'keras_lora[interop]'`, or pass a function of your own."
         ) from error
     if model_type not in MODEL_MAPPING_NAMES:

@@ -1,0 +1,158 @@
+"""Small random models of `transformers`, each with the KerasHub model that is the same: `FAMILIES[name].pair(folder)`.
+
+A checkpoint is written by `transformers` and read by KerasHub. Its numbers have the precision of float16, to which
+KerasHub's converter for Mistral rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import torch
+import transformers
+
+from keras_lora.interop.transformers_names import renaming
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ENCODER = {**SIZES, "num_labels": 3, "pad_token_id": 0}
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
+VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}
+DROPOUT = {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
+
+TOKENS = np.random.default_rng(0).integers(3, 40, size=(2, 6)).astype("int32")
+IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: how it is made on both sides.
+
+    Attributes:
+        cls, config: The class and the config in `transformers`.
+        task: The class in KerasHub: a task, of which logits are compared.
+        targets: Modules for PEFT's `target_modules`.
+        prefix: For `to_peft`.
+        names: For heads that KerasHub's converters do not know.
+        arguments: Of the task.
+    """
+
+    cls: Any
+    config: Any
+    task: Any
+    targets: Any = "all-linear"
+    prefix: str = ""
+    names: dict[str, str] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def of_images(self) -> bool:
+        return self.cls is transformers.ViTForImageClassification
+
+    @property
+    def rename(self) -> Callable[[str], str] | None:
+        return renaming("vit") if self.of_images else None
+
+    def checkpoint(self, folder: Path) -> Path:
+        """A checkpoint of `transformers`."""
+        torch.manual_seed(0)
+        model = self.cls(self.config)
+        with torch.no_grad():
+            for name, each in model.named_parameters():
+                each.copy_((each + 0.1 * torch.randn_like(each)).half().float())
+                if "token_type" in name and self.cls is transformers.RobertaForSequenceClassification:
+                    each.zero_()  # KerasHub's RoBERTa has none
+        model.save_pretrained(folder)
+        return folder
+
+    def theirs(self, folder: Path) -> Any:
+        return self.cls.from_pretrained(folder).eval()
+
+    def ours(self, folder: Path) -> Any:
+        if self.of_images:
+            return self.task.from_preset(str(folder), preprocessor=None)
+        cls = next(cls for cls in self.task.__mro__ if getattr(cls, "backbone_cls", None)).backbone_cls
+        return self.task(backbone=cls.from_preset(str(folder)), preprocessor=None, **self.arguments)
+
+    @property
+    def inputs(self) -> Any:
+        """The input of our model."""
+        if self.of_images:
+            return IMAGES
+        x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+        return x | ({"segment_ids": np.zeros_like(TOKENS)} if self.cls is transformers.BertForSequenceClassification else {})
+
+    def our_logits(self, model: Any) -> np.ndarray:
+        return keras.ops.convert_to_numpy(model(keras.tree.map_structure(keras.ops.convert_to_tensor, self.inputs)))
+
+    def their_logits(self, model: Any) -> np.ndarray:
+        given = {"pixel_values": IMAGES.transpose(0, 3, 1, 2)} if self.of_images else {"input_ids": TOKENS.astype("int64")}
+        with torch.no_grad():
+            return model.eval()(**{name: torch.tensor(each) for name, each in given.items()}).logits.numpy()
+
+
+_t, _k = transformers, keras_hub.models
+_gelu = {"hidden_act": "gelu_pytorch_tanh"}
+_heads = {"num_classes": 3, "dropout": 0.0}
+
+FAMILIES = {
+    "llama": Family(_t.LlamaForCausalLM, _t.LlamaConfig(**DECODER, tie_word_embeddings=False), _k.Llama3CausalLM),
+    "mistral": Family(_t.MistralForCausalLM, _t.MistralConfig(**DECODER, sliding_window=8), _k.MistralCausalLM),
+    "qwen2": Family(_t.Qwen2ForCausalLM, _t.Qwen2Config(**DECODER, tie_word_embeddings=True), _k.QwenCausalLM),
+    "gemma": Family(
+        _t.GemmaForCausalLM, _t.GemmaConfig(**{**DECODER, "num_key_value_heads": 1}, head_dim=4), _k.GemmaCausalLM
+    ),
+    "gemma3": Family(
+        _t.Gemma3ForCausalLM,
+        _t.Gemma3TextConfig(
+            **DECODER, head_dim=4, query_pre_attn_scalar=4, sliding_window=8, layer_types=["sliding_attention"] * 2
+        ),
+        _k.Gemma3CausalLM,
+    ),
+    "gpt2": Family(_t.GPT2LMHeadModel, _t.GPT2Config(**GPT2), _k.GPT2CausalLM, prefix="transformer."),
+    "bert": Family(
+        _t.BertForSequenceClassification,
+        _t.BertConfig(**ENCODER, **_gelu),
+        _k.BertTextClassifier,
+        targets=["query", "key", "value", "dense"],
+        prefix="bert.",
+        names={"logits": "classifier"},
+        arguments=_heads,
+    ),
+    "roberta": Family(
+        _t.RobertaForSequenceClassification,
+        _t.RobertaConfig(**{**ENCODER, "max_position_embeddings": 34, "pad_token_id": 1}),
+        _k.RobertaTextClassifier,
+        targets=["query", "value", "intermediate.dense", "attention.output.dense"],
+        names={"pooled_dense": "classifier.dense", "logits": "classifier.out_proj"},
+        arguments=_heads,
+    ),
+    "distilbert": Family(
+        _t.DistilBertForSequenceClassification,
+        _t.DistilBertConfig(**DISTIL, num_labels=3),
+        _k.DistilBertTextClassifier,
+        targets=["q_lin", "v_lin", "lin1", "lin2"],
+        names={"pooled_dense": "pre_classifier", "logits": "classifier"},
+        arguments=_heads,
+    ),
+    "vit": Family(
+        _t.ViTForImageClassification,
+        _t.ViTConfig(**VIT),
+        _k.ViTImageClassifier,
+        targets=["q_proj", "v_proj", "fc1", "fc2", "projection"],
+    ),
+}

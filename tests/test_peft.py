@@ -1,0 +1,408 @@
+"""Adapters from and to PEFT, with PEFT and `transformers` themselves on the other side."""
+
+import json
+import warnings
+
+import keras
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+from helpers import value
+from peft_families import FAMILIES
+
+import keras_lora
+from keras_lora.interop.peft import from_peft, to_peft
+from keras_lora.interop.serving_rules import served_by
+
+RELATIVE = 1e-4
+# KerasHub compiles its tasks when they are made.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was compiled for other variables")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Where the checkpoint of each family lies, written when it is first asked for."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = FAMILIES[name].checkpoint(tmp_path_factory.mktemp(name) / "base")
+        return made[name]
+
+    return of
+
+
+def apart(found, wanted):
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+def randomized(model, size=0.1):
+    """Random numbers in all that a PEFT adapter has."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            drawn = size * torch.randn(each.shape, generator=generator)
+            if "magnitude" in name:
+                each.mul_(1 + drawn)
+            elif "lora_" in name:
+                each.copy_(drawn)
+            elif each.requires_grad:  # trained beside: biases, heads, tokens
+                each.add_(drawn)
+    return model
+
+
+def tensors_of(folder):
+    return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def their_adapter(family, base, folder, **config):
+    """A PEFT adapter with random numbers in `folder`, and the logits of the model that has it."""
+    targets = {"target_modules": family.targets, "r": 3, "lora_alpha": 5, **config}
+    heads = {} if not family.names else {"modules_to_save": sorted({each.split(".")[0] for each in family.names.values()})}
+    model = randomized(peft.get_peft_model(family.theirs(base), peft.LoraConfig(**{**heads, **targets})))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return family.their_logits(model)
+
+
+def in_peft(family, base, folder):
+    """The logits of PEFT with the adapter in a folder, which it must load without a warning about keys."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(family.theirs(base), folder)
+    said = [str(each.message) for each in caught]
+    assert not [each for each in said if "key" in each.lower() or "fan_in" in each or "unexpected" in each.lower()], said
+    return family.their_logits(model)
+
+
+def taken(family, base, folder):
+    model = family.ours(base)
+    from_peft(model, folder, names=family.names, rename=family.rename)
+    return model
+
+
+def export(family, model, folder, **arguments):
+    to_peft(model, folder, prefix=family.prefix, names=family.names, rename=family.rename, **arguments)
+
+
+def assert_same_tensors(found, wanted):
+    found, wanted = tensors_of(found), tensors_of(wanted)
+    assert found.keys() == wanted.keys()
+    for key, each in wanted.items():
+        assert (found[key].dtype, found[key].shape) == (each.dtype, each.shape), key
+        assert found[key].tobytes() == each.tobytes(), key
+
+
+def assert_both_ways(name, checkpoints, folder, exact=True, **config):
+    """From PEFT to Keras and back."""
+    family, base = FAMILIES[name], checkpoints(name)
+    wanted = their_adapter(family, base, folder / "theirs", **config)
+    model = taken(family, base, folder / "theirs")
+    assert apart(family.their_logits(family.theirs(base)), wanted) > 1e-2
+    assert apart(family.our_logits(model), wanted) < RELATIVE
+    export(family, model, folder / "ours")
+    if exact:
+        assert_same_tensors(folder / "ours", folder / "theirs")
+    assert apart(in_peft(family, base, folder / "ours"), wanted) < 1e-6
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_base_is_the_same(name, checkpoints):
+    family, base = FAMILIES[name], checkpoints(name)
+    if not family.names:  # a head that no converter knows is random here
+        assert apart(family.our_logits(family.ours(base)), family.their_logits(family.theirs(base))) < RELATIVE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_from_peft_and_back(name, checkpoints, tmp_path):
+    assert_both_ways(name, checkpoints, tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trained_here_and_run_in_peft(name, checkpoints, tmp_path):
+    family, base = FAMILIES[name], checkpoints(name)
+    model = family.ours(base)
+    heads = list(family.names)
+    keras_lora.apply_lora(model, rank=2, alpha=7, train=heads or None)
+    trainer = keras.Model(model.inputs, model.outputs)  # without what KerasHub's tasks compile with
+    trainer.compile(keras.optimizers.Adam(0.05), keras.losses.MeanSquaredError())
+    target = np.random.default_rng(2).normal(size=family.our_logits(model).shape)
+    before = family.our_logits(model)
+    trainer.fit(family.inputs, target, epochs=2, verbose=0)
+    wanted = family.our_logits(model)
+    assert apart(wanted, before) > 1e-3
+    export(family, model, tmp_path / "ours")
+    assert apart(in_peft(family, base, tmp_path / "ours"), wanted) < RELATIVE
+
+
+# What else the format has.
+
+VARIANTS = {
+    "rank-stabilized": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 5, "down_proj": 2},
+        "alpha_pattern": {"v_proj": 9, ".*gate_proj": 2},
+    },
+    "one pattern of a regular expression": {
+        "rank_pattern": {r"model\.layers\.\d+\.self_attn\.q_proj": 6},
+        "use_rslora": True,
+    },
+    "dora": {"use_dora": True},
+    "dora, rank-stabilized": {"use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 1}},
+    "embeddings and a head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "an embedding by DoRA": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+    "a head trained itself": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    "embeddings and norms trained themselves": {
+        "modules_to_save": ["embed_tokens", "norm", "input_layernorm"],
+        "target_modules": ["q_proj"],
+    },
+    "dropout": {"lora_dropout": 0.25},
+    "some layers": {"layers_to_transform": [1], "target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_on_llama(variant, checkpoints, tmp_path):
+    assert_both_ways("llama", checkpoints, tmp_path, **VARIANTS[variant])
+
+
+OTHER_VARIANTS = {
+    "gpt2, DoRA": ("gpt2", {"use_dora": True}),
+    "gpt2, all biases": ("gpt2", {"bias": "all"}),
+    "gpt2, biases of its layers": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}),
+    "bert, biases": ("bert", {"bias": "lora_only"}),
+    "bert, embeddings": ("bert", {"target_modules": ["word_embeddings", "token_type_embeddings", "query"]}),
+    "vit, DoRA of a convolution": ("vit", {"use_dora": True}),
+    "vit, a convolution alone": ("vit", {"target_modules": ["projection"]}),
+    "vit, head": ("vit", {"modules_to_save": ["classifier"]}),
+    "vit, head by LoRA": ("vit", {"target_modules": ["classifier", "fc1"]}),
+}
+
+
+@pytest.mark.parametrize("variant", OTHER_VARIANTS)
+def test_variants_on_others(variant, checkpoints, tmp_path):
+    name, config = OTHER_VARIANTS[variant]
+    assert_both_ways(name, checkpoints, tmp_path, **config)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_trained_tokens(name, checkpoints, tmp_path):
+    assert_both_ways(name, checkpoints, tmp_path, exact=False, trainable_token_indices=[3, 7], target_modules=["q_proj"])
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    found, wanted = (tensors_of(tmp_path / each)[key] for each in ("ours", "theirs"))
+    assert np.abs(found - wanted).max() <= np.spacing(np.abs(wanted).max())  # a difference, and added again
+
+
+def test_the_weight_of_an_embedding_that_peft_adds_must_be_that_of_the_base(checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    model = randomized(peft.get_peft_model(family.theirs(base), peft.LoraConfig(target_modules=["embed_tokens", "v_proj"])))
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors_of(tmp_path)
+    assert apart(family.our_logits(taken(family, base, tmp_path)), family.their_logits(model)) < RELATIVE
+    other = family.ours(base)
+    table = other.backbone.token_embedding.embeddings
+    table.assign(-value(table))
+    before = family.our_logits(other)
+    with pytest.raises(ValueError, match=r"embed_tokens' has another weight in the file than in this base"):
+        from_peft(other, tmp_path)
+    assert np.array_equal(family.our_logits(other), before)
+
+
+# For other readers.
+
+
+def with_everything_that_has_one_scale(family, base):
+    """Of several ranks, scales and rules of scaling."""
+    model = family.ours(base)
+    patterns = {"rank_pattern": {"*query": 3, "*feedforward*": 1}, "alpha_pattern": {"*value": 5}}
+    keras_lora.apply_lora(model, keras_lora.LoRA(2, alpha=7.5, rank_stabilized=True), **patterns)
+    rng = np.random.default_rng(3)
+    for v in model.trainable_variables:
+        v.assign(0.1 * rng.normal(size=tuple(v.shape)).astype("float32"))
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_with_baked_scales_the_numbers_are_the_same_and_there_is_one_rank(name, checkpoints, tmp_path):
+    family, base = FAMILIES[name], checkpoints(name)
+    model = with_everything_that_has_one_scale(family, base)
+    wanted = family.our_logits(model)
+    export(family, model, tmp_path / "plain")
+    export(family, model, tmp_path / "baked", bake_scaling=True)
+    for folder in ("plain", "baked"):
+        assert apart(in_peft(family, base, tmp_path / folder), wanted) < RELATIVE
+    config = config_of(tmp_path / "baked")
+    most = max(tensor.shape[0] for key, tensor in tensors_of(tmp_path / "plain").items() if ".lora_A." in key)
+    assert (config["r"], config["lora_alpha"]) == (most, most)
+    assert type(config["lora_alpha"]) is int
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    assert {tensor.shape[0] for key, tensor in tensors_of(tmp_path / "baked").items() if ".lora_A." in key} == {most}
+    plain, baked = served_by(tmp_path / "plain"), served_by(tmp_path / "baked")
+    for reader, problems in plain.items():
+        assert any("`alpha_pattern` is ignored" in each for each in problems), reader
+        assert not any("ignored" in each for each in baked[reader]), reader
+    if name == "llama":
+        assert baked == {"vllm": [], "llama.cpp": [], "ollama": []}
+    else:
+        assert any("none of those it knows" in each for each in baked["vllm"])
+
+
+def test_a_reader_that_knows_one_scale_and_the_rank_of_a_tensor_gets_the_right_change(checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    model = with_everything_that_has_one_scale(family, base)
+    export(family, model, tmp_path, bake_scaling=True)
+    config, tensors = config_of(tmp_path), tensors_of(tmp_path)
+    theirs = family.theirs(base)
+    with torch.no_grad():  # as llama.cpp does: alpha / rank of the tensor, whatever else the config says
+        for key, a in tensors.items():
+            if key.endswith("lora_A.weight"):
+                b = tensors[key.replace("lora_A", "lora_B")]
+                module = theirs.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                module.weight += config["lora_alpha"] / a.shape[0] * torch.tensor(b @ a)
+    assert apart(family.their_logits(theirs), family.our_logits(model)) < RELATIVE
+
+
+BAKED_REFUSALS = {
+    "DoRA": ({"adapter": "dora", "rank": 2}, "DoRA, which is refused .vllm, llama.cpp, ollama"),
+    "biases": ({"rank": 2, "bias": "all"}, "trained biases"),
+    "a norm": ({"rank": 2, "train": "sequence_output_layernorm"}, "trained themselves"),
+    "tokens": ({"rank": 2, "adapter_pattern": {"token_embedding": keras_lora.TrainableTokens([1])}}, "trained tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", BAKED_REFUSALS)
+def test_what_other_readers_cannot_read_is_refused_and_nothing_is_written(kind, checkpoints, tmp_path):
+    family, base = FAMILIES["qwen2"], checkpoints("qwen2")
+    arguments, match = BAKED_REFUSALS[kind]
+    model = keras_lora.apply_lora(family.ours(base), **arguments)
+    with pytest.raises(ValueError, match=match):
+        export(family, model, tmp_path / "baked", bake_scaling=True)
+    assert not list(tmp_path.iterdir())
+    export(family, model, tmp_path / "plain")
+    assert all(served_by(tmp_path / "plain").values())
+
+
+# Merged, as a whole model of `transformers`.
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma", "gemma3", "gpt2"])
+def test_a_merged_model_is_exported_by_keras_hub_itself(name, checkpoints, tmp_path):
+    family = FAMILIES[name]
+    model = keras_lora.apply_lora(family.ours(checkpoints(name)), rank=2)
+    rng = np.random.default_rng(3)
+    for v in model.trainable_variables:
+        v.assign(0.1 * rng.normal(size=tuple(v.shape)).astype("float32"))
+    wanted = family.our_logits(model)
+    with pytest.raises(ValueError, match="without its adapters"):
+        model.export_to_transformers(str(tmp_path / "whole"))
+    keras_lora.merge_lora(model)
+    model.export_to_transformers(str(tmp_path / "whole"))
+    assert apart(family.their_logits(family.theirs(tmp_path / "whole")), wanted) < RELATIVE
+
+
+# Models that are not of KerasHub.
+
+
+class Plain(torch.nn.Module):
+    """With a layer of each kind, and a name that is the end of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 6)
+        self.fold = torch.nn.Conv1d(6, 5, 3, padding=1)
+        self.fc = torch.nn.Linear(5, 4)
+        self.inner = torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 3)})
+
+    def forward(self, x):
+        y = torch.relu(self.fold(self.table(x).transpose(1, 2))).transpose(1, 2)
+        return self.inner["fc"](torch.tanh(self.fc(y)))
+
+
+PLAIN_NAMES = {"table": "table", "fold": "fold", "fc": "fc", "inner_fc": "inner.fc"}
+
+
+def plain_pair():
+    """One model on both sides."""
+    torch.manual_seed(0)
+    theirs = Plain().eval()
+    x = keras.Input((7,), dtype="int32")
+    y = keras.layers.Embedding(9, 6, name="table")(x)
+    y = keras.layers.Conv1D(5, 3, padding="same", activation="relu", name="fold")(y)
+    y = keras.layers.Dense(4, activation="tanh", name="fc")(y)
+    ours = keras.Model(x, keras.layers.EinsumDense("abc,cd->abd", (None, 3), bias_axes="d", name="inner_fc")(y))
+    state = {name: each.numpy() for name, each in theirs.state_dict().items()}
+    for name, module in PLAIN_NAMES.items():
+        weight = state[f"{module}.weight"]
+        weights = [weight if name == "table" else np.moveaxis(weight, (0, 1), (-1, -2))]
+        ours.get_layer(name).set_weights([*weights, *([state[f"{module}.bias"]] if f"{module}.bias" in state else [])])
+    return theirs, ours
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"bias": "all"}], ids=["LoRA", "DoRA", "biases"])
+def test_any_model_with_names(config, tmp_path):
+    theirs, ours = plain_pair()
+    ids = np.random.default_rng(0).integers(0, 9, size=(2, 7))
+
+    def run(model):
+        with torch.no_grad():
+            return model(torch.tensor(ids)).numpy()
+
+    assert apart(ours.predict(ids, verbose=0), run(theirs)) < 1e-5
+    adapted = randomized(
+        peft.get_peft_model(theirs, peft.LoraConfig(target_modules=list(PLAIN_NAMES.values()), **config)), 0.3
+    )
+    adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    from_peft(ours, tmp_path / "theirs", names=PLAIN_NAMES)
+    assert apart(ours.predict(ids, verbose=0), run(adapted)) < 1e-5
+    to_peft(ours, tmp_path / "ours", names=PLAIN_NAMES)
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(plain_pair()[0], tmp_path / "ours")
+    assert apart(run(again), run(adapted)) < 1e-6
+
+
+def test_a_name_that_is_the_end_of_another_is_written_so_that_it_matches_alone(tmp_path):
+    _, ours = plain_pair()
+    keras_lora.apply_lora(ours, rank=2, targets=["fc", "fold"], rank_pattern={"fc": 3}, head=None)
+    to_peft(ours, tmp_path, names=PLAIN_NAMES)
+    model = peft.PeftModel.from_pretrained(plain_pair()[0], tmp_path)
+    adapted = {
+        name.split(".lora_")[0].removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_" in name
+    }
+    assert adapted == {"fc", "fold"}
+
+
+def test_several_adapters_and_names_of_them(checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    wanted = their_adapter(family, base, tmp_path / "theirs")
+    model = keras_lora.apply_lora(family.ours(base), rank=1, name="own")
+    before = family.our_logits(model)
+    from_peft(model, tmp_path / "theirs", name="french", trainable=False)
+    assert keras_lora.active(model) == {"french": 1.0}
+    assert apart(family.our_logits(model), wanted) < RELATIVE
+    keras_lora.activate(model, "own")
+    assert apart(family.our_logits(model), before) < 1e-6
+    with pytest.raises(ValueError, match=r"several adapters.*'own', 'french'"):
+        to_peft(model, tmp_path / "none")
+    to_peft(model, tmp_path / "ours", "french", base_model="some/base")
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    assert config_of(tmp_path / "ours")["base_model_name_or_path"] == "some/base"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_fused_module_of_which_a_part_is_adapted_or_differs(checkpoints, tmp_path):
+    family, base = FAMILIES["gpt2"], checkpoints("gpt2")
+    model = keras_lora.apply_lora(family.ours(base), rank=2, targets=["query", "value"], alpha_pattern={"value": 3})
+    rng = np.random.default_rng(3)
+    for v in model.trainable_variables:
+        v.assign(0.1 * rng.normal(size=tuple(v.shape)).astype("float32"))
+    export(family, model, tmp_path / "ours")
+    assert {tensor.shape[0] for key, tensor in tensors_of(tmp_path / "ours").items() if "lora_A" in key} == {4}  # stacked
+    assert apart(in_peft(family, base, tmp_path / "ours"), family.our_logits(model)) < RELATIVE
+    again = taken(family, base, tmp_path / "ours")
+    assert apart(family.our_logits(again), family.our_logits(model)) < RELATIVE

@@ -1,0 +1,319 @@
+"""PEFT folders that are damaged, hostile, of another kind or for another model: an error, and nothing is changed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import perturb, values
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import keras_lora
+from keras_lora.interop import peft_folder
+from keras_lora.interop.peft import from_peft, to_peft
+from keras_lora.structure import walk
+
+CONFIG, TENSORS = peft_folder.CONFIG, peft_folder.TENSORS
+SIZES = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 8}
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+def base():
+    keras.utils.set_random_seed(0)
+    return keras_hub.models.Llama3Backbone(vocabulary_size=9, **SIZES)
+
+
+class Folder:
+    """A good PEFT adapter, and one made of it that is to be refused by a model that must stay as it is."""
+
+    def __init__(self, path):
+        self.model, self.good, self.bad = base(), path / "good", path / "bad"
+        adapted = keras_lora.apply_lora(base(), rank=2, train="sequence_output_layernorm")
+        perturb(adapted)
+        to_peft(adapted, self.good)
+        self.config = json.loads((self.good / CONFIG).read_text())
+        self.tensors = safetensors.numpy.load_file(self.good / TENSORS)
+        self.before = self.state()
+
+    def state(self):
+        flags = [(place.path, type(place.layer), place.layer.trainable) for place in walk(self.model)]
+        return {path: each.tolist() for path, each in values(self.model.weights).items()}, flags
+
+    def write(self, config=None, tensors=None):
+        shutil.rmtree(self.bad, ignore_errors=True)
+        shutil.copytree(self.good, self.bad)
+        if config is not None:
+            text = config if isinstance(config, str) else json.dumps(config)
+            (self.bad / CONFIG).write_text(text, encoding="utf-8", errors="surrogatepass")
+        if isinstance(tensors, bytes):
+            (self.bad / TENSORS).write_bytes(tensors)
+        elif tensors is not None:
+            safetensors.numpy.save_file(tensors, self.bad / TENSORS, {"format": "pt"})
+
+    def refused(self, match, config=None, tensors=None):
+        self.write(config, tensors)
+        with pytest.raises(ValueError, match=match) as raised:
+            from_peft(self.model, self.bad)
+        assert self.state() == self.before
+        assert len(str(raised.value)) < 20_000
+        return str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return Folder(tmp_path_factory.mktemp("peft"))
+
+
+def test_the_folder_itself_is_taken(folder):
+    model = from_peft(base(), folder.good)
+    assert len(model.trainable_variables) == 2 * 7 + 1
+
+
+CONFIGS = {
+    "another method": ({"peft_type": "LOHA"}, "`peft_type` is 'LOHA'"),
+    "a start that moves the base": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    "biases of the change": ({"lora_bias": True}, "`lora_bias` is True"),
+    "layers twice": ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+    "experts": ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+    "a rank that is not that of the tensors": ({"r": 3}, r"q_proj' has rank 2, and the config says 3"),
+    "no rank": ({"r": 0}, "`r` is 0"),
+    "a rank that is true": ({"r": True}, "`r` is True"),
+    "an alpha without end": ({"lora_alpha": float("inf")}, "`lora_alpha` is inf"),
+    "an alpha in words": ({"lora_alpha": "16"}, "`lora_alpha` is '16'"),
+    "DoRA without magnitudes": ({"use_dora": True}, "magnitude of shape None; expected are 8 numbers"),
+    "a flag that is none": ({"use_rslora": "yes"}, "`use_rslora` is 'yes'"),
+    "a pattern that hangs": ({"rank_pattern": {"(a|a)*" * 50 + "b": 2}}, "rank_pattern"),
+    "a pattern of many wild cards": ({"rank_pattern": {".*" * 40 + "x": 2}}, "rank_pattern"),
+    "a pattern that is no pattern": ({"alpha_pattern": {"(": 2}}, "alpha_pattern"),
+    "a rank by pattern that is none": ({"rank_pattern": {"q_proj": -1}}, "rank_pattern"),
+    "tokens that are none": ({"trainable_token_indices": [0, "x"]}, "trainable_token_indices"),
+    "dropout of one": ({"lora_dropout": 1}, "lora_dropout"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_means_something_else_is_refused(folder, name):
+    change, match = CONFIGS[name]
+    folder.refused(match, {**folder.config, **change})
+
+
+JUNK = [None, [], {}, "x", -1, True, 10**400, 1e308, [[]], {"class_name": "os.system"}, "\0", "a" * 10_000]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"]), st.sampled_from(JUNK)
+)
+def test_a_setting_replaced_by_anything_is_refused_or_has_its_default(folder, key, new):
+    folder.write({**folder.config, key: new})
+    model = base()
+    try:
+        from_peft(model, folder.bad)
+    except ValueError:
+        assert not [place for place in walk(model) if place.layer.name == "lora"]
+    else:
+        assert new is None or new == {} or new is folder.config[key] or (key, new) == ("use_rslora", True), (key, new)
+
+
+TEXTS = {
+    "no JSON": "import os",
+    "a list": "[]",
+    "deep lists": "[" * 100_000,
+    "nothing": "",
+    "five megabytes": '{"peft_type": "' + "x" * 5_000_000 + '"}',
+    "not UTF-8": "\udcff{}",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_config_that_is_no_config_is_refused(folder, name):
+    folder.refused("is not a whole PEFT adapter", TEXTS[name])
+
+
+def test_tensors_that_do_not_fit_are_all_listed(folder):
+    a, b = QUERY.format("A"), QUERY.format("B")
+    tensors = dict(folder.tensors)
+    tensors[a.replace("q_proj", "x_proj")], tensors[b.replace("q_proj", "x_proj")] = tensors[a], tensors[b]
+    tensors[b] = np.ones((5, 2), "float32")
+    tensors[a.replace("q_proj", "k_proj")] = np.ones((2, 5), "float32")
+    tensors["base_model.model.score.weight"] = np.ones((3, 8), "float32")
+    message = folder.refused("does not fit 'llama3_backbone", tensors=tensors)
+    assert "'model.layers.0.self_attn.x_proj' is no kernel of this model; the nearest that the model has are" in message
+    assert "q_proj' has factors of shape (2, 8) and (5, 2)" in message
+    assert "k_proj' has factors of shape (2, 5)" in message
+    assert "'score.weight' of 'score' is no variable of this model" in message
+
+
+TENSOR_CHANGES = {
+    "half a pair": (lambda tensors: {k: v for k, v in tensors.items() if k != QUERY.format("B")}, "only one of its two"),
+    "a bias of B": (lambda tensors: {**tensors, QUERY.format("B")[:-6] + "bias": np.ones(8, "float32")}, "lora_bias"),
+    "a key twice": (lambda tensors: {**tensors, QUERY.format("A")[17:]: np.ones((2, 8), "float32")}, "there twice"),
+    "a key of another library": (
+        lambda tensors: {**tensors, "x.lora_up.weight": np.ones(3, "float32")},
+        "none that a LoRA has",
+    ),
+    "nothing": (lambda tensors: {}, "none of its 0 tensors"),
+    "a base alone": (lambda tensors: {"model.norm.weight": np.ones(8, "float32")}, "none of its 1 tensors"),
+    "not finite": (lambda tensors: {**tensors, QUERY.format("A"): np.full((2, 8), np.nan, "float32")}, "not finite"),
+    "whole numbers": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((2, 8), "int32")}, "none that PEFT writes"),
+    "an empty tensor": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((0, 8), "float32")}, "none that PEFT writes"),
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_CHANGES)
+def test_tensors_that_are_no_adapter_are_refused(folder, name):
+    change, match = TENSOR_CHANGES[name]
+    folder.refused(match, tensors=change(folder.tensors))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_cut_and_flipped_bytes_are_refused_or_load(folder, data):
+    whole = (folder.good / TENSORS).read_bytes()
+    length = int.from_bytes(whole[:8], "little") + 8
+    cut = data.draw(st.booleans())
+    place = data.draw(st.integers(0, length - 1))
+    flipped = bytearray(whole)
+    flipped[place] ^= 1 << data.draw(st.integers(0, 7))
+    folder.write(tensors=whole[:place] if cut else bytes(flipped))
+    model = base()
+    try:
+        from_peft(model, folder.bad)
+    except ValueError:
+        assert not [each for each in walk(model) if each.layer.name == "lora"]
+    else:
+        assert not cut
+
+
+HEADERS = {
+    "a huge header": (2**40).to_bytes(8, "little") + b"{}",
+    "a header past the end": (500).to_bytes(8, "little") + b"{}",
+    "a pickle": b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.",
+    "a shape that overflows": None,
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_file_that_is_no_safetensors_file_is_refused(folder, name):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 8]}}).encode()
+    folder.refused(
+        "not a whole PEFT adapter", tensors=HEADERS[name] or len(header).to_bytes(8, "little") + header + b"\0" * 8
+    )
+
+
+def test_a_name_of_a_module_is_only_looked_up(folder):
+    for name in ("../../x", "/etc/passwd", "__class__", "model.layers.-1.self_attn.q_proj", "a\0b", "é", "x" * 5000):
+        tensors = {key.replace("model.layers.0.self_attn.q_proj", name): each for key, each in folder.tensors.items()}
+        folder.refused("is no kernel of this model|not one that keras_lora can read", tensors=tensors)
+
+
+def test_what_is_not_there_is_said(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        from_peft(folder.model, tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=f"lacks {CONFIG} and {TENSORS}"):
+        from_peft(folder.model, tmp_path)
+    shutil.copy(folder.good / CONFIG, tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(FileNotFoundError, match=r"lacks adapter_model.safetensors.*adapter_model.bin is not read"):
+        from_peft(folder.model, tmp_path)
+
+
+def test_bfloat16_and_float16_are_read_and_float32_is_kept(folder):
+    bits = folder.tensors[QUERY.format("A")].view("uint32") >> 16 << 16
+    rounded = bits.view("float32")
+    data, entries, offset = b"", {}, 0
+    for key, tensor in folder.tensors.items():
+        kind, raw = "F32", tensor.tobytes()
+        if key == QUERY.format("A"):
+            kind, raw = "BF16", (bits >> 16).astype("<u2").tobytes()
+        elif key == QUERY.format("B"):
+            kind, raw = "F16", tensor.astype("float16").tobytes()
+        entries[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, offset + len(raw)]}
+        data, offset = data + raw, offset + len(raw)
+    header = json.dumps(entries).encode()
+    folder.write(tensors=len(header).to_bytes(8, "little") + header + data)
+    model = from_peft(base(), folder.bad)
+    to_peft(model, folder.bad.parent / "again")
+    again = safetensors.numpy.load_file(folder.bad.parent / "again" / TENSORS)
+    assert np.array_equal(again[QUERY.format("A")], rounded)
+    assert np.array_equal(again[QUERY.format("B")], folder.tensors[QUERY.format("B")].astype("float16").astype("float32"))
+
+
+# Models that have no place there.
+
+
+def test_what_has_no_place_in_peft_is_listed_and_nothing_is_written(tmp_path):
+    recurrent = keras_lora.apply_lora(
+        keras.Sequential([keras.Input((3, 4)), keras.layers.LSTM(4), keras.layers.Dense(2)]), rank=1
+    )
+    with pytest.raises(
+        ValueError, match=r"(?s)layers/0/cell/kernel' has no place there: it is no layer of a KerasHub model"
+    ):
+        to_peft(recurrent, tmp_path / "a")
+    mixed = keras_lora.apply_lora(base(), rank=1, adapter_pattern={"*query": keras_lora.DoRA(2)})
+    with pytest.raises(ValueError, match="both LoRA and DoRA"):
+        to_peft(mixed, tmp_path / "a")
+    tied = keras_hub.models.GemmaCausalLM(
+        keras_hub.models.GemmaBackbone(vocabulary_size=9, head_dim=4, **SIZES), preprocessor=None
+    )
+    with pytest.warns(UserWarning, match="was compiled"):
+        keras_lora.apply_lora(tied, rank=1, targets="token_embedding", head=None)
+    with pytest.raises(ValueError, match="used for the way back too"):
+        to_peft(tied, tmp_path / "a")
+    with pytest.raises(ValueError, match="found no adapter"):
+        to_peft(base(), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"`names` must have.*'quer'.*query"):
+        to_peft(keras_lora.apply_lora(base(), rank=1), tmp_path / "a", names={"quer": "x"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_family_is_refused(folder):
+    other = keras_hub.models.BertBackbone(
+        vocabulary_size=9, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8, max_sequence_length=5
+    )
+    with pytest.raises(ValueError, match=r"q_proj' is no kernel of this model"):
+        from_peft(other, folder.good)
+
+
+# Killed while it writes.
+
+SAVER = """
+import importlib.util, itertools, pathlib, sys
+import numpy as np
+from keras_lora.interop import peft_folder
+print("ready", flush=True)
+for number in itertools.count():
+    peft_folder.write(pathlib.Path(sys.argv[1]), {"number": number}, {"a": np.full(300_000, number, "float32")})
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")
+def test_kills_leave_the_old_folder_or_the_new_one(tmp_path):
+    rng, path = random.Random(0), tmp_path / "french"
+    peft_folder.write(path, {"number": 0}, {"a": np.full(300_000, 0, "float32")})
+    (path / "README.md").write_text("mine")
+    command = [sys.executable, "-c", SAVER, str(path)]
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "KERAS_BACKEND": "jax"})
+        assert process.stdout.readline().strip() == b"ready"
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = [each for each in (path, *tmp_path.glob(".french.*.old")) if (each / CONFIG).exists()]
+        assert found
+        number = json.loads((found[0] / CONFIG).read_text())["number"]
+        assert (safetensors.numpy.load_file(found[0] / TENSORS)["a"] == number).all()
+        assert (found[0] / "README.md").read_text() == "mine"
+        if found[0] != path:
+            os.rename(found[0], path)
