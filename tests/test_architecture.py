@@ -27,7 +27,7 @@ ORDER = [
     ["slots"],
     ["training", "linear_map", "rebuilding"],
     ["structure", "quantization", "adapters"],
-    ["keras_internals", "backend", "factors", "tensor_file", "tables"],
+    ["keras_internals", "backend", "factors", "huggingface", "tensor_file", "tables"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
