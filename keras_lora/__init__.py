@@ -1,6 +1,6 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from keras_lora import testing
+from keras_lora import interop, testing
 from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
 from keras_lora.combining import Combination, Combined, combine, compress
@@ -69,6 +69,7 @@ __all__ = [
     "compress",
     "delete_adapter",
     "disabled",
+    "interop",
     "list_targets",
     "load_adapter",
     "merge_lora",

@@ -14,8 +14,7 @@ from test_law import CASES, numbers, result
 
 import keras_lora
 from keras_lora.adapted import adapted_maps, named_adapters
-from keras_lora.interop.enable_lora import from_enable_lora
-from keras_lora.interop.lora_h5 import from_lora_h5
+from keras_lora.interop import from_enable_lora, from_lora_h5
 from keras_lora.keras_internals import own_variables
 from keras_lora.structure import walk
 

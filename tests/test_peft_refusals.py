@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_lora
-from keras_lora.interop import peft_folder
-from keras_lora.interop.peft import from_peft, to_peft
+from keras_lora.interop import from_peft, peft_folder, to_peft
 from keras_lora.structure import walk
 
 CONFIG, TENSORS = peft_folder.CONFIG, peft_folder.TENSORS

@@ -134,9 +134,9 @@ class Checkpoint:
         linear = self.maps[address]
         port = self._ports.get((id(linear.layer), linear.kernel_name))
         if port is None:
-            raise NotAReshape(self.reason or "KerasHub's converter fills it from no single tensor")
+            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
         if not port.key.endswith(".weight"):
-            raise NotAReshape(f"it comes from '{port.key}', which is no weight of a module")
+            raise NotAReshape(f"it comes from what is no weight of a module ('{port.key}')")
         if len(linear.matrix_shape) > 2:
             raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
         for shape in self._shapes(port, linear):
@@ -144,7 +144,7 @@ class Checkpoint:
             if index is not None and (found := _matrix(index, shape, linear)) is not None:
                 kind, ins, outs = found
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
-        raise NotAReshape(f"its matrix is not the inputs and outputs of '{port.key}' in another order")
+        raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
 
     def lie_of(self, layer: keras.layers.Layer, attribute: str) -> Lie:
         """Where a variable lies.
@@ -154,7 +154,7 @@ class Checkpoint:
         """
         port = self._ports.get((id(layer), attribute))
         if port is None:
-            raise NotAReshape(self.reason or "KerasHub's converter fills it from no single tensor")
+            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
         linear = next((each for each in maps_of(layer) if each.kernel_name == attribute), None)
         if linear is not None:
             self.source_of(address_of(self.addresses[id(layer)], linear))  # the shape that is right for the matrix
@@ -162,7 +162,7 @@ class Checkpoint:
             index = _index(port, shape, shape_of(layer, attribute))
             if index is not None and (linear is None or _matrix(index, shape, linear) is not None):
                 return Lie(port.key, shape, index)
-        raise NotAReshape(f"its numbers are not those of '{port.key}' in another order")
+        raise NotAReshape(f"its numbers are not those of a tensor in another order ('{port.key}')")
 
     def _shapes(self, port: Port, linear: LinearMap | None) -> Iterator[tuple[int, ...]]:
         """The shapes that the tensor may have; a converter does not say which it is."""

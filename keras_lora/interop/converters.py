@@ -28,22 +28,20 @@ class ConverterError(ValueError):
     """A converter could not be followed."""
 
 
-def watch(backbone: keras.Model, config: dict[str, Any] | None = None) -> list[Port]:
+def watch(backbone: keras.Model) -> list[Port]:
     """What KerasHub's converter for a backbone ports, in its order. The backbone is not changed.
+
+    What the converter asks of the checkpoint's `config.json` is read from the backbone's own config.
 
     Args:
         backbone: A KerasHub backbone, plain or adapted.
-        config: The checkpoint's `config.json`. Without it, what the converter asks is read from the backbone's own config.
 
     Raises:
-        ConverterError: KerasHub has no converter for the class, or it cannot be followed without `config`.
+        ConverterError: KerasHub has no converter for the class, or it cannot be followed.
     """
     cls = _plain_class(backbone)
-    model_types = model_types_of(backbone)
-    if config is None:
-        config = min((_config_of(backbone, converters()[kind], kind) for kind in model_types), key=lambda pair: pair[1])[0]
-    if config.get("model_type") not in model_types:
-        raise ConverterError(f"the config says `model_type` {config.get('model_type')!r}; {cls.__name__} has {model_types}")
+    tried = [_config_of(backbone, converters()[kind], kind) for kind in model_types_of(backbone)]
+    config = min(tried, key=lambda pair: pair[1])[0]
     for lacks in (_MAYBE_LACKING, _OLD_NAMES):
         loader = _Loader(lacks)
         try:
@@ -186,7 +184,7 @@ class _Config(dict):
     """A config of which a missing entry is named."""
 
     def __missing__(self, key: Any) -> Any:
-        raise ConverterError(f"it reads '{key}' of the checkpoint's config.json, so pass the checkpoint's folder as `base`")
+        raise ConverterError(f"it reads '{key}' of the checkpoint's config.json, which the model does not say")
 
     def __getitem__(self, key: Any) -> Any:
         value = super().__getitem__(key)
@@ -232,6 +230,8 @@ class _Slot(_Unknown):
     @property
     def shape(self) -> tuple[int, ...]:
         return shape_of(self.layer, self.attribute)
+
+    dtype = "float32"
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.broadcast_to(np.float32(0), self.shape)  # for code that computes one variable from another

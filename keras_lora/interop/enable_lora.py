@@ -119,7 +119,7 @@ def from_enable_lora(model: Any, rank: int | None = None, name: str | None = Non
     Example:
 
     >>> import keras
-    >>> from keras_lora.interop.enable_lora import from_enable_lora
+    >>> from keras_lora.interop import from_enable_lora
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
     >>> model.layers[0].enable_lora(rank=4, lora_alpha=8)
     >>> [(row.rank, row.error) for row in from_enable_lora(model)]

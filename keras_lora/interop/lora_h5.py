@@ -54,7 +54,7 @@ def from_lora_h5(
     Example:
 
     >>> import os, tempfile, keras_hub
-    >>> from keras_lora.interop.lora_h5 import from_lora_h5
+    >>> from keras_lora.interop import from_lora_h5
     >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
     >>> base = lambda: keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
     >>> path, tuned = os.path.join(tempfile.mkdtemp(), "french.lora.h5"), base()

@@ -46,7 +46,7 @@ def from_peft(
             the name of its module. The weight is taken to be laid out as PyTorch has it for a layer of that kind.
         rename: From a name that KerasHub's converter has, which is that in a checkpoint, to that in the file. `transformers`
             5 gives modules of some vision models other names than their checkpoints have;
-            `keras_lora.interop.transformers_names.renaming("vit")` asks it for them.
+            `keras_lora.interop.renaming("vit")` asks it for them.
 
     Returns:
         `model` itself. Where an adapter was added, it needs `compile` before training.
@@ -59,7 +59,7 @@ def from_peft(
     Example:
 
     >>> import os, tempfile, keras_hub, keras_lora
-    >>> from keras_lora.interop.peft import from_peft, to_peft
+    >>> from keras_lora.interop import from_peft, to_peft
     >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
     >>> base = lambda: keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
     >>> folder = os.path.join(tempfile.mkdtemp(), "french")
@@ -119,7 +119,7 @@ def to_peft(
     Example:
 
     >>> import json, os, tempfile, keras_hub, keras_lora
-    >>> from keras_lora.interop.peft import to_peft
+    >>> from keras_lora.interop import to_peft
     >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
     >>> model = keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
     >>> folder = os.path.join(tempfile.mkdtemp(), "french")

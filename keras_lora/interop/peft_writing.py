@@ -91,16 +91,20 @@ class Writer:
 
     Attributes:
         model, checkpoint: The adapted model, and what it is to `transformers`.
+        written: The factors, by module.
+        tokens, rows: Of embeddings with trained tokens, their numbers, and the rows themselves.
+        variables, saved: What was trained beside, by key, and which modules of it are trained as a whole.
+        problems: What stands against it.
     """
 
     model: Any
     checkpoint: Checkpoint
     written: list[Written] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
     variables: dict[str, np.ndarray] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
-    _tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
     def take(self, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
         """Take all that an adapter has."""
@@ -176,7 +180,7 @@ class Writer:
             return
         rows = keras.ops.take(part.linear.kernel, np.array(part.adapter.tokens), axis=0)
         self.tokens[module] = list(part.adapter.tokens)
-        self._tokens[module] = part.spread((keras.ops.convert_to_numpy(rows) + part.values["token_delta"]).T).T
+        self.rows[module] = part.spread((keras.ops.convert_to_numpy(rows) + part.values["token_delta"]).T).T
 
     # What was trained beside.
 
@@ -265,7 +269,7 @@ class Writer:
             if each.magnitude is not None:
                 whole = (1, -1, *(1 for _ in spatial[1:])) if spatial else (-1,)
                 found[f"{key}magnitude_vector"] = each.magnitude.reshape(whole)
-        for module, rows in self._tokens.items():
+        for module, rows in self.rows.items():
             found[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
         found |= {f"{PREFIX}{key}": tensor for key, tensor in self.variables.items()}
         return {key: np.ascontiguousarray(tensor, "float32") for key, tensor in sorted(found.items())}

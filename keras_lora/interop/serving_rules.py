@@ -34,13 +34,13 @@ def served_by(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
         the adapter right, as far as its rules are known here.
 
     Raises:
-        FileNotFoundError, ValueError: As `keras_lora.interop.peft.from_peft`.
+        FileNotFoundError, ValueError: As `keras_lora.interop.from_peft`.
 
     Example:
 
     >>> import os, tempfile, keras_hub, keras_lora
-    >>> from keras_lora.interop.peft import to_peft
-    >>> from keras_lora.interop.serving_rules import served_by
+    >>> from keras_lora.interop import to_peft
+    >>> from keras_lora.interop import served_by
     >>> sizes = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 8}
     >>> model = keras_hub.models.Llama3Backbone(vocabulary_size=9, **sizes)
     >>> folder = os.path.join(tempfile.mkdtemp(), "french")

@@ -22,7 +22,7 @@ def renaming(model_type: str) -> Callable[[str], str]:
 
     Example:
 
-    >>> from keras_lora.interop.transformers_names import renaming
+    >>> from keras_lora.interop import renaming
     >>> renaming("vit")("vit.encoder.layer.0.attention.attention.query.weight")
     'vit.layers.0.attention.q_proj.weight'
     >>> renaming("llama")("model.layers.0.self_attn.q_proj.weight")
