@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 import keras_lora
 from keras_lora.interop import from_peft, peft_folder, to_peft
+from keras_lora.interop.checkpoints import Checkpoint
+from keras_lora.interop.ports import Port, as_it_is_now
 from keras_lora.structure import walk
 
 CONFIG, TENSORS = peft_folder.CONFIG, peft_folder.TENSORS
@@ -316,3 +318,26 @@ def test_kills_leave_the_old_folder_or_the_new_one(tmp_path):
         assert (found[0] / "README.md").read_text() == "mine"
         if found[0] != path:
             os.rename(found[0], path)
+
+
+# What the converters are asked.
+
+
+def test_a_hook_means_what_it_meant_when_the_converter_gave_it():
+    hooks = []
+    for number in range(3):
+        hooks.append(as_it_is_now(lambda tensor, shape: tensor[number]))  # noqa: B023  # a converter may well do this
+    assert [hook([4, 5, 6], None) for hook in hooks] == [4, 5, 6]
+    ports = [Port(None, "kernel", "key", hook) for hook in (*hooks, hooks[1], None)]
+    assert ports[1].meaning == ports[3].meaning
+    assert len({port.meaning for port in ports}) == 4
+
+
+def test_watching_a_converter_changes_nothing_and_gives_the_names_of_the_model_as_it_is_adapted():
+    model = base()
+    before = {path: each.tolist() for path, each in values(model.weights).items()}
+    plain = {key: [port.attribute for port in ports] for key, ports in Checkpoint(model).keys.items()}
+    assert {path: each.tolist() for path, each in values(model.weights).items()} == before
+    adapted = Checkpoint(keras_lora.apply_lora(model, rank=1))
+    assert {key: [port.attribute for port in ports] for key, ports in adapted.keys.items()} == plain
+    assert adapted.source_of("transformer_layers/0/sublayers/0/_query_dense").module == "model.layers.0.self_attn.q_proj"

@@ -31,6 +31,10 @@ _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", 
 }
 
 
+#: The kind of a weight, and for each input and output of a matrix its number there.
+_Layout = tuple[str, np.ndarray, np.ndarray]
+
+
 class NotAReshape(ValueError):
     """A variable is not a tensor of the checkpoint in another order."""
 
@@ -113,6 +117,7 @@ class Checkpoint:
         for port in [*kept, *named]:
             if id(port.layer) in self.addresses:
                 self.keys.setdefault(port.key, []).append(port)
+        self._layouts: dict[Any, _Layout | None] = {}
         self._ports = {(id(port.layer), port.attribute): port for each in self.keys.values() for port in each}
 
     @property
@@ -140,8 +145,7 @@ class Checkpoint:
         if len(linear.matrix_shape) > 2:
             raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
         for shape in self._shapes(port, linear):
-            index = _index(port, shape, linear.kernel_shape)
-            if index is not None and (found := _matrix(index, shape, linear)) is not None:
+            if (found := self._layout(port, shape, linear)) is not None:
                 kind, ins, outs = found
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
@@ -155,14 +159,21 @@ class Checkpoint:
         port = self._ports.get((id(layer), attribute))
         if port is None:
             raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
-        linear = next((each for each in maps_of(layer) if each.kernel_name == attribute), None)
-        if linear is not None:
-            self.source_of(address_of(self.addresses[id(layer)], linear))  # the shape that is right for the matrix
+        plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2)
+        linear = next((each for each in plain if each.kernel_name == attribute), None)
         for shape in self._shapes(port, linear):
             index = _index(port, shape, shape_of(layer, attribute))
-            if index is not None and (linear is None or _matrix(index, shape, linear) is not None):
+            if index is not None and (linear is None or self._layout(port, shape, linear) is not None):
                 return Lie(port.key, shape, index)
         raise NotAReshape(f"its numbers are not those of a tensor in another order ('{port.key}')")
+
+    def _layout(self, port: Port, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
+        """What `_matrix` finds, once for all kernels that are alike: a large model has many, and it takes seconds each."""
+        alike = (port.meaning, shape, linear.kernel_shape, linear.kernel_axes, linear.picks_rows)
+        if alike not in self._layouts:
+            index = _index(port, shape, linear.kernel_shape)
+            self._layouts[alike] = None if index is None else _matrix(index, shape, linear)
+        return self._layouts[alike]
 
     def _shapes(self, port: Port, linear: LinearMap | None) -> Iterator[tuple[int, ...]]:
         """The shapes that the tensor may have; a converter does not say which it is."""
@@ -189,7 +200,8 @@ class _Numbers(np.ndarray):
 
 def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarray | None:
     """Which entry of a tensor of `shape` each entry of a variable is, where that can be said."""
-    numbers = np.arange(math.prod(shape)).reshape(shape).view(_Numbers)
+    size = math.prod(shape)
+    numbers = np.arange(size, dtype="int32" if size < 2**31 else "int64").reshape(shape).view(_Numbers)
     try:
         found = np.asarray(numbers if port.hook is None else port.hook(numbers, list(own)))
     except Exception:  # the hook is foreign code, made for another shape
@@ -203,7 +215,7 @@ def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarr
     return found.view(np.ndarray) if seen.sum() == found.size else None
 
 
-def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> tuple[str, np.ndarray, np.ndarray] | None:
+def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
     """The kind of a weight, and its inputs and outputs in the order of our matrix, where that is all that differs."""
     order = [axis for role in "io" for axis, each in enumerate(linear.kernel_axes) if each == role]
     matrix = index.transpose(order).reshape(linear.matrix_shape)

@@ -20,7 +20,7 @@ import numpy as np
 from keras_hub.src.utils.transformers import preset_loader
 
 from keras_lora.adapted import Owner, maps_of
-from keras_lora.interop.ports import Port, shape_of
+from keras_lora.interop.ports import Port, as_it_is_now, shape_of
 from keras_lora.linear_map import seen_with
 
 
@@ -210,7 +210,7 @@ class _Loader:
 
     def port_weight(self, keras_variable: Any, hf_weight_key: str, hook_fn: Any = None) -> None:
         if isinstance(keras_variable, _Slot):
-            self.ports.append(Port(keras_variable.layer, keras_variable.attribute, hf_weight_key, hook_fn))
+            self.ports.append(Port(keras_variable.layer, keras_variable.attribute, hf_weight_key, as_it_is_now(hook_fn)))
 
     def get_tensor(self, hf_weight_key: str) -> Any:
         if hf_weight_key.endswith(self.lacks):

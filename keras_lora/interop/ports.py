@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,26 @@ class Port:
     attribute: str
     key: str
     hook: Callable[[Any, list[int]], Any] | None
+
+    @property
+    def meaning(self) -> Any:
+        """What tells hooks apart: two that are equal here turn tensors into values in the same way."""
+        return _meaning(self.hook)
+
+
+def as_it_is_now(function: Any) -> Any:
+    """`function` with the values that it refers to now: a converter's loop goes on, and its hooks are called later."""
+    if not isinstance(function, types.FunctionType) or not function.__closure__:
+        return function
+    cells = tuple(types.CellType(as_it_is_now(cell.cell_contents)) for cell in function.__closure__)
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+
+
+def _meaning(value: Any) -> Any:
+    if isinstance(value, types.FunctionType):
+        inner = [cell.cell_contents for cell in value.__closure__ or ()]
+        return (value.__code__, *map(_meaning, (*inner, *(value.__defaults__ or ()))))
+    return (type(value), value) if isinstance(value, (int, str, float, type(None))) else id(value)
 
 
 def shape_of(layer: keras.layers.Layer, attribute: str) -> tuple[int, ...]:
