@@ -202,7 +202,7 @@ def model_card(address: str | Address, base: str, library: str = "keras_lora", b
     """
     place = parsed(str(address))
     known = [] if base_model is None else [f"base_model: {json.dumps(base_model)}"]  # quoted as YAML has it too
-    room, load = ("keras_lora.interop.peft", "from_peft") if library == "peft" else ("keras_lora", "load_adapter")
+    room, load = ("keras_lora.interop", "from_peft") if library == "peft" else ("keras_lora", "load_adapter")
     lines = ["---", f"library_name: {library}", *known, "tags:", "- keras", "- lora", "---", ""]
     lines += [f"# {place.repository.partition('/')[2]}", "", f"An adapter for {base}, saved by keras_lora.", ""]
     lines += ["```python", f"from {room} import {load}", "", "model = ...  # the base it was trained on"]

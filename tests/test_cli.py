@@ -135,17 +135,17 @@ def test_inspect_of_a_keras_file(here, capsys, monkeypatch):
     keras_lora.apply_lora(keras_lora.apply_lora(base(), rank=4, name="x"), "dora", rank=2, name="y").save("adapted.keras")
     code, out, _ = run(capsys, "inspect", "adapted.keras")
     assert code == 0
-    assert "DoRA" in out
+    assert "dora" in out
     data = json.loads(run(capsys, "inspect", "adapted.keras", "--json")[1])
     assert (data["class"], data["name"], data["keras"]) == ("Sequential", "net", keras.__version__)
     rows = [
         (row["layer"], row["adapter"], row["method"], row["rank"], row["scale"], row["strength"]) for row in data["adapters"]
     ]
     assert sorted(rows) == [
-        ("layers/0", "x", "LoRA", 4, 4.0, 0.0),
-        ("layers/0", "y", "DoRA", 2, 8.0, 1.0),
-        ("layers/1", "x", "LoRA", 4, 4.0, 0.0),
-        ("layers/1", "y", "DoRA", 2, 8.0, 1.0),
+        ("layers/0", "x", "lora", 4, 4.0, 0.0),
+        ("layers/0", "y", "dora", 2, 8.0, 1.0),
+        ("layers/1", "x", "lora", 4, 4.0, 0.0),
+        ("layers/1", "y", "dora", 2, 8.0, 1.0),
     ]
     assert data["total"]["file"] > data["total"]["weights"] > 0
 
@@ -191,6 +191,28 @@ def test_inspect_of_a_peft_adapter(peft, capsys):
     out = run(capsys, "inspect", peft / "adapter_model.safetensors")[1]
     assert "rank: 4" in out
     assert "alpha: not said" in out
+
+
+def test_every_kind_of_file_says_the_same_words_in_json(here, peft, capsys):
+    keras_lora.apply_lora(base(), "dora", rank=4).save("adapted.keras")
+    for path, method in {"a.safetensors": "lora", "dora.safetensors": "dora", "adapted.keras": "dora", peft: "lora"}.items():
+        data = json.loads(run(capsys, "inspect", path, "--json")[1])
+        assert data["kind"] in ("adapter", "keras", "peft")
+        assert data["total"]["file"] > 0
+        for row in data["adapters"]:
+            assert (row["layer"] != "", row["method"], row["rank"]) == (True, method, 4)
+            assert row["scale"] == (2 if path == peft else 4)
+        assert data["adapters"]
+
+
+def test_inspect_of_a_peft_adapter_with_patterns(peft, capsys):
+    config = json.loads((peft / "adapter_config.json").read_text())
+    for change, scale in ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 3}}, None), ({"lora_alpha": None}, None):
+        (peft / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        data = json.loads(run(capsys, "inspect", peft, "--json")[1])
+        module = {"layer": "base_model.model.q_proj", "method": "lora", "rank": 4, "scale": scale}
+        assert data["adapters"] == [{**module, "parameters": 4 * 48, "bytes": 4 * (16 * 4 + 32 * 2)}]
+        assert data["total"]["bytes"] == 4 * (16 * 4 + 32 * 2)
 
 
 def test_what_inspect_refuses(here, peft, capsys):
@@ -429,6 +451,7 @@ def test_help_names_every_argument(capsys):
         "inspect": ["FILE", "--json"],
         "merge": ["BASE", "ADAPTER", "OUT", "--force"],
         "compress": ["FILE", "OUT", "--rank N", "--energy E", "--force"],
+        "convert": ["ADAPTER", "OUT", "--base BASE", "--causal-lm", "--prefix P", "--base-model NAME", "--bake-scaling"],
         "diff": ["A", "B"],
     }
     assert len(words) == len(cli.COMMANDS)
@@ -492,10 +515,10 @@ def test_the_commands_of_the_page(here, capsys):
     """Each `$ keras-lora ...` is run, and prints what the page says but for sizes of files, versions and dates."""
     page = (ROOT / "docs" / "command_line.md").read_text()
     varying = r"\d+\.\d+\.\d+|\d{4}-\d\d-\d\d@\d\d:\d\d:\d\d|[\d,]+ bytes|base_structure: \w+"
-    shown = 0
+    shown, names = 0, {"__name__": "__main__"}
     for kind, block in re.findall(r"^```(python|console)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
         if kind == "python":
-            exec(compile(block, "command_line.md", "exec"), {"__name__": "__main__"})
+            exec(compile(block, "command_line.md", "exec"), names)
             continue
         for command, wanted in re.findall(r"^\$ keras-lora (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             code, out, err = run(capsys, *shlex.split(command))

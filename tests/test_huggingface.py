@@ -17,6 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from helpers import value
@@ -26,6 +27,7 @@ from test_architecture import FILES, imported
 
 import keras_lora
 from keras_lora import huggingface
+from keras_lora.interop import from_peft, to_peft
 
 TOKEN = "hf_right"
 #: The most requests that one test may need: nothing asks without end.
@@ -485,6 +487,21 @@ def test_uploading_a_folder(hub, tmp_path):
         huggingface.upload_folder_to("hf://owner/name", tmp_path / "none")
 
 
+def test_a_peft_adapter_goes_to_the_hub_and_back(hub):
+    def bert():
+        keras.utils.set_random_seed(3)
+        sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
+        return keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
+
+    model = keras_lora.apply_lora(bert(), rank=2, targets="query")
+    to_peft(model, "hf://owner/name/french")
+    assert {"french/adapter_config.json", "french/adapter_model.safetensors"} <= hub.files["owner/name"]["main"].keys()
+    assert same(from_peft(bert(), "hf://owner/name/french"), model)
+    plain = bert()
+    with unchanged(plain), pytest.raises(FileNotFoundError, match=r"has none of the files adapter_config.json"):
+        from_peft(plain, "hf://owner/name")
+
+
 # Saving.
 
 
@@ -547,7 +564,7 @@ def test_the_card_says_the_base_where_it_is_known():
     text = huggingface.model_card("hf://owner/name", "`x`", "peft", 'some/base"\n---\nevil: true')
     card = huggingface_hub.ModelCard(text)
     assert (card.data.library_name, card.data.base_model) == ("peft", 'some/base"\n---\nevil: true')
-    assert "from keras_lora.interop.peft import from_peft" in text
+    assert "from keras_lora.interop import from_peft" in text
 
 
 # The package.

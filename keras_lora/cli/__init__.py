@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from keras_lora import __version__
-from keras_lora.cli import compress, diff, inspect_file, merge
+from keras_lora.cli import compress, convert, diff, inspect_file, merge
 from keras_lora.cli.common import Refused, one_line
 
-COMMANDS = (inspect_file, merge, compress, diff)
+COMMANDS = (inspect_file, merge, compress, convert, diff)
 
 _CODES = """\
 exit codes:
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     """What the command line takes."""
     whole = _Parser(
         prog="keras-lora",
-        description="Look at, merge, compress and compare adapters of Keras models.",
+        description="Look at, merge, compress, convert and compare adapters of Keras models.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

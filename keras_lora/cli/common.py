@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def new_file(path: str, ending: str, force: bool) -> Path:
         raise Refused(f"There is no folder {out.parent} to write OUT into. Make it first.")
     if out.is_dir() or (out.exists() and not force):
         do = "Choose another OUT" if out.is_dir() else "Choose another OUT, or give --force to replace it"
+        raise Refused(f"{out} is there already. {do}.")
+    return out
+
+
+def new_folder(path: str, force: bool) -> Path:
+    """`path`, if a folder may be written there."""
+    out = Path(path)
+    if not out.parent.is_dir():
+        raise Refused(f"There is no folder {out.parent} to write OUT into. Make it first.")
+    if out.exists() and not (force and out.is_dir() and out.name):
+        do = "Choose another OUT, or give --force to replace its adapter" if out.is_dir() else "Choose another OUT"
         raise Refused(f"{out} is there already. {do}.")
     return out
 
@@ -145,6 +157,14 @@ def _cell(value: Any) -> str:
 
 def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
+
+
+@contextlib.contextmanager
+def nothing_trains() -> Iterator[None]:
+    """Without the warning that a model must be compiled again, which KerasHub's tasks are when they are made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was compiled for other variables")
+        yield
 
 
 @contextlib.contextmanager

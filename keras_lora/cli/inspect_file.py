@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from keras_lora import adapted, tensor_file
+from keras_lora import adapted, adapters, tensor_file
 from keras_lora.cli.common import Refused, by_address, old_file, read_adapter, refusing, scale_of, show, table
 
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,7 +107,12 @@ def _safetensors(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     with damaged, safetensors.safe_open(path, framework="numpy") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         rows = [{"tensor": key, "shape": each.get_shape(), "dtype": each.get_dtype()} for key, each in slices.items()]
-        return file.metadata() or {}, [{**row, "parameters": math.prod(row["shape"])} for row in rows]
+        return file.metadata() or {}, [{**row, **_size(**row)} for row in rows]
+
+
+def _size(shape: list[int], dtype: str, **_: str) -> dict[str, int]:
+    count, bits = math.prod(shape), re.search(r"\d+", dtype)  # BOOL has no number, and takes a byte
+    return {"parameters": count, "bytes": count * (int(bits[0]) if bits else 8) // 8}
 
 
 def _peft(path: Path) -> dict[str, Any]:
@@ -135,17 +141,40 @@ def _peft(path: Path) -> dict[str, Any]:
         "alpha": config.get("lora_alpha"),
         "targets": config.get("target_modules"),
         "base": config.get("base_model_name_or_path"),
+        "adapters": _peft_rows(config, tensors),
         "config": config,
         "tensors": tensors,
-        "total": {"parameters": sum(row["parameters"] for row in tensors), "file": file.stat().st_size},
+        "total": {**_sum(tensors), "file": file.stat().st_size},
     }
+
+
+def _peft_rows(config: dict[str, Any], tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The adapters, as of other files. The scale is left open where PEFT has it from a pattern."""
+    modules: dict[str, list[dict[str, Any]]] = {}
+    for row in tensors:
+        module, lora, _ = row["tensor"].partition(".lora_")
+        if lora:
+            modules.setdefault(module, []).append(row)
+    alpha, rows = config.get("lora_alpha"), []
+    for module, own in modules.items():
+        rank = next((row["shape"][0] for row in own if re.search(r"\.lora_(embedding_)?A\b", row["tensor"])), None)
+        scale = None
+        if rank and isinstance(alpha, (int, float)) and not config.get("alpha_pattern"):
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        method = "dora" if any("lora_magnitude" in row["tensor"] for row in own) else "lora"
+        rows.append({"layer": module, "method": method, "rank": rank, "scale": scale, **_sum(own)})
+    return rows
+
+
+def _sum(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {key: sum(row[key] for row in rows) for key in ("parameters", "bytes")}
 
 
 def _show_peft(path: Path, data: dict[str, Any]) -> None:
     show(
         f"{path}: a LoRA of PEFT, {data['total']['file']:,} bytes",
         *(f"{key}: {'not said' if data[key] is None else data[key]}" for key in ("rank", "alpha", "targets", "base")),
-        table(data["tensors"], ("parameters",), {"tensor": f"{len(data['tensors'])} tensors", **data["total"]}),
+        table(data["tensors"], ("parameters", "bytes"), {"tensor": f"{len(data['tensors'])} tensors", **data["total"]}),
     )
 
 
@@ -183,7 +212,9 @@ def _adapters_in(config: Any) -> list[dict[str, Any]]:
 
 def _row_of(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     adapter = entry["adapter"]
-    row = {"in": config.get("name"), "layer": entry["address"], "adapter": entry["name"], "method": adapter["class_name"]}
+    names = {cls.__name__: name for name, cls in adapters.TABLE.items()}  # as in an adapter file
+    method = names.get(adapter["class_name"], adapter["class_name"])
+    row = {"in": config.get("name"), "layer": entry["address"], "adapter": entry["name"], "method": method}
     rank, scale = adapter["config"].get("rank"), scale_of(adapter["config"])
     return {**row, "rank": rank, "scale": scale, "strength": entry["strength"]}
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_lora.adapter_file import load_adapter
-from keras_lora.cli.common import Refused, new_file, progress, read_adapter, refusing, show
+from keras_lora.cli.common import Refused, new_file, nothing_trains, progress, read_adapter, refusing, show
 from keras_lora.cli.inspect_file import keras_file
 from keras_lora.merging import merge_lora
 
@@ -36,17 +36,12 @@ def run(given: argparse.Namespace) -> int:
     """Merge an adapter file into a base."""
     out = new_file(given.out, ".keras", given.force)
     header, _ = read_adapter(given.adapter)  # before the base, which may take long
-    base = Path(given.base)
-    if keras_file(base)["adapters"]:
-        raise Refused(
-            f"{base} is adapted already. Expected the plain base of the adapter. Merge what it has first, in Python: "
-            "`keras_lora.merge_lora(keras.saving.load_model(path))`."
-        )
+    base = plain_base(given.base)
     with progress(4) as step:
         step("loading the base")
-        model = _loaded(base)
+        model = load_base(base)
         step("loading the adapter")
-        with refusing(ValueError, OSError):
+        with refusing(ValueError, OSError), nothing_trains():
             load_adapter(model, given.adapter)
         step("merging")
         with refusing(ValueError):
@@ -58,7 +53,18 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _loaded(base: Path) -> Any:
+def plain_base(path: str) -> Path:
+    """`path`, if there is a `.keras` file of a plain model."""
+    if keras_file(Path(path))["adapters"]:
+        raise Refused(
+            f"{path} is adapted already. Expected the plain base of the adapter. Merge what it has first, in Python: "
+            "`keras_lora.merge_lora(keras.saving.load_model(path))`."
+        )
+    return Path(path)
+
+
+def load_base(base: Path) -> Any:
+    """The model of a `.keras` file, not compiled."""
     try:
         return keras.saving.load_model(base, compile=False)
     except (ValueError, TypeError, KeyError, OSError, ImportError) as error:

@@ -1,0 +1,136 @@
+"""`keras-lora convert`: an adapter file as a PEFT folder, and a PEFT folder as an adapter file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from keras_lora.adapter_file import load_adapter, save_adapter
+from keras_lora.cli.common import Refused, new_file, new_folder, nothing_trains, progress, read_adapter, refusing, show
+from keras_lora.cli.merge import load_base, plain_base
+
+#: Of the addresses in the adapter file of a KerasHub task, rather than of its backbone.
+_OF_A_TASK = "_backbone/"
+
+
+def add(commands: Any) -> None:
+    """Say the arguments of `convert`."""
+    command = commands.add_parser(
+        "convert",
+        help="an adapter file as a PEFT folder, or the other way",
+        description="Load BASE and the adapter, and write it in the other format. The layers of a KerasHub model are found "
+        "by the names that KerasHub's converters have for them. Classes of your own must be importable: put their folder "
+        "into PYTHONPATH.",
+        epilog="example: keras-lora convert --to peft french.safetensors french --base net.keras",
+    )
+    command.add_argument("adapter", metavar="ADAPTER", help="an adapter file, .safetensors; with --to keras a PEFT folder")
+    command.add_argument(
+        "out",
+        metavar="OUT",
+        help="the folder to write, whole or not at all; with --to keras the .safetensors file",
+    )
+    command.add_argument("--to", choices=("peft", "keras"), required=True, help="the format of OUT")
+    command.add_argument(
+        "--base",
+        metavar="BASE",
+        required=True,
+        help="the plain base: a .keras file, or a folder that KerasHub loads, of a preset or of a Hugging Face checkpoint",
+    )
+    command.add_argument(
+        "--causal-lm",
+        action="store_true",
+        help="load a folder as its CausalLM, not as its backbone; an adapter file for --to peft says that itself",
+    )
+    command.add_argument(
+        "--prefix", metavar="P", help="--to peft: what stands before the names of KerasHub's converter, 'bert.' say"
+    )
+    command.add_argument(
+        "--base-model", metavar="NAME", help="--to peft: the base for PEFT to load, 'meta-llama/Llama-3.2-1B' say"
+    )
+    command.add_argument(
+        "--bake-scaling", action="store_true", help="--to peft: write what vLLM, llama.cpp and Ollama read right"
+    )
+    command.add_argument("--force", action="store_true", help="replace what OUT has already")
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Convert an adapter."""
+    return _to_peft(given) if given.to == "peft" else _to_keras(given)
+
+
+def _to_peft(given: argparse.Namespace) -> int:
+    out = new_folder(given.out, given.force)
+    header, _ = read_adapter(given.adapter)  # before the base, which may take long
+    peft = _peft()
+    with progress(3) as step:
+        step("loading the base")
+        model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in header["adapters"]))
+        step("loading the adapter")
+        with refusing(ValueError, OSError), nothing_trains():
+            load_adapter(model, given.adapter)
+        step("writing")
+        options = {"base_model": given.base_model, "bake_scaling": given.bake_scaling}
+        with refusing(ValueError), refusing(OSError, before=f"{out} cannot be written: "):
+            peft.to_peft(model, out, prefix=given.prefix or "", **options)
+    kernels = f"{len(header['adapters'])} changed kernels"
+    show(f"{out}: a PEFT adapter, {kernels}, {(out / peft.peft_folder.TENSORS).stat().st_size:,} bytes")
+    return 0
+
+
+def _to_keras(given: argparse.Namespace) -> int:
+    unfit = {"--prefix": given.prefix, "--base-model": given.base_model, "--bake-scaling": given.bake_scaling}
+    if names := [name for name, said in unfit.items() if said]:
+        raise Refused(
+            f"Expected {' and '.join(names)} with --to peft alone, for which it says what is written. Leave it out."
+        )
+    out = new_file(given.out, ".safetensors", given.force)
+    peft = _peft()
+    if not Path(given.adapter).is_dir():
+        raise Refused(
+            f"There is no folder {given.adapter}. Expected one that PEFT's `save_pretrained` wrote. Check the path."
+        )
+    with refusing(ValueError, OSError):
+        peft.peft_folder.read(Path(given.adapter))  # before the base, which may take long
+    with progress(3) as step:
+        step("loading the base")
+        model = _loaded(given.base, given.causal_lm)
+        step("loading the adapter")
+        with refusing(ValueError, OSError), nothing_trains():
+            peft.from_peft(model, given.adapter)
+        step("writing")
+        with refusing(OSError, before=f"{out} cannot be written: "):
+            save_adapter(model, out)
+    header, _ = read_adapter(given.out)
+    show(f"{out}: an adapter file, {len(header['adapters'])} changed kernels, {out.stat().st_size:,} bytes")
+    return 0
+
+
+def _peft() -> ModuleType:
+    """The room of PEFT, which needs KerasHub."""
+    try:
+        from keras_lora.interop import peft
+    except ImportError as error:
+        raise Refused(f"PEFT adapters need KerasHub ({error}). Install it: `pip install keras_lora[hub]`.") from error
+    return peft
+
+
+def _loaded(base: str, causal_lm: bool) -> Any:
+    """The plain model of a `.keras` file or a folder."""
+    if not Path(base).is_dir():
+        return load_base(plain_base(base))
+    import keras_hub
+
+    task = keras_hub.models.CausalLM if causal_lm else keras_hub.models.Backbone
+    without = {"preprocessor": None} if causal_lm else {}  # no tokenizer need be there
+    try:
+        return task.from_preset(str(Path(base).resolve()), **without)
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise Refused(
+            f"KerasHub cannot load {base} as a {task.__name__} ({type(error).__name__}: {said[:300]}"
+            f"{'...' * (len(said) > 300)}). Expected the folder of a KerasHub preset, or of a Hugging Face checkpoint of a "
+            "family that KerasHub converts. Of another model, save a .keras file."
+        ) from error
