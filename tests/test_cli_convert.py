@@ -225,7 +225,6 @@ def test_a_bar_is_shown_on_a_terminal_alone(here, monkeypatch):
 
 
 def test_without_keras_hub_it_says_what_to_install(here, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "keras_lora.interop.peft", None)
-    monkeypatch.delattr(keras_lora.interop, "peft")
+    monkeypatch.setitem(sys.modules, "keras_hub", None)
     arguments = ("own.safetensors", "out", "--base", "net.keras")
     refused(capsys, "convert", "--to", "peft", *arguments, match=r"need KerasHub.*pip install keras_lora\[hub\]")

@@ -10,6 +10,7 @@ from typing import Any
 from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.cli.common import Refused, new_file, new_folder, nothing_trains, progress, read_adapter, refusing, show
 from keras_lora.cli.merge import load_base, plain_base
+from keras_lora.interop import from_peft, peft_folder, to_peft
 
 #: Of the addresses in the adapter file of a KerasHub task, rather than of its backbone.
 _OF_A_TASK = "_backbone/"
@@ -64,7 +65,7 @@ def run(given: argparse.Namespace) -> int:
 def _to_peft(given: argparse.Namespace) -> int:
     out = new_folder(given.out, given.force)
     header, _ = read_adapter(given.adapter)  # before the base, which may take long
-    peft = _peft()
+    _keras_hub()
     with progress(3) as step:
         step("loading the base")
         model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in header["adapters"]))
@@ -74,9 +75,9 @@ def _to_peft(given: argparse.Namespace) -> int:
         step("writing")
         options = {"base_model": given.base_model, "bake_scaling": given.bake_scaling}
         with refusing(ValueError), refusing(OSError, before=f"{out} cannot be written: "):
-            peft.to_peft(model, out, prefix=given.prefix or "", **options)
+            to_peft(model, out, prefix=given.prefix or "", **options)
     kernels = f"{len(header['adapters'])} changed kernels"
-    show(f"{out}: a PEFT adapter, {kernels}, {(out / peft.peft_folder.TENSORS).stat().st_size:,} bytes")
+    show(f"{out}: a PEFT adapter, {kernels}, {(out / peft_folder.TENSORS).stat().st_size:,} bytes")
     return 0
 
 
@@ -87,19 +88,19 @@ def _to_keras(given: argparse.Namespace) -> int:
             f"Expected {' and '.join(names)} with --to peft alone, for which it says what is written. Leave it out."
         )
     out = new_file(given.out, ".safetensors", given.force)
-    peft = _peft()
+    _keras_hub()
     if not Path(given.adapter).is_dir():
         raise Refused(
             f"There is no folder {given.adapter}. Expected one that PEFT's `save_pretrained` wrote. Check the path."
         )
     with refusing(ValueError, OSError):
-        peft.peft_folder.read(Path(given.adapter))  # before the base, which may take long
+        peft_folder.read(Path(given.adapter))  # before the base, which may take long
     with progress(3) as step:
         step("loading the base")
         model = _loaded(given.base, given.causal_lm)
         step("loading the adapter")
         with refusing(ValueError, OSError), nothing_trains():
-            peft.from_peft(model, given.adapter)
+            from_peft(model, given.adapter)
         step("writing")
         with refusing(OSError, before=f"{out} cannot be written: "):
             save_adapter(model, out)
@@ -108,22 +109,19 @@ def _to_keras(given: argparse.Namespace) -> int:
     return 0
 
 
-def _peft() -> ModuleType:
-    """The room of PEFT, which needs KerasHub."""
+def _keras_hub() -> ModuleType:
     try:
-        from keras_lora.interop import peft
+        import keras_hub
     except ImportError as error:
         raise Refused(f"PEFT adapters need KerasHub ({error}). Install it: `pip install keras_lora[hub]`.") from error
-    return peft
+    return keras_hub
 
 
 def _loaded(base: str, causal_lm: bool) -> Any:
     """The plain model of a `.keras` file or a folder."""
     if not Path(base).is_dir():
         return load_base(plain_base(base))
-    import keras_hub
-
-    task = keras_hub.models.CausalLM if causal_lm else keras_hub.models.Backbone
+    task = _keras_hub().models.CausalLM if causal_lm else _keras_hub().models.Backbone
     without = {"preprocessor": None} if causal_lm else {}  # no tokenizer need be there
     try:
         return task.from_preset(str(Path(base).resolve()), **without)
