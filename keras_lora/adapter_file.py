@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from keras_lora import huggingface, tensor_file
-from keras_lora.contents import contents_of, put_contents
+from keras_lora.contents import contents_of, put_contents, read_contents
 from keras_lora.inject import require_adapted
 
 
@@ -89,5 +89,4 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
     >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
     2
     """
-    file = huggingface.adapter_file(path) if huggingface.is_address(path) else tensor_file.checked_path(path)
-    return put_contents(model, *tensor_file.read(file), f"The adapter file {path}", trainable, name)
+    return put_contents(model, *read_contents(path), f"The adapter file {path}", trainable, name)

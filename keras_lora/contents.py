@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, fingerprint, keras_internals, slots, training
+from keras_lora import adapters, fingerprint, huggingface, keras_internals, slots, tensor_file, training
 from keras_lora.adapted import maps_by_address, maps_of, named_adapters
 from keras_lora.inject import forget_traces, inject
 from keras_lora.linear_map import LinearMap
@@ -46,6 +47,12 @@ def contents_of(model: Any, name: str | None = None, fingerprint_weights: bool =
         header["base_weights"] = fingerprint.weights(kernels, variables.values())
     tensors = {key: fingerprint.to_numpy(variable) for key, variable in variables.items()}
     return header, tensors
+
+
+def read_contents(path: str | os.PathLike[str]) -> Contents:
+    """The header and the tensors of an adapter file, on the disk or on the Hugging Face Hub."""
+    file = huggingface.adapter_file(path) if huggingface.is_address(path) else tensor_file.checked_path(path)
+    return tensor_file.read(file)
 
 
 def put_contents(
@@ -105,7 +112,7 @@ def put_contents(
         for address, entry in header["trained"].items():
             mark = vars(found[address])[training.MARK]
             training.mark(found[address], found=mark["found"], plan=entry["plan"])
-        forget_traces(model)
+        forget_traces(model, stacklevel=4)
     of_base = {key: variable for key, variable in variables.items() if ":base." in key}
     _assign(of_base, tensors)
     for address in header["trained"] if of_base else ():
@@ -308,14 +315,17 @@ def _mismatched(tensors: dict[str, np.ndarray], variables: dict[str, keras.Varia
     return problems
 
 
-def raise_problems(source: str, model: Any, problems: list[str], header: dict[str, Any] | None = None) -> None:
-    """Raise with the list of problems, if there are any."""
+def raise_problems(
+    source: str,
+    model: Any,
+    problems: list[str],
+    header: dict[str, Any] | None = None,
+    do: str = "Load it into the base model it was trained on, plain or adapted in the same way.",
+) -> None:
+    """Raise with the list of problems and with what to `do`, if there are any."""
     if problems:
         listed = "".join(f"\n  - {problem if len(problem) <= 1000 else problem[:1000] + '…'}" for problem in problems)
         found = (header or {}).get("base_structure")
         same = found is None or found == fingerprint.structure(model)
         other = "" if same else "The file was made from a base of another structure. "
-        raise ValueError(
-            f"{source} does not fit '{model.name}', and nothing was changed:{listed}\n{other}"
-            "Load it into the base model it was trained on, plain or adapted in the same way."
-        )
+        raise ValueError(f"{source} does not fit '{model.name}', and nothing was changed:{listed}\n{other}{do}")

@@ -213,7 +213,7 @@ def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
     return adapter
 
 
-def forget_traces(model: keras.layers.Layer, warn: bool = True) -> None:
+def forget_traces(model: keras.layers.Layer, warn: bool = True, stacklevel: int = 3) -> None:
     """Drop compiled functions and the compiled state: both belong to the variables of before."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)
@@ -224,5 +224,5 @@ def forget_traces(model: keras.layers.Layer, warn: bool = True) -> None:
         names = ", ".join(f"'{each.name}'" for each in compiled)
         warnings.warn(
             f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

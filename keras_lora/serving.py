@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, contents, tensor_file
+from keras_lora import adapters, contents
 from keras_lora.adapted import named_adapters
 from keras_lora.adapters import per_example
 from keras_lora.inject import apply_lora
@@ -102,7 +102,8 @@ class MultiAdapterModel(keras.Model):
         """Load an adapter file into a free place, or anew into the place that `name` has.
 
         Args:
-            path: A file of `keras_lora.save_adapter`, of LoRA of at most this model's rank, with nothing else trained.
+            path: A file of `keras_lora.save_adapter`, or its address `hf://owner/name` on the Hugging Face Hub, of LoRA of
+                at most this model's rank, with nothing else trained.
             name: What to call it.
 
         Returns:
@@ -112,8 +113,7 @@ class MultiAdapterModel(keras.Model):
             ValueError: There is no free place, or the file does not fit; nothing is changed then.
             FileNotFoundError: There is no such file.
         """
-        path = tensor_file.checked_path(path)
-        header, tensors = tensor_file.read(path)
+        header, tensors = contents.read_contents(path)
         places = _places_of(self.model)
         problems = contents.misfits(self.model, header, places, partly=True)
         problems += [f"the file has trained variables of '{address}' beside its adapter" for address in header["trained"]]

@@ -341,3 +341,19 @@ def test_watching_a_converter_changes_nothing_and_gives_the_names_of_the_model_a
     adapted = Checkpoint(keras_lora.apply_lora(model, rank=1))
     assert {key: [port.attribute for port in ports] for key, ports in adapted.keys.items()} == plain
     assert adapted.source_of("transformer_layers/0/sublayers/0/_query_dense").module == "model.layers.0.self_attn.q_proj"
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    path, rename = tmp_path / "french", os.rename
+    peft_folder.write(path, {"number": 0}, {"a": np.zeros(3, "float32")})
+
+    def fail_in_the_end(old, new):
+        if str(old).endswith(".unfinished"):
+            raise OSError("the disk is gone")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fail_in_the_end)
+    with pytest.raises(OSError, match="the disk is gone"):
+        peft_folder.write(path, {"number": 1}, {"a": np.ones(3, "float32")})
+    assert [each.name for each in tmp_path.iterdir()] == ["french"]
+    assert json.loads((path / CONFIG).read_text()) == {"number": 0}

@@ -134,6 +134,8 @@ def to_peft(
         with tempfile.TemporaryDirectory() as local:
             own: dict[str, Any] = {"prefix": prefix, "rename": rename, "names": names, "bake_scaling": bake_scaling}
             to_peft(model, local, name, base_model=base_model, **own)
+            card = huggingface.model_card(str(folder), f"the Keras model `{model.name}`", "peft", base_model)
+            Path(local, huggingface.CARD).write_text(card, encoding="utf-8")
             huggingface.upload_folder_to(str(folder), local)
         return
     require_adapted(model, "to_peft")
@@ -142,5 +144,6 @@ def to_peft(
     writer.take(header, tensors)
     if bake_scaling:
         writer.bake()
-    contents.raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems)
+    do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
+    contents.raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems, do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)

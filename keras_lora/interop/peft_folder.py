@@ -289,7 +289,11 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) 
         if folder.exists():
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
             os.rename(folder, old)
-            os.rename(aside, folder)
+            try:
+                os.rename(aside, folder)
+            except BaseException:
+                os.rename(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.rename(aside, folder)
