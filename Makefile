@@ -7,8 +7,10 @@ EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks to_
 BIN := .venv/bin
 # A test runs a function once or twice: compiling it well takes longer than that. What counts XLA's work turns this off.
 # Two jobs run at a time: the threads of torch would wait for one another. TensorFlow turns oneDNN off on some CPUs, and then
-# has no dilated transposed convolution.
-QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1 TF_ENABLE_ONEDNN_OPTS=1
+# has no dilated transposed convolution. JAX compiles the same small functions in many tests, and keeps them in .cache.
+JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1 TF_ENABLE_ONEDNN_OPTS=1 $(JAX_CACHE)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS)) $(EXAMPLES)

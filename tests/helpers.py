@@ -6,6 +6,10 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
+
+#: For tests of what runs no code of a backend: files, the network, the terminal. Torch makes models the fastest.
+once = pytest.mark.skipif(keras.backend.backend() != "torch", reason="no code of a backend is tested here: once is enough")
 
 
 def value(tensor: Any) -> np.ndarray:

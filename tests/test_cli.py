@@ -15,12 +15,14 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import difference, outputs, value
+from helpers import difference, once, outputs, value
 from keras import layers
 
 import keras_lora
 from keras_lora import cli, tensor_file
 from keras_lora.adapted import named_adapters
+
+pytestmark = once
 
 ROOT = Path(__file__).parents[1]
 

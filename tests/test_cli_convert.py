@@ -10,7 +10,7 @@ import keras_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import perturb, value
+from helpers import once, perturb, value
 from test_cli import base as of_dense
 from test_cli import refused, run
 
@@ -20,7 +20,7 @@ from keras_lora.interop.peft import from_peft, to_peft
 
 SIZES = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 12}
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-pytestmark = pytest.mark.filterwarnings("ignore:.*was compiled for other variables")
+pytestmark = [once, pytest.mark.filterwarnings("ignore:.*was compiled for other variables")]
 
 
 def llama():

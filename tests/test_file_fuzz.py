@@ -11,13 +11,15 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import value
+from helpers import once, value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_lora
 from keras_lora import adapters, keras_internals, tensor_file
 from keras_lora.structure import walk
+
+pytestmark = once
 
 
 def examples(number):

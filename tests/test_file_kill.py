@@ -12,11 +12,12 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import once
 
 import keras_lora
 from keras_lora import tensor_file
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")
+pytestmark = [once, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")]
 
 #: The room alone, without Keras, which takes seconds to import.
 WRITER = """

@@ -20,7 +20,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import value
+from helpers import once, value
 from huggingface_hub import constants
 from keras import layers
 from test_architecture import FILES, imported
@@ -28,6 +28,8 @@ from test_architecture import FILES, imported
 import keras_lora
 from keras_lora import huggingface
 from keras_lora.interop import from_peft, to_peft
+
+pytestmark = once
 
 TOKEN = "hf_right"
 #: The most requests that one test may need: nothing asks without end.

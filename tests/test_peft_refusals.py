@@ -14,7 +14,7 @@ import keras_hub
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import perturb, values
+from helpers import once, perturb, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,8 @@ from keras_lora.interop import from_peft, peft_folder, to_peft
 from keras_lora.interop.checkpoints import Checkpoint
 from keras_lora.interop.ports import Port, as_it_is_now
 from keras_lora.structure import walk
+
+pytestmark = once
 
 CONFIG, TENSORS = peft_folder.CONFIG, peft_folder.TENSORS
 SIZES = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 8}
