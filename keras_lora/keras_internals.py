@@ -186,6 +186,11 @@ def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[keras.
     return operation, list(operation._inbound_nodes[node_index].input_tensors)
 
 
+def is_called_in_reverse(layer: keras.layers.Layer) -> bool:
+    """Whether a graph calls `layer` with `reverse=True` (Keras shows the calls of a layer nowhere else)."""
+    return any(node.arguments.kwargs.get("reverse") for node in layer._inbound_nodes)
+
+
 def overrides_compile(model: keras.Model) -> bool:
     """Whether the class of `model` has a `compile` of its own: Keras then does not compile it again on loading."""
     return type(model).compile is not keras.Model.compile

@@ -4,6 +4,7 @@ import json
 import warnings
 
 import keras
+import keras_hub
 import numpy as np
 import peft
 import pytest
@@ -406,3 +407,122 @@ def test_a_fused_module_of_which_a_part_is_adapted_or_differs(checkpoints, tmp_p
     assert apart(in_peft(family, base, tmp_path / "ours"), family.our_logits(model)) < RELATIVE
     again = taken(family, base, tmp_path / "ours")
     assert apart(family.our_logits(again), family.our_logits(model)) < RELATIVE
+
+
+# What a module of PEFT is not here.
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_a_tied_embedding_is_refused_however_it_was_trained_and_also_by_the_backbone_alone(name, checkpoints, tmp_path):
+    family, base = FAMILIES[name], checkpoints(name)
+    embedding = {"qwen2": "embed_tokens", "gpt2": "wte"}[name]
+    for number, config in enumerate([{"target_modules": [embedding]}, {"modules_to_save": [embedding], "r": 2}]):
+        folder = tmp_path / str(number)
+        their_adapter(family, base, folder, **config)
+        model = family.ours(base)
+        before = family.our_logits(model)
+        for part in (model, model.backbone):
+            with pytest.raises(ValueError, match="uses in more places than one"):
+                from_peft(part, folder)
+        assert np.array_equal(family.our_logits(model), before)
+    for arguments in ({"targets": "token_embedding"}, {"train": "token_embedding", "targets": "*query*"}):
+        model = keras_lora.apply_lora(family.ours(base), rank=1, head=None, **arguments)
+        with pytest.raises(ValueError, match="in more places than one"):
+            export(family, model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_head_stands_beside_what_has_the_prefix(tmp_path):
+    sizes = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "hidden_dim": 8}
+    backbone = keras_hub.models.Qwen3Backbone(vocabulary_size=9, intermediate_dim=8, tie_word_embeddings=False, **sizes)
+    model = keras_hub.models.Qwen3CausalLM(backbone, preprocessor=None)
+    keras_lora.apply_lora(model, rank=1, targets=["query", "reverse_embeddings"], head=None)
+    to_peft(model, tmp_path, prefix="model.")
+    assert config_of(tmp_path)["target_modules"] == ["lm_head", "model.layers.0.self_attn.q_proj"]
+
+
+def test_a_module_whose_name_ends_with_that_of_a_saved_one_is_saved_too(checkpoints, tmp_path):
+    family, base = FAMILIES["distilbert"], checkpoints("distilbert")
+    model = keras_lora.apply_lora(family.ours(base), rank=1, train="logits")
+    export(family, model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["classifier", "pre_classifier"]
+    assert apart(in_peft(family, base, tmp_path), family.our_logits(model)) < RELATIVE
+
+
+def test_trained_tokens_alone_are_refused_as_peft_would(tmp_path):
+    ids = keras.Input((5,), dtype="int32")
+    model = keras.Model(ids, keras.layers.Dense(2)(keras.layers.Embedding(9, 4, name="tokens")(ids)))
+    keras_lora.apply_lora(model, keras_lora.TrainableTokens([3]), targets="tokens")
+    with pytest.raises(ValueError, match="trained tokens alone"):
+        to_peft(model, tmp_path / "ours", names={"tokens": "tokens"})
+
+
+def test_biases_beside_a_head_that_was_trained_itself(checkpoints, tmp_path):
+    """PEFT then writes some of them twice, under the names of its wrappers."""
+    for name in ("bert", "roberta"):
+        family, base = FAMILIES[name], checkpoints(name)
+        wanted = their_adapter(family, base, tmp_path / name, bias="all")
+        assert [key for key in tensors_of(tmp_path / name) if ".modules_to_save." in key or ".original_module." in key]
+        assert apart(family.our_logits(taken(family, base, tmp_path / name)), wanted) < RELATIVE
+
+
+def test_batch_normalization_has_its_count_of_batches(tmp_path):
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(self.fc(x))
+
+    names = {"fc": "fc", "norm": "norm"}
+
+    def build():
+        layers = [keras.layers.Dense(3, name="fc"), keras.layers.BatchNormalization(epsilon=1e-5, name="norm")]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    ours, rng = keras_lora.apply_lora(build(), rank=1, train="norm", head=None), np.random.default_rng(0)
+    kernel = value(ours.get_layer("fc").linear_map.kernel_variable)
+    for v in ours.get_layer("norm").weights:
+        v.assign(1 + rng.random(3).astype("float32"))
+    to_peft(ours, tmp_path / "ours", names=names)
+    theirs = Normed()
+    with torch.no_grad():
+        theirs.fc.weight.copy_(torch.tensor(kernel.T))
+        theirs.fc.bias.zero_()
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    x = rng.normal(size=(5, 4)).astype("float32")
+    with torch.no_grad():
+        wanted = model(torch.tensor(x)).numpy()
+    assert apart(ours.predict(x, verbose=0), wanted) < 1e-5
+    model.save_pretrained(tmp_path / "theirs")
+    again = build()
+    again.get_layer("fc").set_weights([kernel, np.zeros(3)])
+    from_peft(again, tmp_path / "theirs", names=names)
+    assert apart(again.predict(x, verbose=0), wanted) < 1e-5
+
+
+def test_layouts_that_are_not_known_have_no_place(tmp_path):
+    x = keras.Input((8, 8, 3))
+    y = keras.layers.Conv2DTranspose(4, 3, name="up")(keras.layers.DepthwiseConv2D(3, name="deep")(x))
+    for each in ("up", "deep"):
+        model = keras_lora.apply_lora(keras.Model(x, keras.layers.Dense(2)(y)), rank=1, targets=each, head=None)
+        with pytest.raises(ValueError, match="has no place there"):
+            to_peft(model, tmp_path / "ours", names={each: "module"})
+        keras_lora.remove_lora(model)
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_on_a_base_in_fewer_digits_the_copy_of_an_embedding_is_known_again(mode, checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    model = randomized(peft.get_peft_model(family.theirs(base), peft.LoraConfig(target_modules=["embed_tokens", "v_proj"])))
+    model.save_pretrained(tmp_path)
+    if mode == "bfloat16":
+        keras.config.set_dtype_policy("bfloat16")
+    ours = family.ours(base).backbone
+    if mode == "int8":
+        ours.quantize("int8")
+    from_peft(ours, tmp_path)
+    to_peft(ours, tmp_path / "ours")
+    wanted = {key: each for key, each in tensors_of(tmp_path).items() if ".base_layer." not in key}
+    assert all(np.array_equal(tensors_of(tmp_path / "ours")[key], each) for key, each in wanted.items())

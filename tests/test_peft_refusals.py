@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,11 @@ TENSOR_CHANGES = {
         "none that a LoRA has",
     ),
     "nothing": (lambda tensors: {}, "none of its 0 tensors"),
+    "another shape of as many numbers": (
+        lambda tensors: {**tensors, "base_model.model.model.norm.weight": np.ones((2, 4), "float32")},
+        r"has shape \(2, 4\); expected is \(8,\)",
+    ),
+    "factors without axes": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((), "float32")}, "two axes or more"),
     "a base alone": (lambda tensors: {"model.norm.weight": np.ones(8, "float32")}, "none of its 1 tensors"),
     "not finite": (lambda tensors: {**tensors, QUERY.format("A"): np.full((2, 8), np.nan, "float32")}, "not finite"),
     "whole numbers": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((2, 8), "int32")}, "none that PEFT writes"),
@@ -271,7 +277,7 @@ def test_what_has_no_place_in_peft_is_listed_and_nothing_is_written(tmp_path):
     )
     with pytest.warns(UserWarning, match="was compiled"):
         keras_lora.apply_lora(tied, rank=1, targets="token_embedding", head=None)
-    with pytest.raises(ValueError, match="used for the way back too"):
+    with pytest.raises(ValueError, match="used in more places than one"):
         to_peft(tied, tmp_path / "a")
     with pytest.raises(ValueError, match="found no adapter"):
         to_peft(base(), tmp_path / "a")
@@ -359,3 +365,36 @@ def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one(tmp_path, m
         peft_folder.write(path, {"number": 1}, {"a": np.ones(3, "float32")})
     assert [each.name for each in tmp_path.iterdir()] == ["french"]
     assert json.loads((path / CONFIG).read_text()) == {"number": 0}
+
+
+def test_the_folder_a_process_works_in_is_refused_and_links_stay_links(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", ".."):
+        with pytest.raises(ValueError, match="works in, and cannot be replaced"):
+            peft_folder.write(peft_folder.Path(name), {}, {"a": np.zeros(3, "float32")})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "real" / "mine").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("real")
+    for number in (1, 2):
+        peft_folder.write(tmp_path / "link", {"number": number}, {"a": np.zeros(3, "float32")})
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "real"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "mine").is_symlink()
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o700
+    assert json.loads((tmp_path / "real" / CONFIG).read_text()) == {"number": 2}
+
+
+def test_patterns_match_as_peft_matches_them():
+    names = ["model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj", "model.q-proj", "a.b", "axb", "x.a.b"]
+    dotted = ["q_proj", "layers.1.q_proj", "1.q_proj", "q.proj", ".*q_proj", "^q_proj", "a.b"]
+    for pattern in (*dotted, r"model\.layers\.1\.q_proj", r"a\.b"):
+        for name in names:
+            wanted = re.match(rf"(.*\.)?({pattern})$", name) is not None
+            assert peft_folder.Config(0, 1, False, False, 0, {pattern: 5}, {}, None).rank_of(name) == (5 if wanted else 0)
+
+
+def test_the_folders_of_named_adapters_are_named(folder, tmp_path):
+    shutil.copytree(folder.good, tmp_path / "french")
+    with pytest.raises(FileNotFoundError, match=r"Its folders \['french'\] have one each"):
+        from_peft(base(), tmp_path)

@@ -18,9 +18,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_lora import keras_internals
 from keras_lora.adapted import address_of, maps_of
 from keras_lora.interop.ports import Port, shape_of
-from keras_lora.keras_internals import own_variables
 from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import nearest
 from keras_lora.structure import Place, walk
@@ -90,7 +90,8 @@ class Checkpoint:
         model: A KerasHub backbone, a task on one, or any model with `names`.
         names: For layers that KerasHub has no converter for, or another name for those it has one for: from the path of a
             layer (as `keras_lora.list_targets` prints it) or its address, to the name of the module.
-        rename: From a name that KerasHub's converter has, `"encoder.layer.0.output.dense.weight"` say, to the one wanted.
+        prefix: What stands before the names that KerasHub's converter has for the backbone.
+        rename: From such a name, `"encoder.layer.0.output.dense.weight"` say, with its prefix, to the one wanted.
 
     Attributes:
         keys: The tensors, each with the variables that lie in it.
@@ -102,11 +103,12 @@ class Checkpoint:
         model: keras.layers.Layer,
         names: Mapping[str, str] | None = None,
         rename: Callable[[str], str] | None = None,
+        prefix: str = "",
     ):
         self.model, places = model, walk(model)
         self.addresses = {id(place.layer): place.address for place in places}
         self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
-        ports, self.reason = _converted(model)
+        ports, self.reason = _converted(model, prefix)
         named = list(_named(places, names or {}))
         renamed = {(id(port.layer), port.attribute) for port in named}
         by_variable = {(id(port.layer), port.attribute): port for port in ports}  # a shared layer is filled several times
@@ -149,6 +151,20 @@ class Checkpoint:
                 kind, ins, outs = found
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
+
+    def is_used_elsewhere(self, address: str, key: str) -> bool:
+        """Whether an embedding is used in more places here than the module in `transformers` is.
+
+        There the way back, or the embedding of an encoder beside that of a decoder, is a module of its own with the same
+        weight, to which PEFT gives nothing.
+        """
+        linear = self.maps[address]
+        if not linear.picks_rows:
+            return False
+        back = getattr(linear.layer, "tie_weights", False) and (
+            keras_internals.is_called_in_reverse(linear.layer) or _is_output(self.model, linear.layer)
+        )
+        return bool(back) or key.removeprefix("model.") == "shared.weight"
 
     def lie_of(self, layer: keras.layers.Layer, attribute: str) -> Lie:
         """Where a variable lies.
@@ -230,16 +246,27 @@ def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _La
     return (kind, ins, outs) if whole and (kind == "embedding") == linear.picks_rows else None
 
 
-def _converted(model: Any) -> tuple[list[Port], str]:
+def _is_output(model: Any, layer: keras.layers.Layer) -> bool:
+    """Whether an output of a model is the product of a layer, or of one that holds it."""
+    made = [keras_internals.producer_of(each)[0] for each in keras.tree.flatten(getattr(model, "outputs", None) or [])]
+    held = [keras_internals.sublayers(each) if isinstance(each, keras.layers.Layer) else [] for each in made]
+    return any(layer is each or any(layer is one for one in inside) for each, inside in zip(made, held, strict=True))
+
+
+def _converted(model: Any, prefix: str) -> tuple[list[Port], str]:
     """What KerasHub's converter says of a model, or why it says nothing."""
     backbone = getattr(model, "backbone", None) or model
     if not any(cls.__module__.partition(".")[0] == "keras_hub" for cls in type(backbone).__mro__):
         return [], "it is no layer of a KerasHub model, and `names` says no module for it"
     converters = importlib.import_module("keras_lora.interop.converters")  # which imports KerasHub
     try:
-        return [*converters.watch(backbone), *(converters.watch_head(model) if backbone is not model else ())], ""
+        ports = converters.watch(backbone)
+        head = converters.watch_head(model) if backbone is not model else []
     except converters.ConverterError as error:
         return [], str(error)
+    of_head = "lm_head."  # beside the backbone, though its converter fills it
+    named = [port if port.key.startswith(of_head) else replace(port, key=prefix + port.key) for port in ports]
+    return [*named, *head], ""
 
 
 def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:
@@ -261,19 +288,29 @@ def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:
         kernels = {each.kernel_name: each for each in maps_of(layer)}
         for attribute, linear in kernels.items():
             yield Port(layer, attribute, f"{module}.weight", _hook_of(linear))
-        for variable in own_variables(layer):
-            if variable.name not in kernels:
-                yield Port(layer, variable.name, f"{module}.{_NAMES.get(variable.name, variable.name)}", None)
+        for variable in keras_internals.own_variables(layer):
+            attribute = next((each for each, value in vars(layer).items() if value is variable), variable.name)
+            if attribute.lstrip("_") not in kernels:
+                flat = (lambda tensor, shape: np.reshape(tensor, shape)) if variable.name == "bias" else None
+                yield Port(layer, attribute, f"{module}.{_NAMES.get(variable.name, variable.name)}", flat)
+
+
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+
+
+def _not_known(weight: Any, shape: Any) -> Any:
+    raise NotAReshape("PyTorch's layout for this kind of layer is not known here")
 
 
 def _hook_of(linear: LinearMap) -> Any:
     """From the weight that PyTorch has for such a layer to the kernel."""
-    spatial = len(linear.kernel_shape) - 2 if linear.kernel_axes == "i" * (len(linear.kernel_shape) - 1) + "o" else 0
     if linear.picks_rows:
         return None
-    if spatial > 0 and isinstance(linear.layer, keras.layers.Layer) and hasattr(linear.layer, "kernel_size"):
-        return lambda weight, shape: np.moveaxis(weight, (0, 1), (-1, -2))
     axes = linear.kernel_axes
+    if isinstance(linear.layer, _CONVOLUTIONS):
+        return lambda weight, shape: np.moveaxis(weight, (0, 1), (-1, -2))
+    if hasattr(linear.layer, "kernel_size"):
+        return _not_known
     order = [axis for role in "io" for axis, each in enumerate(axes) if each == role]
     back = [order.index(axis) for axis in range(len(axes))]
     sizes = [linear.kernel_shape[axis] for axis in order]

@@ -140,7 +140,7 @@ def to_peft(
         return
     require_adapted(model, "to_peft")
     header, tensors = contents.contents_of(model, name)
-    writer = Writer(model, Checkpoint(model, names, lambda key: (rename or str)(prefix + key)))
+    writer = Writer(model, Checkpoint(model, names, rename, prefix))
     writer.take(header, tensors)
     if bake_scaling:
         writer.bake()

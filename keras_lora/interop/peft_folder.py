@@ -34,7 +34,7 @@ _FACTOR = re.compile(
     r"(\.(?!weight$|bias$)[^.]+)?(\.(?P<variable>weight|bias))?"
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
-_BASE = re.compile(r"(?P<module>.+?)(\.base_layer|\.modules_to_save(\.[^.]+)?)?\.(?P<variable>[^.]+)")
+_BASE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<variable>[^.]+)")
 
 #: Of settings that change what the numbers mean, the values with which they mean a plain LoRA or DoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -105,12 +105,20 @@ class Config:
 
 def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
     """What PEFT finds: the first pattern that is the module's name or the end of it."""
-    for pattern, value in patterns.items():
-        name = pattern.replace("\\.", ".")
-        is_name = re.fullmatch(r"[\w.\-]+", name) is not None
-        if f".{module}".endswith(f".{name}") if is_name else re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
+    return next((value for pattern, value in patterns.items() if _matches(pattern, module)), otherwise)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """PEFT's regular expression `(.*\\.)?(pattern)$`, for names without compiling one: a dot in it is any letter."""
+    name = pattern.replace("\\.", "\0")  # an escaped dot is a dot
+    if not re.fullmatch(r"[\w.\-\0]+", name):
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    before, end = module[: len(module) - len(name)], module[len(module) - len(name) :]
+    if len(name) > len(module) or (before and not before.endswith(".")):
+        return False
+    return all(
+        each == "." or (each == "\0" and letter == ".") or each == letter for each, letter in zip(name, end, strict=True)
+    )
 
 
 # Reading.
@@ -125,10 +133,12 @@ def read(folder: Path) -> tuple[Config, dict[str, Module]]:
     """
     missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
     if missing:
+        inside = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
+        named = f" Its folders {inside[:8]} have one each: adapters with names of their own." if inside else ""
         pickled = " A pickled adapter_model.bin is not read; PEFT's `save_pretrained` writes safetensors."
         raise FileNotFoundError(
             f"The folder {folder} lacks {' and '.join(missing)}. Expected a folder that PEFT's `save_pretrained` wrote."
-            f"{pickled if (folder / 'adapter_model.bin').exists() else ''}"
+            f"{pickled if (folder / 'adapter_model.bin').exists() else ''}{named}"
         )
     try:
         config, problems = _config(_json(folder / CONFIG))
@@ -237,17 +247,33 @@ _KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
 _FIELDS = {"lora_A": "a", "lora_embedding_A": "a", "lora_B": "b", "lora_embedding_B": "b"}
 
 
+def _unwrapped(key: str, keys: set[str]) -> str | None:
+    """A key without what PEFT's wrappers add to it; `None` for a copy, and for the count of batches, which nothing needs."""
+    if ".original_module." in key or key.endswith(".num_batches_tracked"):
+        return None
+    for wrapper in (r"\.modules_to_save\.[^.]+(?=\..)", r"\.modules_to_save"):
+        inside = re.sub(wrapper, "", key)
+        if inside != key and inside in keys:
+            return None
+    return re.sub(r"\.modules_to_save(\.default)?", "", key)
+
+
 def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[str]]:
     """The tensors by module, and what cannot be read of them."""
     modules: dict[str, Module] = {}
     problems = [f"the tensor '{key[:100]}…' has a name of {len(key)} letters" for key in tensors if len(key) > _LONGEST_NAME]
+    plain_keys = {key.removeprefix(PREFIX) for key in tensors}
     for key, tensor in tensors.items():
-        plain = key.removeprefix(PREFIX)
+        plain = _unwrapped(key.removeprefix(PREFIX), plain_keys)
+        if plain is None:
+            continue
         if match := _FACTOR.fullmatch(plain):
             part, place = match["part"], modules.setdefault(match["module"], Module())
             name = _FIELDS.get(part, "magnitude")
             if match["variable"] == "bias":
                 problems.append(f"the tensor '{key}' is a bias of the change itself (`lora_bias`)")
+            elif name != "magnitude" and tensor.ndim < 2:
+                problems.append(f"the tensor '{key}' has shape {tensor.shape}; a factor has two axes or more")
             elif getattr(place, name) is not None:
                 problems.append(f"the tensor '{key}' is there twice")
             else:
@@ -278,25 +304,47 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """Write the two files beside `folder`, and put the whole in its place; what else lies in the folder stays."""
+    folder = Path(os.path.realpath(folder))
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{folder} is the folder that this process works in, and cannot be replaced. Name a folder in it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".unfinished"))
     try:
+        mode = 0o777 & ~tensor_file.umask()
         if folder.exists():
-            shutil.copytree(folder, aside, dirs_exist_ok=True)
+            mode = folder.stat().st_mode
+            shutil.copytree(folder, aside, dirs_exist_ok=True, symlinks=True, copy_function=_link)
         tensor_file.write_bytes(aside / TENSORS, safetensors.numpy.save(tensors, {"format": "pt"}))
         tensor_file.write_bytes(aside / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-        aside.chmod(0o777 & ~tensor_file.umask())
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
-            os.rename(folder, old)
-            try:
-                os.rename(aside, folder)
-            except BaseException:
-                os.rename(old, folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.rename(aside, folder)
+        aside.chmod(mode)
+        _put(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _link(old: str, new: str) -> str:
+    """The same file in another folder, which costs nothing; a copy where the disk cannot do that."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
+    return new
+
+
+def _put(aside: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(aside, folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
+    try:
+        os.rename(folder, old)
+    except BaseException:
+        old.rmdir()
+        raise
+    try:
+        os.rename(aside, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -9,11 +10,18 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, contents, keras_internals
+from keras_lora import adapters, contents, keras_internals, quantization
 from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
+from keras_lora.interop.ports import Port
 from keras_lora.linear_map import LinearMap
 from keras_lora.patterns import nearest
+
+#: Why an embedding of PEFT is not one here.
+_ELSEWHERE = (
+    "is an embedding that this model uses in more places than one (its way back, or an encoder and a decoder), of which "
+    "PEFT changes one"
+)
 
 
 class Reader:
@@ -64,24 +72,22 @@ class Reader:
         b: np.ndarray,
         magnitude: np.ndarray | None,
     ) -> None:
-        if linear.picks_rows and goes_back(self.checkpoint.model, linear):
-            self.problems.append(
-                f"the module '{module}' is an embedding that this model uses for its way back too, where PEFT leaves it as "
-                "it was; load the adapter into the backbone alone"
-            )
+        if self.checkpoint.is_used_elsewhere(address, f"{source.module}.weight"):
+            self.problems.append(f"the module '{module}' {_ELSEWHERE}")
             return
         rank, said, alpha = a.shape[0], self.config.rank_of(module), self.config.alpha_of(module)
         if rank != said:
             self.problems.append(f"the module '{module}' has rank {rank}, and the config says {said}")
             return
-        flat_a, flat_b = a.reshape(rank, -1), b.reshape(b.shape[0], -1)
-        wanted = (rank, source.in_dim), (source.out_dim, rank)
-        if (flat_a.shape, flat_b.shape) != wanted:
+        spatial = source.shape[2:] if source.kind == "convolution" else ()
+        wanted = (rank, source.in_dim // math.prod(spatial), *spatial), (source.out_dim, rank, *(1 for _ in spatial))
+        if (a.shape, b.shape) != wanted:
             self.problems.append(
                 f"the module '{module}' has factors of shape {a.shape} and {b.shape}; for its weight {source.shape} "
-                f"expected are {wanted[0]} and {wanted[1]}, flat"
+                f"expected are {wanted[0]} and {wanted[1]}"
             )
             return
+        flat_a, flat_b = a.reshape(rank, -1), b.reshape(len(b), -1)
         if (magnitude is not None) != self.config.dora or (magnitude is not None and magnitude.size != source.out_dim):
             shape = None if magnitude is None else magnitude.shape
             self.problems.append(
@@ -118,12 +124,11 @@ class Reader:
     def _compare(self, module: str, key: str, tensor: np.ndarray) -> None:
         """A file may hold a copy of a weight of the base, in fewer digits perhaps; it must be that of this base."""
         for port in self.checkpoint.keys.get(key, []):
-            lie, index = self.checkpoint.lie_of(port.layer, port.attribute), number_of(port.layer, port.attribute)
-            same = index is not None and tensor.size == np.prod(lie.shape)
-            if same and index is not None:
-                own = keras.ops.convert_to_numpy(keras.ops.cast(keras_internals.own_variables(port.layer)[index], "float32"))
-                same = np.allclose(tensor.reshape(-1)[lie.index], own, rtol=0.01, atol=0.01 * float(np.abs(own).max()))
-            if not same:
+            lie = self.checkpoint.lie_of(port.layer, port.attribute)
+            linear = self.checkpoint.maps[self.checkpoint.addresses[id(port.layer)]]
+            own = keras.ops.convert_to_numpy(keras.ops.cast(linear.kernel, "float32"))
+            near = (0.01 if quantization.mode_of(port.layer) is None else 0.2) * float(np.abs(own).max())
+            if tensor.shape != lie.shape or not np.allclose(tensor.reshape(-1)[lie.index], own, rtol=0, atol=near):
                 self.problems.append(
                     f"the module '{module}' has another weight in the file than in this base (its vocabulary may have grown "
                     "before training); give the base that weight first"
@@ -131,6 +136,10 @@ class Reader:
 
     def _put(self, address: str, linear: LinearMap, adapter: adapters.Adapter) -> None:
         self.header["adapters"][address] = {**contents.identity_of(linear), **contents.described(adapter)}
+
+    def _is_kernel(self, port: Port) -> bool:
+        linear = self.checkpoint.maps.get(self.checkpoint.addresses[id(port.layer)])
+        return linear is not None and linear.kernel_name == port.attribute
 
     def _take_variable(self, module: str, key: str, tensor: np.ndarray) -> None:
         ports = self.checkpoint.keys.get(key, [])
@@ -147,7 +156,13 @@ class Reader:
                 self.problems.append(f"the tensor '{key}' of '{module}' cannot be read: {error}")
                 continue
             address, index = self.checkpoint.addresses[id(port.layer)], number_of(port.layer, port.attribute)
-            if tensor.size != np.prod(lie.shape) or index is None:
+            if self._is_kernel(port) and quantization.mode_of(port.layer) is not None:
+                self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and the layer is quantised here")
+                continue
+            if self._is_kernel(port) and self.checkpoint.is_used_elsewhere(address, port.key):
+                self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and {_ELSEWHERE}")
+                continue
+            if tensor.shape != lie.shape or index is None:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")
                 continue
             own = keras_internals.own_variables(port.layer)
@@ -166,38 +181,29 @@ def number_of(layer: Any, attribute: str) -> int | None:
 
 def aligned(modules: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
     """What the model calls each module of a file: one may have a beginning (`bert.`) that the other has not."""
+    modules = list(modules)
     known = {key.rpartition(".")[0] for key in checkpoint.keys}
-    votes: Counter[tuple[str, str]] = Counter()
+    votes: Counter[tuple[str, str]] = Counter({("", ""): 0})
     for module in modules:
         for name in known:
             if f".{module}".endswith(f".{name}"):
                 votes[module[: len(module) - len(name)], ""] += 1
             elif f".{name}".endswith(f".{module}"):
                 votes["", name[: len(name) - len(module)]] += 1
-    most = max(votes.values(), default=0)
-    best = [each for each, number in votes.items() if number == most]
+    readings = {each: _read_as(modules, known, *each) for each, _ in votes.most_common(8)}
+    fits = {each: sum(name in known for name in found.values()) for each, found in readings.items()}
+    best = [each for each, number in fits.items() if number == max(fits.values())]
     if len(best) > 1 and ("", "") not in best:
         raise ValueError(
             f"The modules of the adapter fit this model in several ways: with {best} as (beginning in the file, beginning "
-            "in the model). Expected one. Received: names such as "
-            + repr(next(iter(modules)))
-            + ". Load it into a part of the model."
+            f"in the model). Expected one. Received: names such as {modules[0]!r}. Load it into a part of the model."
         )
-    of_file, of_model = ("", "") if not best or ("", "") in best else best[0]
+    return readings[("", "") if ("", "") in best else best[0]]
+
+
+def _read_as(modules: list[str], known: set[str], of_file: str, of_model: str) -> dict[str, str]:
     found = {}
     for module in modules:
-        inside = module.startswith(of_file)  # a head stands beside the backbone, and has not its beginning
-        found[module] = of_model + module[len(of_file) :] if inside and module not in known else module
+        inside = module.startswith(of_file) and module not in known  # a head stands beside the backbone
+        found[module] = of_model + module[len(of_file) :] if inside else module
     return found
-
-
-def goes_back(model: Any, linear: LinearMap) -> bool:
-    """Whether a model uses a tied embedding for its way back: an output of the model is its product."""
-    if not getattr(linear.layer, "tie_weights", False):
-        return False
-    produced = [keras_internals.producer_of(each)[0] for each in keras.tree.flatten(getattr(model, "outputs", None) or [])]
-    return any(each is linear.layer or linear.layer in _inside(each) for each in produced)
-
-
-def _inside(operation: Any) -> list[Any]:
-    return keras_internals.sublayers(operation) if isinstance(operation, keras.layers.Layer) else []

@@ -14,7 +14,7 @@ import numpy as np
 from keras_lora import adapters, keras_internals
 from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
-from keras_lora.interop.peft_reading import goes_back, number_of
+from keras_lora.interop.peft_reading import number_of
 from keras_lora.interop.ports import Port
 from keras_lora.interop.serving_rules import unread
 from keras_lora.linear_map import LinearMap
@@ -130,17 +130,19 @@ class Writer:
         else:
             for module, each in parts.items():
                 self._take_module(module, each)
+        if self.tokens and not self.written:
+            self.problems.append("it has trained tokens alone, and PEFT reads them beside a LoRA only; adapt a layer too")
         self._take_variables(header["trained"])
 
     def _take_module(self, module: str, parts: list[Part]) -> None:
         if isinstance(parts[0].adapter, adapters.TrainableTokens):
             self._take_tokens(module, parts)
             return
-        back = [part.address for part in parts if part.linear.picks_rows and goes_back(self.model, part.linear)]
+        back = [part.address for part in parts if self.checkpoint.is_used_elsewhere(part.address, f"{module}.weight")]
         if back:
             self.problems.append(
-                f"the embedding at {back} is used for the way back too, and so is its change; in PEFT that is another "
-                "module. Leave it out of `targets`, or export the adapter of the backbone alone"
+                f"the embedding at {back} is used in more places than one (the way back, or an encoder and a decoder), and "
+                "so is its change; in PEFT these are other modules. Leave it out of `targets`"
             )
             return
         taken = np.sort(np.concatenate([part.source.outs for part in parts]))
@@ -204,8 +206,8 @@ class Writer:
                     keys[found[index].key] = True
         for key in list(keys):  # a module is saved whole, its frozen variables too
             module, _, variable = key.rpartition(".")
-            if variable != "bias":
-                keys |= {each: True for each in self.checkpoint.keys if each.rpartition(".")[0] == module}
+            if variable != "bias":  # and by its name PEFT finds all whose names end so
+                keys |= {each: True for each in self.checkpoint.keys if each.rpartition(".")[0].endswith(module)}
         for key in keys:
             module, _, variable = key.rpartition(".")
             is_saved = any(each in keys for each in self._others(module))
@@ -216,6 +218,12 @@ class Writer:
             except NotAReshape as error:
                 self.problems.append(f"'{key}' was trained, and has no place there: {error}")
                 continue
+            kernels = {address for address in self.checkpoint.modules.get(module, ()) if variable == "weight"}
+            if any(self.checkpoint.is_used_elsewhere(address, key) for address in kernels):
+                self.problems.append(
+                    f"the embedding '{module}' was trained itself, and is used in more places than one here; in PEFT "
+                    "these are other modules"
+                )
             inside = ".base_layer" if module in adapted else ""
             self.variables[f"{module}{inside}.{variable}"] = tensor
             if is_saved:
@@ -272,7 +280,10 @@ class Writer:
         for module, rows in self.rows.items():
             found[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
         found |= {f"{PREFIX}{key}": tensor for key, tensor in self.variables.items()}
-        return {key: np.ascontiguousarray(tensor, "float32") for key, tensor in sorted(found.items())}
+        found = {key: np.ascontiguousarray(tensor, "float32") for key, tensor in found.items()}
+        for key in [key for key in found if key.endswith(".running_mean")]:  # PyTorch counts batches, and asks for the count
+            found[key.replace(".running_mean", ".num_batches_tracked")] = np.zeros((), "int64")
+        return dict(sorted(found.items()))
 
     def config(self, base_model: str | None) -> dict[str, Any]:
         """The settings: the few that every version of PEFT knows."""

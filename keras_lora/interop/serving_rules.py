@@ -100,7 +100,7 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
             problems.append(f"the tensor '{key}' is of a convolution, which is refused")
         if reader != "llama.cpp" and tensor.shape[0 if "_A" in match[2] else -1] != rank:
             problems.append(f"the tensor '{key}' has not the rank {rank} of the config, which gives the scale")
-        if reader == "ollama" and "embedding" in match[2]:
+        if reader == "ollama" and "embedding" in match[2] and not any_model:
             problems.append(f"the tensor '{key}' is of an embedding, which is left out")
         elif not any_model and match[1].rpartition(".")[2] not in known:
             problems.append(f"the module '{match[1]}' is none of those it knows in most models: {', '.join(known)}")
