@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import safetensors
 
 #: For tests of what runs no code of a backend: files, the network, the terminal. Torch makes models the fastest.
 once = pytest.mark.skipif(keras.backend.backend() != "torch", reason="no code of a backend is tested here: once is enough")
@@ -64,3 +66,9 @@ def gradients(loss: Any, variables: list[Any]) -> list[np.ndarray]:
     import torch
 
     return [value(each) for each in torch.autograd.grad(loss(), [v.value for v in variables])]
+
+
+def header_of(path: Any) -> dict[str, Any]:
+    """The header of an adapter file, unchecked."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["keras_lora"])

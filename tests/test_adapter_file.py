@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import difference, outputs, perturb, value, values
+from helpers import difference, header_of, outputs, perturb, value, values
 from zoo import ZOO, numbers
 
 import keras_lora
@@ -334,11 +334,6 @@ def test_a_file_from_before_an_argument_was_there_still_loads(tmp_path):
 
 
 # What a file says of its base.
-
-
-def header_of(path):
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return json.loads(file.metadata()["keras_lora"])
 
 
 def saved_header(model, path, **arguments):

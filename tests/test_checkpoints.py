@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import difference, outputs
+from helpers import difference, header_of, outputs
 from make_checkpoints import CASES, FOLDER, make
 
 import keras_lora
@@ -40,11 +40,6 @@ def base_of(name, version):
         model = CASES[name][0]()
         model.set_weights([numbers[f"weight_{index}"] for index in range(len(model.weights))])
         return model, numbers["x"], [numbers["y"]]
-
-
-def header_of(path):
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return json.loads(file.metadata()[tensor_file.ENTRY])
 
 
 def test_there_are_checkpoints_of_every_version():
