@@ -115,8 +115,8 @@ def list_targets(
     """Show what `apply_lora` with the same arguments would do. Nothing is changed.
 
     Args:
-        model, adapter, rank, alpha, targets, exclude, head, train, bias, rank_pattern, alpha_pattern, adapter_pattern,
-            blocks, name: As for `keras_lora.apply_lora`.
+        model, adapter, rank, alpha, targets, exclude, head, train, bias: As for `keras_lora.apply_lora`.
+        rank_pattern, alpha_pattern, adapter_pattern, blocks, name: As for `keras_lora.apply_lora`.
 
     Returns:
         A list of `Target`, one for each layer that has variables of its own; printing it prints a table.

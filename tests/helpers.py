@@ -11,7 +11,7 @@ import pytest
 import safetensors
 
 #: For tests of what runs no code of a backend: files, the network, the terminal. Torch makes models the fastest.
-once = pytest.mark.skipif(keras.backend.backend() != "torch", reason="no code of a backend is tested here: once is enough")
+once = pytest.mark.once
 
 
 def value(tensor: Any) -> np.ndarray:

@@ -1,0 +1,33 @@
+"""Build the site, strictly: `python docs/build.py [FOLDER]`, where the folder has `mkdocs.yml`.
+
+It fails on a link or an anchor that leads nowhere, an API name that is not there, a picture that is missing, and a
+docstring of which a part cannot be read. The last two Zensical does not count as issues.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with the site in a folder, which is built on the way."""
+    command = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    problems = [line for line in said.splitlines() if line.startswith(("griffe:", "WARNING", "ERROR"))]
+    if done.returncode:
+        problems.append(said.partition("Traceback")[0].strip())
+    for page in sorted((folder / "docs").rglob("*.md")):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in picture and not (page.parent / picture).exists():
+                problems.append(f"{page.relative_to(folder)}: there is no picture {picture}")
+    return problems
+
+
+if __name__ == "__main__":
+    found = problems_of(Path(sys.argv[1] if sys.argv[1:] else "."))
+    print("\n".join(found) or "The site is whole.")
+    sys.exit(bool(found))

@@ -1,0 +1,50 @@
+"""`make docs` fails on what a reader would stumble over."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import missing
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from build import problems_of  # noqa: E402
+
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(bool(missing("zensical", "mkdocstrings")), reason="what builds the site is not installed"),
+]
+PAGE = "# A page\n\n## A part\n\n[here](index.md#a-part) and [there][package.function]\n\n::: package.function\n"
+PACKAGE = '"""A package."""\n\n\ndef function(x: int) -> int:\n    """Double.\n\n    Args:\n        x: A number.\n    """\n    return x\n'
+CONFIG = """site_name: test
+nav: [Page: index.md]
+plugins:
+  - mkdocstrings:
+      handlers: {python: {paths: [.], options: {docstring_style: google}}}
+"""
+BROKEN = {
+    "a page that is not there": (PAGE + "\n[x](nowhere.md)\n", PACKAGE, "page does not exist"),
+    "an anchor that is not there": (PAGE + "\n[x](index.md#nowhere)\n", PACKAGE, "anchor does not exist"),
+    "an API name in a link": (PAGE + "\n[x][package.nothing]\n", PACKAGE, "unresolved autoref"),
+    "a picture": (PAGE + "\n![x](nowhere.svg)\n", PACKAGE, "no picture nowhere.svg"),
+    "a docstring": (PAGE, PACKAGE.replace("x: A number.", "x, y,\n            z: Numbers."), "griffe: "),
+}
+
+
+def site(folder, page, package):
+    (folder / "docs").mkdir()
+    (folder / "docs" / "index.md").write_text(page)
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").write_text(package)
+    (folder / "mkdocs.yml").write_text(CONFIG)
+    return problems_of(folder)
+
+
+def test_a_whole_site_passes(tmp_path):
+    assert site(tmp_path, PAGE, PACKAGE) == []
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_site_fails(what, tmp_path):
+    page, package, said = BROKEN[what]
+    found = site(tmp_path, page, package)
+    assert any(said in each for each in found), found
