@@ -1,44 +1,93 @@
 # `make demo` and `make test` set up all they need in .venv. The backend of the demo is KERAS_BACKEND, JAX by default.
+#
+#   make quick      one backend (torch, or KERAS_BACKEND), lint and types: after each change
+#   make test       lint, types, the three backends, Keras's own layer tests, the examples in their quick form
+#   make test-all   everything, the sweeps too: for releases and at night
+#   make mutants    seeded faults, one at a time: which tests notice each (tests/seeded_faults.md)
 
 PYTHON ?= python3
-KERAS_BACKEND ?= jax
+SPEED ?= test
 BACKENDS := jax tensorflow torch
-EXAMPLES := $(foreach name,movie_reviews every_layer small_memory many_tasks to_peft,$(addprefix example-$(name)-,$(BACKENDS)))
 BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+# Runs one step and writes down its CPU seconds; `make cpu` prints them into CONTRIBUTING.md.
+STEP := $(BIN)/python tests/cpu.py run
 # A test runs a function once or twice: compiling it well takes longer than that. What counts XLA's work turns this off.
 # Two jobs run at a time: the threads of torch would wait for one another. TensorFlow turns oneDNN off on some CPUs, and then
 # has no dilated transposed convolution. JAX compiles the same small functions in many tests, and keeps them in .cache.
 JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1 TF_ENABLE_ONEDNN_OPTS=1 $(JAX_CACHE)
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+PYTEST := -m pytest --quiet -p no:cacheprovider --speed=$(SPEED)
+# The demo's example runs on each backend, the others on one each; `make test-all` runs all of them on all.
+EXAMPLE_NAMES := movie_reviews every_layer small_memory many_tasks to_peft
+EXAMPLES_jax := movie_reviews small_memory
+EXAMPLES_tensorflow := movie_reviews every_layer
+EXAMPLES_torch := movie_reviews many_tasks to_peft
+examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED)),$(EXAMPLE_NAMES),$(EXAMPLES_$(1)))))
+EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))
+ALL_EXAMPLES := $(foreach backend,$(BACKENDS),$(addprefix example-,$(addsuffix -$(backend),$(EXAMPLE_NAMES))))
+SUITES := $(addprefix test-,$(BACKENDS))
+OWN := $(addprefix own-,$(BACKENDS))
 
-.PHONY: demo test lint docs bench clean $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS)) $(EXAMPLES)
+.PHONY: demo quick test test-all test-one-backend mutants cpu lint docs bench clean $(SUITES) $(OWN) $(ALL_EXAMPLES) \
+	$(addprefix examples-,$(BACKENDS))
 
-demo: .venv/demo-$(KERAS_BACKEND)
-	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/movie_reviews.py $(DEMO)
+demo: export KERAS_BACKEND ?= jax
+demo:
+	$(MAKE) .venv/demo-$(KERAS_BACKEND)
+	$(BIN)/python examples/movie_reviews.py $(DEMO)
+
+quick: export KERAS_BACKEND ?= torch
+quick: lint
+	$(MAKE) test-$(KERAS_BACKEND) SPEED=quick
+	@$(BIN)/python tests/cpu.py report quick
 
 test: lint
-	$(MAKE) --jobs=2 --output-sync=target --keep-going $(addprefix test-,$(BACKENDS)) $(addprefix own-,$(BACKENDS))
-	$(MAKE) --jobs=2 --output-sync=target $(EXAMPLES)
+	$(MAKE) --jobs=2 --output-sync=target --keep-going $(SUITES) $(OWN) $(EXAMPLES)
+	@$(BIN)/python tests/cpu.py report $(SPEED)
 
-$(EXAMPLES): example-%: .venv/tests
-	OMP_NUM_THREADS=1 KERAS_BACKEND=$(word 2,$(subst -, ,$*)) $(BIN)/python examples/$(word 1,$(subst -, ,$*)).py --quick
+test-all:
+	$(MAKE) test SPEED=all
+
+# What someone has who installed one backend: no KerasHub, no PEFT. `make test-one-backend KERAS=3.14.0` for a certain Keras.
+test-one-backend:
+	$(PYTHON) -m venv .cache/one
+	.cache/one/bin/pip --disable-pip-version-check install --quiet $(KERAS_WANTED) -r requirements/jax.txt \
+		numpy rich safetensors pytest hypothesis
+	.cache/one/bin/pip --disable-pip-version-check install --quiet --no-deps --editable .
+	$(QUICKLY) KERAS_BACKEND=jax .cache/one/bin/python $(PYTEST) tests
+KERAS_WANTED = $(if $(KERAS),$(if $(findstring git+,$(KERAS)),$(KERAS),keras==$(KERAS)),keras)
+
+mutants: .venv/tests
+	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+cpu:
+	$(MAKE) quick
+	@$(BIN)/python tests/cpu.py report quick --write
+	$(MAKE) test
+	@$(BIN)/python tests/cpu.py report test --write
+
+$(addprefix examples-,$(BACKENDS)): examples-%:
+	$(MAKE) $(call examples_on,$*)
+
+$(ALL_EXAMPLES): example-%: .venv/tests
+	OMP_NUM_THREADS=1 KERAS_BACKEND=$(word 2,$(subst -, ,$*)) \
+		$(STEP) $@ $(BIN)/python examples/$(word 1,$(subst -, ,$*)).py --quick
 
 lint: .venv/tests
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(STEP) lint sh -c '$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy'
 
-$(addprefix test-,$(BACKENDS)): test-%: .venv/tests
-	$(QUICKLY) KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet -p no:cacheprovider tests
+$(SUITES): test-%: .venv/tests
+	$(QUICKLY) KERAS_BACKEND=$* $(STEP) $@ $(BIN)/python $(PYTEST) tests
 
 # Keras's own tests of its layers, on adapted ones.
-$(addprefix own-,$(BACKENDS)): own-%: .venv/tests
-	cd tests && $(QUICKLY) KERAS_BACKEND=$* ../$(BIN)/python -m pytest --quiet -p no:cacheprovider -p keras_own_tests -c /dev/null --rootdir=/
+$(OWN): own-%: .venv/tests
+	cd tests && $(QUICKLY) KERAS_BACKEND=$* ../$(BIN)/python cpu.py run $@ \
+		../$(BIN)/python $(PYTEST) -p conftest -p keras_own_tests -c /dev/null --rootdir=/
 
-docs: .venv/tests
-	$(BIN)/mkdocs build --strict --quiet --site-dir .cache/site
+docs: .venv/docs
+	$(BIN)/python docs/build.py
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py $(BENCH)
@@ -50,6 +99,10 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements/package.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/docs: .venv/package requirements/docs.txt
+	$(PIP) -r requirements/docs.txt
 	touch $@
 
 .venv/demo-%: .venv/package requirements/%.txt requirements/no-deps.txt examples/requirements.txt
