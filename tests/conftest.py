@@ -31,8 +31,8 @@ def missing(*packages: str) -> list[str]:
 if not missing("torch"):
     import torch  # noqa: F401  # before TensorFlow, which KerasHub imports: the other order crashes in one process
 
-import keras
-import pytest
+import keras  # noqa: E402
+import pytest  # noqa: E402
 
 SPEEDS = ("quick", "test", "all")
 #: Files that import more than Keras, one backend and pytest. Without these packages they are not collected.

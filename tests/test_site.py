@@ -7,14 +7,24 @@ import pytest
 from conftest import missing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
-from build import problems_of  # noqa: E402
+from build import problems_of
 
 pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(bool(missing("zensical", "mkdocstrings")), reason="what builds the site is not installed"),
 ]
 PAGE = "# A page\n\n## A part\n\n[here](index.md#a-part) and [there][package.function]\n\n::: package.function\n"
-PACKAGE = '"""A package."""\n\n\ndef function(x: int) -> int:\n    """Double.\n\n    Args:\n        x: A number.\n    """\n    return x\n'
+PACKAGE = '''"""A package."""
+
+
+def function(x: int) -> int:
+    """Double.
+
+    Args:
+        x: A number.
+    """
+    return 2 * x
+'''
 CONFIG = """site_name: test
 nav: [Page: index.md]
 plugins:
