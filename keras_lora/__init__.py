@@ -1,12 +1,11 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
 from keras_lora import interop, testing
-from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
+from keras_lora.applying import apply_lora, remove_lora
 from keras_lora.combining import Combination, Combined, combine, compress
-from keras_lora.composition import activate, active, delete_adapter, disabled, train_adapters
-from keras_lora.inject import apply_lora, remove_lora
-from keras_lora.inspection import Row, Summary, summary
+from keras_lora.files.saving import load_adapter, save_adapter
+from keras_lora.inspecting import Row, Summary, summary
 from keras_lora.layers import (
     LoRAConv1D,
     LoRAConv1DTranspose,
@@ -26,10 +25,11 @@ from keras_lora.layers import (
     LoRASeparableConv2D,
     LoRASimpleRNNCell,
 )
+from keras_lora.layers.registering import register_layer
 from keras_lora.merging import merge_lora, unmerge_lora
-from keras_lora.registration import register_layer
 from keras_lora.serving import MultiAdapterModel
-from keras_lora.targets import Target, TargetList, list_targets
+from keras_lora.switching import activate, active, delete_adapter, disabled, train_adapters
+from keras_lora.targets.choosing import Target, TargetList, list_targets
 
 __version__ = "0.1.0"
 

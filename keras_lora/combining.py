@@ -10,14 +10,16 @@ import keras
 import numpy as np
 from rich.table import Table
 
-from keras_lora import adapters, factors, slots, tables, training
-from keras_lora.adapted import address_of, named_adapters, set_adapter
-from keras_lora.composition import strengths_of
-from keras_lora.factors import Factors
-from keras_lora.inject import forget_traces, inject, require_adapted
+from keras_lora import adapters, reports
+from keras_lora.adapters import factors
+from keras_lora.adapters.factors import Factors
+from keras_lora.applying import forget_traces, inject, require_adapted
 from keras_lora.linear_map import LinearMap
-from keras_lora.names import check_names, new_name
-from keras_lora.structure import walk
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import address_of, named_adapters, set_adapter
+from keras_lora.swap.adapters_of_model import check_names, new_name
+from keras_lora.swap.addresses import walk
+from keras_lora.switching import strengths_of
 
 #: A weight and the adapter it belongs to.
 _Terms = list[tuple[float, adapters.Adapter]]
@@ -55,7 +57,7 @@ class Combination(list[Combined]):
         table.add_column("error", justify="right")
         for row in self:
             table.add_row(row.layer, str(row.rank), f"{row.error:.2g}")
-        return f"{tables.text(table)}largest error: {self.error:.2g}"
+        return f"{reports.text(table)}largest error: {self.error:.2g}"
 
     __repr__ = __str__
 
@@ -179,9 +181,9 @@ def compress(model: Any, name: str, *, rank: int | None = None, energy: float | 
         adapter = new[address]
         adapter.strength.assign(before.strength)
         set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
-        planned = any(training.planned_variables(layer) for layer in adapters.with_inside(before))
+        planned = any(flags.planned_variables(layer) for layer in adapters.with_inside(before))
         now = bool(before.trainable_variables)
-        training.mark(adapter, training.flags_of(adapter), [planned, [planned] * 2], now=[now, [now] * 2])
+        flags.mark(adapter, flags.flags_of(adapter), [planned, [planned] * 2], now=[now, [now] * 2])
         slots.take(linear, before)
     forget_traces(model)
     linears = {address: linear for address, (linear, _) in old.items()}

@@ -29,7 +29,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora import backend, keras_internals, quantization
+from keras_lora.compat import backend, keras_internals, quantization
 
 #: On a layer, the own dtypes of its kernels that `LinearMap.store_kernel` has stored in another.
 _STORED = "_keras_lora_stored"

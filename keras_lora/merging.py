@@ -10,11 +10,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import adapters, quantization, slots, training
-from keras_lora.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_owners
-from keras_lora.inject import forget_traces, require_adapted, take_out
+from keras_lora import adapters
+from keras_lora.applying import forget_traces, require_adapted, take_out
+from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.structure import by_address
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_owners
+from keras_lora.swap.addresses import by_address
 
 _KEPT = "_keras_lora_kept"
 
@@ -65,7 +67,7 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
             f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
-    kept = _Kept(_placed(adapted), {}, {}, training.marks_of(model)) if keep else None
+    kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model)) if keep else None
     for address, (linear, change) in adapted.items():
         variable = linear.kernel_variable
         merged = _merged_kernel(linear, change)
@@ -116,7 +118,7 @@ def unmerge_lora(model: Any) -> Any:
         maps[address].kernel_variable.assign(kernel)
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():
-        training.mark(layers[address], **mark)
+        flags.mark(layers[address], **mark)
     set_owners(model)
     forget_traces(model)
     return model

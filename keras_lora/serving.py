@@ -10,14 +10,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, contents
-from keras_lora.adapted import named_adapters
+from keras_lora import adapters
 from keras_lora.adapters import per_example
-from keras_lora.inject import apply_lora
-from keras_lora.patterns import Patterns
-
-#: The key of the index among the inputs of a model.
-INDEX = "adapter_index"
+from keras_lora.adapters.per_example import INDEX
+from keras_lora.applying import apply_lora
+from keras_lora.files import adapter_state
+from keras_lora.swap.adapted import named_adapters
+from keras_lora.targets.patterns import Patterns
 
 
 @keras.saving.register_keras_serializable("keras_lora")
@@ -113,21 +112,21 @@ class MultiAdapterModel(keras.Model):
             ValueError: There is no free place, or the file does not fit; nothing is changed then.
             FileNotFoundError: There is no such file.
         """
-        header, tensors = contents.read_contents(path)
+        header, tensors = adapter_state.read_contents(path)
         places = _places_of(self.model)
-        problems = contents.misfits(self.model, header, places, partly=True)
+        problems = adapter_state.misfits(self.model, header, places, partly=True)
         problems += [f"the file has trained variables of '{address}' beside its adapter" for address in header["trained"]]
-        contents.raise_problems(f"The adapter file {path}", self.model, problems)
+        adapter_state.raise_problems(f"The adapter file {path}", self.model, problems)
         values = {}
         for address, entry in header["adapters"].items():
-            own = {key: tensors[there] for key, there in contents.keys_at(address, tensors).items()}
+            own = {key: tensors[there] for key, there in adapter_state.keys_at(address, tensors).items()}
             other = adapters.get(entry["method"], **entry["config"])
             values[address] = found = places[address].values_from(other, own)
             for key, variable in (("lora_a", places[address].lora_a), ("lora_b", places[address].lora_b)):
                 shape = found[key].shape if key in found else None
                 if shape != tuple(variable.shape[1:]):
                     problems.append(f"'{address}:{key}' has shape {shape}; expected is {tuple(variable.shape[1:])}")
-        contents.raise_problems(f"The adapter file {path}", self.model, problems)
+        adapter_state.raise_problems(f"The adapter file {path}", self.model, problems)
         index = self.names.get(name) or self._free_place()
         for address, adapter in places.items():
             adapter.put(index, values.get(address))

@@ -9,9 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_lora import adapters
-from keras_lora.adapted import maps_by_address, maps_of, named_adapters
-from keras_lora.inject import apply_lora, remove_lora
+from keras_lora.applying import apply_lora, remove_lora
 from keras_lora.merging import merge_lora, unmerge_lora
+from keras_lora.swap.adapted import maps_by_address, maps_of, named_adapters
 
 
 def check_layer(

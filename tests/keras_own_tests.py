@@ -27,9 +27,9 @@ from keras.src.layers.rnn.conv_lstm import ConvLSTM, ConvLSTMCell
 from keras.src.testing import TestCase
 
 import keras_lora
-from keras_lora import keras_internals
-from keras_lora.adapted import AdaptedLayer, adapted_maps, maps_by_address
+from keras_lora.compat import keras_internals
 from keras_lora.layers import TABLE
+from keras_lora.swap.adapted import AdaptedLayer, adapted_maps, maps_by_address
 
 FILES = {
     "core": ["dense", "einsum_dense", "embedding", "reversible_embedding"],

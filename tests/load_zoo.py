@@ -46,9 +46,9 @@ def look(name):
     predicted, expected = packed(model.predict(x, verbose=0)), packed(expected)
     seen = {
         "difference": max(float(np.abs(predicted[key].astype("float32") - expected[key]).max()) for key in expected),
-        "classes": [[place.address, type(place.layer).__name__] for place in keras_lora.structure.walk(model)],
+        "classes": [[place.address, type(place.layer).__name__] for place in keras_lora.swap.addresses.walk(model)],
         "trainable": [list(v.shape) for v in model.trainable_variables],
-        "flags": [place.layer.trainable for place in keras_lora.structure.walk(model)],
+        "flags": [place.layer.trainable for place in keras_lora.swap.addresses.walk(model)],
         "iterations": int(model.optimizer.iterations),
         "optimizer": [list(v.shape) for v in model.optimizer.variables],
     }

@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers
 
 import keras_lora
-from keras_lora import tensor_file
+from keras_lora.files import tensor_file
 
 FOLDER = Path(__file__).parent / "checkpoints"
 

@@ -33,8 +33,8 @@ import numpy as np
 from helpers import value
 
 import keras_lora
-from keras_lora.adapted import adapted_maps
-from keras_lora.structure import walk
+from keras_lora.swap.adapted import adapted_maps
+from keras_lora.swap.addresses import walk
 
 
 def outputs(model: Any, x: Any) -> list[np.ndarray]:
@@ -154,7 +154,7 @@ def check(build: Callable[[], tuple[Any, Any]], **apply: Any) -> dict[str, Any]:
     if not holds(seen["merge"], 1e-4):  # how much of it is rounding: what the last bit of the input changes
         seen["last_bit"] = difference(outputs(model, keras.tree.map_structure(next_number, x)), outputs(model, x))
     assert not adapted_maps(model)
-    assert all(type(place.layer).__module__ != "keras_lora.adapted" for place in walk(model))
+    assert all(type(place.layer).__module__ != "keras_lora.swap.adapted" for place in walk(model))
 
     if not holds(seen["round_trip"]):
         plain, x = build()

@@ -11,8 +11,8 @@ from helpers import difference, header_of, outputs, perturb, value, values
 from zoo import ZOO, numbers
 
 import keras_lora
-from keras_lora import fingerprint
-from keras_lora.structure import walk
+from keras_lora.files import fingerprint
+from keras_lora.swap.addresses import walk
 
 PLAIN = [name for name in ZOO if name != "made_by_hand"]
 

@@ -8,7 +8,7 @@ from keras import layers
 from zoo import BATCH, DIM, STEPS, ZOO, numbers
 
 import keras_lora
-from keras_lora.structure import walk
+from keras_lora.swap.addresses import walk
 
 PLAIN = [name for name in ZOO if name != "made_by_hand"]
 

@@ -11,31 +11,31 @@ import keras_lora
 PACKAGE = Path(keras_lora.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-#: Imports run one way: a file may import those below it. Files on one line do not import one another.
+#: The house: modules at the top of the package and its folders. Imports run downwards; those on one line do not meet.
 ORDER = [
     ["__main__"],
     ["cli"],
     ["__init__"],
-    ["hub", "testing", "interop"],
-    ["combining", "serving", "adapter_file"],
-    ["registration", "merging", "contents", "composition", "inspection"],
-    ["inject"],
+    ["interop", "serving", "testing"],
+    ["combining", "files", "inspecting", "merging"],
+    ["switching"],
+    ["applying"],
     ["targets"],
-    ["blocks", "presets"],
-    ["patterns", "layers", "names", "fingerprint"],
-    ["adapted"],
-    ["slots"],
-    ["training", "linear_map", "rebuilding"],
-    ["structure", "quantization", "adapters"],
-    ["keras_internals", "backend", "factors", "huggingface", "tensor_file", "tables"],
+    ["layers"],
+    ["swap"],
+    ["linear_map"],
+    ["adapters"],
+    ["compat", "reports"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+FOLDERS = {path.parent.name for path in FILES} - {PACKAGE.name}
+#: The top of the package has the public face and `linear_map`; everything else is in a folder.
+MOST_AT_THE_TOP = 14
 
 
-def room(path):
+def place(path):
     """The name in `ORDER` that stands for a file: its own, or its folder's."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported(path):
@@ -48,7 +48,9 @@ def imported(path):
 
 
 def test_every_file_has_its_place():
-    assert {room(path) for path in FILES} == set(LEVEL)
+    assert {place(path) for path in FILES} == set(LEVEL)
+    assert sum(path.parent == PACKAGE for path in FILES) <= MOST_AT_THE_TOP
+    assert all(ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text())) for folder in FOLDERS)
 
 
 def test_imports_run_one_way():
@@ -57,16 +59,25 @@ def test_imports_run_one_way():
             parts = name.split(".")
             if parts[0] != "keras_lora" or len(parts) < 2 or parts[1] not in LEVEL:
                 continue
-            inside = parts[1] == room(path) and room(path) in ("adapters", "cli", "interop", "layers")
-            assert inside or LEVEL[parts[1]] > LEVEL[room(path)], f"{path.name} imports {name}"
+            inside = parts[1] == place(path) and place(path) in FOLDERS
+            assert inside or LEVEL[parts[1]] > LEVEL[place(path)], f"{path.name} imports {name}"
+
+
+def test_the_modules_of_a_folder_do_not_import_in_a_circle():
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
+    arrows = {name: {each for each in imported(path) if each in names} - {name} for name, path in names.items()}
+    while arrows:
+        free = [name for name, to in arrows.items() if not to & arrows.keys()]
+        assert free, f"a circle among {sorted(arrows)}"
+        arrows = {name: to for name, to in arrows.items() if name not in free}
 
 
 def test_layers_know_no_particular_method_and_methods_no_layer():
     for path in FILES:
         names = " ".join(imported(path))
-        if room(path) == "layers" or path.stem in ("adapted", "linear_map"):
+        if place(path) == "layers" or path.stem in ("adapted", "linear_map"):
             assert not re.search(r"adapters\.(lora|dora|trainable_tokens|LoRA|DoRA|TrainableTokens)\b", names), path
-        if room(path) == "adapters":
+        if place(path) == "adapters":
             assert "keras_lora.layers" not in names
             assert "linear_map" not in names
 
@@ -109,7 +120,7 @@ def test_the_public_names_are_sorted_and_complete():
     assert public | {"interop", "testing"} == set(keras_lora.__all__)
 
 
-def test_rooms_are_small():
+def test_modules_are_small():
     sizes = {path.name: len(path.read_text().splitlines()) for path in FILES}
     assert max(sizes.values()) <= 420, sizes
 

@@ -11,7 +11,7 @@ from helpers import difference, header_of, outputs
 from make_checkpoints import CASES, FOLDER, make
 
 import keras_lora
-from keras_lora import tensor_file
+from keras_lora.files import tensor_file
 
 VERSIONS = range(1, tensor_file.VERSION + 1)
 #: The same in every version.

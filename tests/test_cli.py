@@ -19,8 +19,9 @@ from helpers import difference, once, outputs, value
 from keras import layers
 
 import keras_lora
-from keras_lora import cli, tensor_file
-from keras_lora.adapted import named_adapters
+from keras_lora import cli
+from keras_lora.files import tensor_file
+from keras_lora.swap.adapted import named_adapters
 
 pytestmark = once
 

@@ -15,7 +15,8 @@ from test_cli import base as of_dense
 from test_cli import refused, run
 
 import keras_lora
-from keras_lora import cli, tensor_file
+from keras_lora import cli
+from keras_lora.files import tensor_file
 from keras_lora.interop.peft import from_peft, to_peft
 
 SIZES = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 12}

@@ -10,9 +10,9 @@ from keras import layers
 from test_law import CASES, numbers
 
 import keras_lora
-from keras_lora import factors
-from keras_lora.adapted import named_adapters
-from keras_lora.structure import walk
+from keras_lora.adapters import factors
+from keras_lora.swap.adapted import named_adapters
+from keras_lora.swap.addresses import walk
 
 #: A layer of each kind of matrix: flat, several axes, groups, transposed, picked rows, two kernels, experts.
 KINDS = [

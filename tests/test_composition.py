@@ -19,9 +19,9 @@ from test_law import CASES, METHODS, Case, result
 from zoo import BATCH, DIM, ZOO, numbers
 
 import keras_lora
-from keras_lora import slots
-from keras_lora.adapted import adapted_maps, maps_by_address, named_adapters
 from keras_lora.adapters import strength_of, with_inside
+from keras_lora.swap import slots
+from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters
 
 BACKEND = keras.backend.backend()
 MIXED = {"a": 0.7, "b": -0.4}

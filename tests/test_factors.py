@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_lora.factors import concatenate, dare, keep_largest, linear, low_rank, product, relative_error, ties, truncate
+from keras_lora.adapters.factors import (
+    concatenate,
+    dare,
+    keep_largest,
+    linear,
+    low_rank,
+    product,
+    relative_error,
+    ties,
+    truncate,
+)
 
 #: Rounding of float64, with room for the conditioning of an SVD.
 NOISE = 1e-9

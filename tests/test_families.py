@@ -10,9 +10,9 @@ from families import KINDS, MODELS, applications, multimodal, text, vision  # no
 from sweep import check, holds, move_adapters, problems
 
 import keras_lora
-from keras_lora.adapted import adapted_maps
-from keras_lora.hub import BANKS
-from keras_lora.presets import PRESETS
+from keras_lora.layers.keras_hub import BANKS
+from keras_lora.swap.adapted import adapted_maps
+from keras_lora.targets.presets import PRESETS
 
 #: One of many kinds, each quick to build.
 SLICE = [

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_lora
-from keras_lora import adapters, keras_internals, tensor_file
-from keras_lora.structure import walk
+from keras_lora import adapters
+from keras_lora.compat import keras_internals
+from keras_lora.files import tensor_file
+from keras_lora.swap.addresses import walk
 
 pytestmark = once
 

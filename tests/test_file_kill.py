@@ -15,7 +15,7 @@ import safetensors.numpy
 from helpers import once
 
 import keras_lora
-from keras_lora import tensor_file
+from keras_lora.files import tensor_file
 
 pytestmark = [once, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")]
 

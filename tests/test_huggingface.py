@@ -26,7 +26,7 @@ from keras import layers
 from test_architecture import FILES, imported
 
 import keras_lora
-from keras_lora import huggingface
+from keras_lora.files import huggingface
 from keras_lora.interop import from_peft, to_peft
 
 pytestmark = once
@@ -590,7 +590,7 @@ def test_one_file_imports_huggingface_hub_and_only_when_asked():
 
 SCRIPT = """
 import sys
-from keras_lora import huggingface
+from keras_lora.files import huggingface
 for address in sys.argv[1:]:
     try:
         print(huggingface.adapter_file(address))

@@ -13,7 +13,7 @@ from helpers import difference, outputs, value
 from zoo import BATCH, ZOO
 
 import keras_lora
-from keras_lora.structure import walk
+from keras_lora.swap.addresses import walk
 
 BACKENDS = ("jax", "tensorflow", "torch")
 HERE = keras.backend.backend()

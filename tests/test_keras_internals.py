@@ -6,7 +6,7 @@ import pytest
 from helpers import value
 from keras import layers
 
-from keras_lora import keras_internals as internals
+from keras_lora.compat import keras_internals as internals
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from helpers import difference, gradients, perturb, value
 from keras import layers, ops
 
 import keras_lora
-from keras_lora.adapted import EffectiveLayer, adapted_class, adapted_maps, maps_by_address
 from keras_lora.adapters import TABLE
 from keras_lora.layers import TABLE as LAYERS
 from keras_lora.linear_map import seen_with
+from keras_lora.swap.adapted import EffectiveLayer, adapted_class, adapted_maps, maps_by_address
 
 NUMBERS = np.random.default_rng(0)
 METHODS = {

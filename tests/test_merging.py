@@ -12,7 +12,7 @@ from keras import layers
 from zoo import ZOO
 
 import keras_lora
-from keras_lora.structure import walk
+from keras_lora.swap.addresses import walk
 
 FLOAT = [name for name in ZOO if not name.startswith("int")]
 

@@ -13,10 +13,10 @@ from keras import layers
 from test_law import CASES, numbers, result
 
 import keras_lora
-from keras_lora.adapted import adapted_maps, named_adapters
+from keras_lora.compat.keras_internals import own_variables
 from keras_lora.interop import from_enable_lora, from_lora_h5
-from keras_lora.keras_internals import own_variables
-from keras_lora.structure import walk
+from keras_lora.swap.adapted import adapted_maps, named_adapters
+from keras_lora.swap.addresses import walk
 
 #: With those in `TRAINED` each class, and each way in which the last axis of a kernel lies in its matrix.
 KINDS = [

@@ -12,7 +12,7 @@ from keras import layers
 from zoo import BATCH, DIM, ZOO, Block, numbers
 
 import keras_lora
-from keras_lora.structure import walk
+from keras_lora.swap.addresses import walk
 
 SOME = ["sequential", "multi_head_attention", "block_built_in_build", "subclassed", "hub_bert_backbone"]
 

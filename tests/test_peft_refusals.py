@@ -23,7 +23,7 @@ import keras_lora
 from keras_lora.interop import from_peft, peft_folder, to_peft
 from keras_lora.interop.checkpoints import Checkpoint
 from keras_lora.interop.ports import Port, as_it_is_now
-from keras_lora.structure import walk
+from keras_lora.swap.addresses import walk
 
 pytestmark = once
 

@@ -8,7 +8,7 @@ from keras import layers
 from zoo import BATCH, ZOO, numbers
 
 import keras_lora
-from keras_lora import keras_internals
+from keras_lora.compat import keras_internals
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -8,8 +8,8 @@ from keras import layers, ops
 from zoo import numbers
 
 import keras_lora
-from keras_lora.adapted import adapted_maps
 from keras_lora.layers.factored import AdaptedKernel
+from keras_lora.swap.adapted import adapted_maps
 from keras_lora.testing import check_layer
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_registered():
             keras_lora.register_layer(**arguments)
     with pytest.raises(TypeError, match="must be a class of Keras layers"):
         keras_lora.register_layer("Dense", kernels={"w": "io"})
-    assert keras_lora.adapted.adapted_class(Plain) is None
+    assert keras_lora.swap.adapted.adapted_class(Plain) is None
 
 
 def test_factored_needs_code_that_calls_ops():

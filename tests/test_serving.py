@@ -9,9 +9,9 @@ from test_law import CASES, numbers, run
 from zoo import ZOO
 
 import keras_lora
-from keras_lora.adapted import EffectiveLayer, adapted_class, maps_by_address, named_adapters
 from keras_lora.adapters import PerExample
 from keras_lora.adapters.per_example import using
+from keras_lora.swap.adapted import EffectiveLayer, adapted_class, maps_by_address, named_adapters
 
 BACKEND = keras.backend.backend()
 

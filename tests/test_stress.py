@@ -13,9 +13,9 @@ from keras import layers
 from zoo import ids, numbers
 
 import keras_lora
-from keras_lora.adapted import named_adapters
 from keras_lora.adapters import Adapter
-from keras_lora.structure import walk
+from keras_lora.swap.adapted import named_adapters
+from keras_lora.swap.addresses import walk
 
 IDS, TARGET = ids(4, 3, vocabulary=7), numbers(4, 3, 2)
 NAMES = ["dense", "mix", "layers/1", "c d"]

@@ -8,8 +8,8 @@ from keras import layers
 from zoo import ZOO, Subclassed, numbers
 
 import keras_lora
-from keras_lora.structure import walk
-from keras_lora.targets import find_head
+from keras_lora.swap.addresses import walk
+from keras_lora.targets.choosing import find_head
 
 
 def transformer():

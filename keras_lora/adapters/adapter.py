@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora import keras_internals
+from keras_lora.compat import keras_internals
 
 _VALUES_COME = contextvars.ContextVar("values_come", default=False)
 

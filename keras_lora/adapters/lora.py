@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import keras_internals
 from keras_lora.adapters.adapter import Adapter
+from keras_lora.compat import keras_internals
 
 
 @keras.saving.register_keras_serializable("keras_lora")

@@ -14,7 +14,10 @@ from keras import ops
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.lora import LoRA
 
-_INDEX: contextvars.ContextVar[Any] = contextvars.ContextVar("adapter_index", default=None)
+#: The key of the index among the inputs of a model.
+INDEX = "adapter_index"
+
+_INDEX: contextvars.ContextVar[Any] = contextvars.ContextVar(INDEX, default=None)
 
 
 @contextlib.contextmanager

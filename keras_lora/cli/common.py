@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from keras_lora import adapters, tensor_file
-from keras_lora.factors import Factors
+from keras_lora import adapters
+from keras_lora.adapters.factors import Factors
+from keras_lora.files import tensor_file
 
 #: Tensors by address and name.
 Tensors = dict[str, dict[str, np.ndarray]]

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora import adapters, factors, tensor_file
+from keras_lora import adapters
+from keras_lora.adapters import factors
 from keras_lora.cli.common import Refused, by_address, lora_factors, new_file, progress, read_adapter, refusing, show, table
+from keras_lora.files import tensor_file
 
 
 def add(commands: Any) -> None:

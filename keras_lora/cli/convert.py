@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keras_lora.adapter_file import load_adapter, save_adapter
 from keras_lora.cli.common import Refused, new_file, new_folder, nothing_trains, progress, read_adapter, refusing, show
 from keras_lora.cli.merge import load_base, plain_base
+from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.interop import from_peft, peft_folder, to_peft
 
 #: Of the addresses in the adapter file of a KerasHub task, rather than of its backbone.

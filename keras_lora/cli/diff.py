@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora import factors
+from keras_lora.adapters import factors
+from keras_lora.adapters.factors import Factors
 from keras_lora.cli.common import by_address, lora_factors, read_adapter, show, table
-from keras_lora.factors import Factors
 
 #: What the header says of one adapter or trained layer, and its tensors.
 _Part = tuple[dict[str, Any], dict[str, np.ndarray]]

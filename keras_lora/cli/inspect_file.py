@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from keras_lora import adapted, adapters, tensor_file
+from keras_lora import adapters
 from keras_lora.cli.common import Refused, by_address, old_file, read_adapter, refusing, scale_of, show, table
+from keras_lora.files import tensor_file
+from keras_lora.swap import adapted
 
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _EXPECTED = f"Expected an adapter file (.safetensors), a .keras file, or the folder of a PEFT adapter ({_PEFT_CONFIG})."

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapter_file import load_adapter
 from keras_lora.cli.common import Refused, new_file, nothing_trains, progress, read_adapter, refusing, show
 from keras_lora.cli.inspect_file import keras_file
+from keras_lora.files.saving import load_adapter
 from keras_lora.merging import merge_lora
 
 

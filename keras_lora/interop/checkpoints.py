@@ -18,12 +18,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import keras_internals
-from keras_lora.adapted import address_of, maps_of
+from keras_lora.compat import keras_internals
 from keras_lora.interop.ports import Port, shape_of
 from keras_lora.linear_map import LinearMap
-from keras_lora.patterns import nearest
-from keras_lora.structure import Place, walk
+from keras_lora.swap.adapted import address_of, maps_of
+from keras_lora.swap.addresses import Place, walk
+from keras_lora.targets.patterns import nearest
 
 #: What Keras calls a variable, and what PyTorch does; a kernel is a weight.
 _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", "moving_mean": "running_mean"} | {

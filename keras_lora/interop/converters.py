@@ -19,9 +19,9 @@ import keras_hub
 import numpy as np
 from keras_hub.src.utils.transformers import preset_loader
 
-from keras_lora.adapted import Owner, maps_of
 from keras_lora.interop.ports import Port, as_it_is_now, shape_of
 from keras_lora.linear_map import seen_with
+from keras_lora.swap.adapted import Owner, maps_of
 
 
 class ConverterError(ValueError):

@@ -16,13 +16,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, factors, keras_internals, quantization, slots, training
-from keras_lora.adapted import address_of, maps_of, named_adapters, set_adapter, set_owners
+from keras_lora import adapters
+from keras_lora.adapters import factors
+from keras_lora.applying import forget_traces
 from keras_lora.combining import Combination, Combined
-from keras_lora.inject import forget_traces
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, seen_with
-from keras_lora.names import new_name
-from keras_lora.structure import walk
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import address_of, maps_of, named_adapters, set_adapter, set_owners
+from keras_lora.swap.adapters_of_model import new_name
+from keras_lora.swap.addresses import walk
 
 #: What an exact adapter may leave out, as a share of the change (Frobenius): less than float32 keeps of it.
 _ZERO = 1e-6
@@ -148,12 +151,12 @@ def from_enable_lora(model: Any, rank: int | None = None, name: str | None = Non
         trains = [v.trainable for v in _variables(each.linear)]
         keras_internals.forget_enabled_lora(layer)
         set_adapter(each.linear, adapter, name)
-        training.set_flags(adapter, [any(trains), trains if each.linear.kernel_axes[-1] != "i" else trains[::-1]])
+        flags.set_flags(adapter, [any(trains), trains if each.linear.kernel_axes[-1] != "i" else trains[::-1]])
     keras_internals.forget_backbone_lora(model)
     for place in walk(model):
         if place.layer.weights:
-            flags = training.flags_of(place.layer)
-            training.mark(place.layer, flags, flags)
+            now = flags.flags_of(place.layer)
+            flags.mark(place.layer, now, now)
     set_owners(model)
     forget_traces(model)
     return report(started)

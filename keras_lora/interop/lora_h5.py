@@ -12,11 +12,11 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from keras_lora import keras_internals, quantization
+from keras_lora.applying import forget_traces, inject
 from keras_lora.combining import Combination
-from keras_lora.inject import forget_traces, inject
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.interop.enable_lora import LastAxisLoRA, checked_arguments, kernel_of, report
-from keras_lora.structure import walk
+from keras_lora.swap.addresses import walk
 
 _TENSORS = ("lora_kernel_a", "lora_kernel_b")
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_lora import contents, huggingface
-from keras_lora.inject import require_adapted
+from keras_lora.applying import require_adapted
+from keras_lora.files import adapter_state, huggingface
 from keras_lora.interop import peft_folder
 from keras_lora.interop.checkpoints import Checkpoint
 from keras_lora.interop.peft_reading import Reader, aligned
@@ -81,8 +81,8 @@ def from_peft(
     for module, known in aligned(modules, checkpoint).items():
         reader.take(module, known, modules[module])
     source = f"The PEFT adapter {folder}"
-    contents.raise_problems(source, model, reader.problems)
-    return contents.put_contents(model, reader.header, reader.tensors, source, trainable, name)
+    adapter_state.raise_problems(source, model, reader.problems)
+    return adapter_state.put_contents(model, reader.header, reader.tensors, source, trainable, name)
 
 
 def to_peft(
@@ -139,11 +139,11 @@ def to_peft(
             huggingface.upload_folder_to(str(folder), local)
         return
     require_adapted(model, "to_peft")
-    header, tensors = contents.contents_of(model, name)
+    header, tensors = adapter_state.contents_of(model, name)
     writer = Writer(model, Checkpoint(model, names, rename, prefix))
     writer.take(header, tensors)
     if bake_scaling:
         writer.bake()
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
-    contents.raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems, do=do)
+    adapter_state.raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems, do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)

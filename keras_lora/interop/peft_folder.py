@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from keras_lora import tensor_file
+from keras_lora.files import tensor_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Before every name of a module in the keys of PEFT.

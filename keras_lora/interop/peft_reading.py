@@ -10,12 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, contents, keras_internals, quantization
+from keras_lora import adapters
+from keras_lora.compat import keras_internals, quantization
+from keras_lora.files import adapter_state
 from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
 from keras_lora.linear_map import LinearMap
-from keras_lora.patterns import nearest
+from keras_lora.targets.patterns import nearest
 
 #: Why an embedding of PEFT is not one here.
 _ELSEWHERE = (
@@ -135,7 +137,7 @@ class Reader:
                 )
 
     def _put(self, address: str, linear: LinearMap, adapter: adapters.Adapter) -> None:
-        self.header["adapters"][address] = {**contents.identity_of(linear), **contents.described(adapter)}
+        self.header["adapters"][address] = {**adapter_state.identity_of(linear), **adapter_state.described(adapter)}
 
     def _is_kernel(self, port: Port) -> bool:
         linear = self.checkpoint.maps.get(self.checkpoint.addresses[id(port.layer)])
@@ -166,7 +168,7 @@ class Reader:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")
                 continue
             own = keras_internals.own_variables(port.layer)
-            entry = self.header["trained"].setdefault(address, contents.nothing_trained(port.layer))
+            entry = self.header["trained"].setdefault(address, adapter_state.nothing_trained(port.layer))
             if index < len(entry["plan"][1]):
                 entry["plan"][1][index] = True
             self.tensors[f"{address}:base.{index}.{own[index].name}"] = tensor.reshape(-1)[lie.index]
@@ -174,7 +176,7 @@ class Reader:
 
 def number_of(layer: Any, attribute: str) -> int | None:
     """The place of a variable among the own variables of its layer."""
-    kernel = next((each for each in contents.maps_of(layer) if each.kernel_name == attribute), None)
+    kernel = next((each for each in adapter_state.maps_of(layer) if each.kernel_name == attribute), None)
     variable = getattr(layer, attribute) if kernel is None else kernel.kernel_variable
     return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
 

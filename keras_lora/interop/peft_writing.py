@@ -11,7 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, keras_internals
+from keras_lora import adapters
+from keras_lora.compat import keras_internals
 from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_reading import number_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapted import maps_of
+from keras_lora.swap.adapted import maps_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from keras_lora.adapted import LATE_ROOMS, AdaptedLayer, enter_layer
 from keras_lora.layers.conv import (
     LoRAConv1D,
     LoRAConv1DTranspose,
@@ -21,6 +20,7 @@ from keras_lora.layers.separable_conv import (
     LoRASeparableConv1D,
     LoRASeparableConv2D,
 )
+from keras_lora.swap.adapted import LATE_ROOMS, AdaptedLayer, enter_layer
 
 TABLE: tuple[type[AdaptedLayer], ...] = (
     LoRADense,
@@ -44,4 +44,4 @@ TABLE: tuple[type[AdaptedLayer], ...] = (
 )
 for adapted_class in TABLE:
     enter_layer(adapted_class)
-LATE_ROOMS["keras_hub"] = "keras_lora.hub"
+LATE_ROOMS["keras_hub"] = "keras_lora.layers.keras_hub"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import keras
 
-from keras_lora.adapted import AdaptedLayer
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap.adapted import AdaptedLayer
 
 
 class DenseMap(LinearMap):

@@ -14,8 +14,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.adapted import AdaptedLayer
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap.adapted import AdaptedLayer
 
 
 @dataclass(frozen=True)

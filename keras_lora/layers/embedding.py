@@ -11,10 +11,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora import keras_internals, quantization
-from keras_lora.adapted import AdaptedLayer
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, seen_with
-from keras_lora.slots import change_of
+from keras_lora.swap.adapted import AdaptedLayer
+from keras_lora.swap.slots import change_of
 
 
 class EmbeddingMap(LinearMap):

@@ -14,9 +14,9 @@ from typing import Any
 
 from keras import ops
 
-from keras_lora.adapted import AdaptedLayer
 from keras_lora.layers.einsum_dense import Axes, EinsumMap, axes_of
 from keras_lora.linear_map import seen_with
+from keras_lora.swap.adapted import AdaptedLayer
 
 
 class BankMap(EinsumMap):

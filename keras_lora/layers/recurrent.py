@@ -11,9 +11,9 @@ from typing import Any
 
 import keras
 
-from keras_lora import keras_internals
-from keras_lora.adapted import OWNER_KINDS, EffectiveLayer, Owner
+from keras_lora.compat import keras_internals
 from keras_lora.linear_map import LinearMap, seen_with
+from keras_lora.swap.adapted import OWNER_KINDS, EffectiveLayer, Owner
 
 
 class RecurrentOwner(Owner):

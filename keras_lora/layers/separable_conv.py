@@ -12,9 +12,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.adapted import AdaptedLayer, EffectiveLayer
 from keras_lora.layers.conv import ConvMap
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap.adapted import AdaptedLayer, EffectiveLayer
 
 
 class DepthwiseMap(LinearMap):

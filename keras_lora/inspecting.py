@@ -10,9 +10,10 @@ from typing import Any
 import keras
 from rich.table import Table
 
-from keras_lora import adapters, tables, training
-from keras_lora.adapted import address_of, named_adapters
-from keras_lora.structure import walk
+from keras_lora import adapters, reports
+from keras_lora.swap import flags
+from keras_lora.swap.adapted import address_of, named_adapters
+from keras_lora.swap.addresses import walk
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Summary(list[Row]):
         table.add_section()
         for name, line in self.adapters.items():
             table.add_row(f"{line['layers']} layers", name, str(line["method"]), *self._cells(line))
-        return f"{tables.text(table)}{self.total}"
+        return f"{reports.text(table)}{self.total}"
 
     __repr__ = __str__
 
@@ -130,7 +131,7 @@ def summary(model: Any) -> Summary:
     rows = []
     for place in places:
         rows += adapters_at.get(id(place.layer), [])
-        trained = [v for v in training.planned_variables(place.layer) if v.trainable]
+        trained = [v for v in flags.planned_variables(place.layer) if v.trainable]
         if trained and not isinstance(place.layer, adapters.Adapter):
             rows.append(Row(place.path, None, None, None, None, None, *_sizes(trained)))
     return Summary(rows, *_sizes(model.weights)[:2])

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora import keras_internals
+from keras_lora.compat import keras_internals
 
 SUPPORTED_MODES = (None, "int8", "int4")
 #: Modes in which a kernel that Keras does not unpack for us can be read.

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_lora import keras_internals
+from keras_lora.compat import keras_internals
 
 
 @dataclass(frozen=True)

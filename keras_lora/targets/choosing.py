@@ -11,13 +11,16 @@ from typing import Any
 import keras
 from rich.table import Table
 
-from keras_lora import adapters, keras_internals, presets, quantization, slots, tables, training
-from keras_lora import blocks as blocks_
-from keras_lora.adapted import ADAPTED_CLASSES, address_of, maps_of
+from keras_lora import adapters, reports
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.names import new_name
-from keras_lora.patterns import Key, Pattern, Patterns, Search
-from keras_lora.structure import Place, walk
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import ADAPTED_CLASSES, address_of, maps_of
+from keras_lora.swap.adapters_of_model import new_name
+from keras_lora.swap.addresses import Place, walk
+from keras_lora.targets import blocks as blocks_
+from keras_lora.targets import presets
+from keras_lora.targets.patterns import Key, Pattern, Patterns, Search
 
 #: Why a row says "train" where nothing was asked for now.
 ALREADY = "trains already"
@@ -81,7 +84,7 @@ class TargetList(list[Target]):
             table.add_row(
                 row.path, row.layer_type, row.action, row.why, shape, rank, f"{row.parameters:,}", f"{row.trainable:,}"
             )
-        return f"{tables.text(table)}{self.total}"
+        return f"{reports.text(table)}{self.total}"
 
     __repr__ = __str__
 
@@ -196,7 +199,7 @@ def _rows_of(
     if place.key in trained and variables:
         count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
         return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
-    planned = training.planned_variables(place.layer)
+    planned = flags.planned_variables(place.layer)
     if planned and len(planned) == len(keras_internals.own_trainable_variables(place.layer)):
         return [_row(place, variables, action="train", why=ALREADY, trainable=sum(map(_size, planned)))]
     with_bias = bias == "all" or (bias == "lora_only" and any(id(place.layer) == key[0] for key in chosen))
@@ -318,7 +321,7 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
         return [f"'{site.path}' was registered with the axes '{stated}', and its kernel has the shape {shape}"]
     if site.linear.constraint is not None:
         return [f"'{site.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
-    if adapter.derived and any(v is site.linear.kernel_variable for v in training.planned_variables(site.layer)):
+    if adapter.derived and any(v is site.linear.kernel_variable for v in flags.planned_variables(site.layer)):
         return [f"'{site.path}' trains in full, and a {type(adapter).__name__} measures the kernel once; exclude it"]
     problem = adapter.problem_with(site.linear)
     return [f"'{site.path}': {problem}"] if problem else []
@@ -331,8 +334,8 @@ def _problems_of_training(place: Place) -> list[str]:
 
 
 def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
-    if bias not in training.BIAS_OPTIONS:
-        raise ValueError(f"`bias` must be one of {training.BIAS_OPTIONS}. Received: bias={bias!r}.")
+    if bias not in flags.BIAS_OPTIONS:
+        raise ValueError(f"`bias` must be one of {flags.BIAS_OPTIONS}. Received: bias={bias!r}.")
     unused = _inside_graphs(places)
     unbuilt = [place.path for place in places if not place.layer.built and place.key not in unused]
     if unbuilt:

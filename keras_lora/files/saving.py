@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from keras_lora import huggingface, tensor_file
-from keras_lora.contents import contents_of, put_contents, read_contents
-from keras_lora.inject import require_adapted
+from keras_lora.applying import require_adapted
+from keras_lora.files import huggingface, tensor_file
+from keras_lora.files.adapter_state import contents_of, put_contents, read_contents
 
 
 def save_adapter(

@@ -9,13 +9,15 @@ from typing import Any
 
 import keras
 
-from keras_lora import adapters, keras_internals, quantization, slots, training
-from keras_lora.adapted import adapted_maps, named_adapters, set_adapter, set_owners, set_plain
+from keras_lora import adapters
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.names import new_name
-from keras_lora.patterns import Pattern, Patterns
-from keras_lora.structure import walk
-from keras_lora.targets import ALREADY, Target, list_targets
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import adapted_maps, named_adapters, set_adapter, set_owners, set_plain
+from keras_lora.swap.adapters_of_model import new_name
+from keras_lora.swap.addresses import walk
+from keras_lora.targets.choosing import ALREADY, Target, list_targets
+from keras_lora.targets.patterns import Pattern, Patterns
 
 #: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -173,13 +175,13 @@ def inject(
         set_adapter(linear, adapter, name)
     new = [layer for _, adapter in pairs for layer in adapters.with_inside(adapter)]
     old = [layer for adapter in others for layer in adapters.with_inside(adapter)]
-    training.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
+    flags.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
     set_owners(model)
 
 
 def take_out(model: keras.layers.Layer) -> None:
     """Make a plain model of an adapted one."""
-    training.restore_found(model)
+    flags.restore_found(model)
     for place in walk(model):
         set_plain(place.layer)
 

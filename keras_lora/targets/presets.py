@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import keras
 
-from keras_lora.patterns import matches
-from keras_lora.structure import Place, walk
+from keras_lora.swap.addresses import Place, walk
+from keras_lora.targets.patterns import matches
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import itertools
 
 import keras
 
-from keras_lora import adapters, keras_internals
+from keras_lora import adapters
+from keras_lora.compat import keras_internals
 from keras_lora.linear_map import LinearMap
 
 #: How a kernel is changed: by an adapter, or by several.

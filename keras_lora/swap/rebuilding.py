@@ -7,8 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_lora import adapters, keras_internals
-from keras_lora.structure import by_address
+from keras_lora import adapters
+from keras_lora.compat import keras_internals
+from keras_lora.swap.addresses import by_address
 
 
 def rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects: dict[str, Any] | None) -> Any:

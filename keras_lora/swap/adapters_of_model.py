@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from keras_lora import adapters
-from keras_lora.adapted import named_adapters
+from keras_lora.swap.adapted import named_adapters
 
 
 def new_name(model: Any, name: str | None) -> str:

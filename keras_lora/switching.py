@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from keras_lora import adapters, keras_internals, slots, training
-from keras_lora.adapted import AdaptedLayer, named_adapters, set_owners, set_plain
-from keras_lora.inject import forget_traces, require_adapted, take_out
-from keras_lora.names import check_names
-from keras_lora.structure import walk
+from keras_lora import adapters
+from keras_lora.applying import forget_traces, require_adapted, take_out
+from keras_lora.compat import keras_internals
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import AdaptedLayer, named_adapters, set_owners, set_plain
+from keras_lora.swap.adapters_of_model import check_names
+from keras_lora.swap.addresses import walk
 
 
 def activate(model: Any, names: str | Iterable[str] | Mapping[str, float] | None) -> Any:
@@ -109,7 +111,7 @@ def disabled(model: Any) -> Iterator[Any]:
     trained = [
         place.path
         for place in walk(model)
-        if not isinstance(place.layer, adapters.Adapter) and training.planned_variables(place.layer)
+        if not isinstance(place.layer, adapters.Adapter) and flags.planned_variables(place.layer)
     ]
     if trained:
         warnings.warn(
@@ -157,8 +159,8 @@ def train_adapters(model: Any, names: str | Iterable[str]) -> Any:
     for name, found in named.items():
         for linear, adapter in found.values():
             for layer in adapters.with_inside(adapter):
-                training.plan_again(layer, name in chosen)
-            training.plan_again(linear.layer, None)
+                flags.plan_again(layer, name in chosen)
+            flags.plan_again(linear.layer, None)
     forget_traces(model)
     return model
 
@@ -195,7 +197,7 @@ def delete_adapter(model: Any, name: str) -> Any:
             layer: Any = linear.layer
             if isinstance(layer, AdaptedLayer) and not slots.adapters_in(layer):
                 set_plain(layer)
-                training.plan_again(layer, None)
+                flags.plan_again(layer, None)
         set_owners(model)
     keras_internals.forget_compilation(model)
     forget_traces(model)

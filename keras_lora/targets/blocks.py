@@ -8,8 +8,8 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapted import maps_of
-from keras_lora.structure import Place, walk
+from keras_lora.swap.adapted import maps_of
+from keras_lora.swap.addresses import Place, walk
 
 
 def series_of(places: list[Place]) -> list[list[Place]]:

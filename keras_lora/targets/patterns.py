@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import keras
 
-from keras_lora import adapted
-from keras_lora.structure import Place, walk
+from keras_lora.swap import adapted
+from keras_lora.swap.addresses import Place, walk
 
 #: A layer or group by name or path ("query", "encoder/layer_0"), a glob over paths ("*/query"), a compiled regular
 #: expression that must match the whole path, a layer class, a function from a layer to a bool, or a layer itself.

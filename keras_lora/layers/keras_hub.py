@@ -10,10 +10,10 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_lora.adapted import OWNER_KINDS, ModelOwner
 from keras_lora.adapters import per_example
-from keras_lora.registration import register_layer
-from keras_lora.serving import INDEX
+from keras_lora.adapters.per_example import INDEX
+from keras_lora.layers.registering import register_layer
+from keras_lora.swap.adapted import OWNER_KINDS, ModelOwner
 
 _GATED = {"_expert_feedforward_gate_dense": "gio", "_expert_feedforward_output_dense": "gio"}
 #: The kernels of KerasHub's banks of experts, each `(experts, in, out)`.

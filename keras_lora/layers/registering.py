@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapted import AdaptedLayer, EffectiveLayer, adapted_class, enter_layer
 from keras_lora.layers.factored import BankMap, FactoredLayer
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap.adapted import AdaptedLayer, EffectiveLayer, adapted_class, enter_layer
 
 
 def register_layer(

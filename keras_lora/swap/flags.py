@@ -13,8 +13,8 @@ from typing import Any
 
 import keras
 
-from keras_lora import keras_internals
-from keras_lora.structure import Place, walk
+from keras_lora.compat import keras_internals
+from keras_lora.swap.addresses import Place, walk
 
 BIAS_OPTIONS = ("none", "all", "lora_only")
 #: The attribute that holds a mark: the flags as found and as planned.

@@ -19,9 +19,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, keras_internals, quantization, rebuilding, slots, training
+from keras_lora import adapters
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, seen_with
-from keras_lora.structure import by_address, walk
+from keras_lora.swap import flags, rebuilding, slots
+from keras_lora.swap.addresses import by_address, walk
 
 #: The extra key in a config, and in the weights of an adapted layer.
 KEY = "keras_lora"
@@ -44,7 +46,7 @@ class Owner:
     def trainable(self, value: bool) -> None:
         self.base_class.trainable.fset(self, value)
         if value:
-            training.follow_plan(self)
+            flags.follow_plan(self)
 
     def get_config(self) -> dict[str, Any]:
         # Asked through a view of the base class: Keras compares classes and methods while it writes a config.
@@ -131,7 +133,7 @@ class AdaptedLayer(Owner):
 
     def _freeze_base(self) -> None:
         methods = [layer for adapter in slots.adapters_in(self) for layer in adapters.with_inside(adapter)]
-        training.freeze(walk(self), adapted=[self], trained=methods)
+        flags.freeze(walk(self), adapted=[self], trained=methods)
         keras_internals.track_torch_parameters(self)
 
     @property
@@ -290,7 +292,7 @@ def set_owners(model: keras.layers.Layer) -> None:
     for place in walk(model):
         layer = place.layer
         plain = not isinstance(layer, (Owner, adapters.Adapter))
-        if plain and training.MARK in vars(layer) and keras_internals.sublayers(layer):
+        if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
             cls: Any = type(layer)
             _become(layer, owner_class(cls))
 
@@ -354,7 +356,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "adapters": [],
         "base_dtypes": {},
         "quantized": {},
-        "training": training.marks_of(owner),
+        "training": flags.marks_of(owner),
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
@@ -396,7 +398,7 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
         if not isinstance(place.layer, adapters.Adapter):
             holder = place.layer  # an adapter follows the layer it belongs to, and has its weights once that is built
         if place.address in description["training"]:
-            _when_built(holder, functools.partial(training.mark, place.layer, **description["training"][place.address]))
+            _when_built(holder, functools.partial(flags.mark, place.layer, **description["training"][place.address]))
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and not description["training"]:  # it was saved before it was built
             _when_built(layer, layer._freeze_base)

@@ -10,10 +10,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, keras_internals, quantization
-from keras_lora.adapted import maps_of
+from keras_lora import adapters
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.structure import walk
+from keras_lora.swap.adapted import maps_of
+from keras_lora.swap.addresses import walk
 
 
 def structure(model: keras.layers.Layer) -> str:

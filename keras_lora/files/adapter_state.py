@@ -20,12 +20,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, fingerprint, huggingface, keras_internals, slots, tensor_file, training
-from keras_lora.adapted import maps_by_address, maps_of, named_adapters
-from keras_lora.inject import forget_traces, inject
+from keras_lora import adapters
+from keras_lora.applying import forget_traces, inject
+from keras_lora.compat import keras_internals
+from keras_lora.files import fingerprint, huggingface, tensor_file
 from keras_lora.linear_map import LinearMap
-from keras_lora.names import new_name, only_name
-from keras_lora.structure import by_address, walk
+from keras_lora.swap import flags, slots
+from keras_lora.swap.adapted import maps_by_address, maps_of, named_adapters
+from keras_lora.swap.adapters_of_model import new_name, only_name
+from keras_lora.swap.addresses import by_address, walk
 
 Contents = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -37,9 +40,9 @@ def contents_of(model: Any, name: str | None = None, fingerprint_weights: bool =
     for address, (linear, adapter) in adapted.items():
         header["adapters"][address] = {**identity_of(linear), **described(adapter)}
     for address, layer in _trained_layers(model).items():
-        trained = training.trained_variables(layer)
-        flags = [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]
-        header["trained"][address] = {**nothing_trained(layer), "plan": [True, flags]}
+        trained = flags.trained_variables(layer)
+        trains = [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]
+        header["trained"][address] = {**nothing_trained(layer), "plan": [True, trains]}
     methods = {address: adapter for address, (_, adapter) in adapted.items()}
     variables = _variables_of(methods, header["trained"], by_address(model))
     if fingerprint_weights:
@@ -110,8 +113,8 @@ def put_contents(
     if not own:
         inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
         for address, entry in header["trained"].items():
-            mark = vars(found[address])[training.MARK]
-            training.mark(found[address], found=mark["found"], plan=entry["plan"])
+            mark = vars(found[address])[flags.MARK]
+            flags.mark(found[address], found=mark["found"], plan=entry["plan"])
         forget_traces(model, stacklevel=4)
     of_base = {key: variable for key, variable in variables.items() if ":base." in key}
     _assign(of_base, tensors)
@@ -124,8 +127,8 @@ def put_contents(
         for layer in [layer for adapter in started.values() for layer in adapters.with_inside(adapter)]:
             layer.trainable = False
         for address in header["trained"]:
-            flags = [False] * len(keras_internals.own_trainable_variables(found[address]))
-            training.set_flags(found[address], [found[address].trainable, flags])
+            trains = [False] * len(keras_internals.own_trainable_variables(found[address]))
+            flags.set_flags(found[address], [found[address].trainable, trains])
     return model
 
 
@@ -166,14 +169,14 @@ def _variables_of(
 def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
     """The layers of which base variables train, by address."""
     places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
-    return {place.address: place.layer for place in places if training.trained_variables(place.layer)}
+    return {place.address: place.layer for place in places if flags.trained_variables(place.layer)}
 
 
 def nothing_trained(layer: Any) -> dict[str, Any]:
     """What a header says of a layer of which base variables train, with none of them chosen yet."""
-    flags = [False] * len(keras_internals.own_trainable_variables(layer))
+    trains = [False] * len(keras_internals.own_trainable_variables(layer))
     shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
-    return {"class": _class_name(layer), "plan": [True, flags], "shapes": shapes}
+    return {"class": _class_name(layer), "plan": [True, trains], "shapes": shapes}
 
 
 def identity_of(linear: LinearMap) -> dict[str, Any]:
@@ -199,8 +202,8 @@ def described(adapter: adapters.Adapter) -> dict[str, Any]:
 def _made(entry: dict[str, Any]) -> adapters.Adapter:
     """The adapter that an entry of a file describes, without weights; an error where it is none that is ever written."""
     method, config = adapters.TABLE[entry["method"]], entry["config"]
-    flags = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
-    wrong = [key for key in flags if not isinstance(config.get(key, False), bool)]
+    yes_or_no = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
+    wrong = [key for key in yes_or_no if not isinstance(config.get(key, False), bool)]
     wrong += config.keys() & set(adapters.OF_THE_START)  # these could name an object to be made
     if not wrong:
         adapter = method(**config)
