@@ -89,7 +89,7 @@ def inactive(quick: bool) -> Iterator[Record]:
         model = prepare("keras_lora", case)
         for index in range(number):
             keras_lora.apply_lora(model, rank=case.rank, head=None, name=f"{index}")
-        keras_lora.activate(model, "default")
+        keras_lora.activate_adapters(model, "default")
         keras_lora.train_adapters(model, "default")
         model.compile(keras.optimizers.Adam(1e-4), "mse")
         models[number] = model

@@ -86,7 +86,7 @@ def in_groups(model: keras.Model, x: dict, names: list) -> np.ndarray:
     for name in dict.fromkeys(names):
         own = np.array([each == name for each in names])
         if model.name == "adapted":
-            keras_lora.activate(model, name)
+            keras_lora.activate_adapters(model, name)
         answers[own] = model.predict_on_batch(rows(x, own))
     return answers
 
@@ -106,7 +106,7 @@ def main() -> None:
         files = {name: Path(folder) / f"{name}.safetensors" for name in tasks}
         for name in tasks:
             train_adapter(model, name, *train[name])
-            keras_lora.save_adapter(model, files[name], name)
+            keras_lora.save_adapter(model, files[name], name=name)
             x, y = test[name]
             alone[name] = model.predict(x, batch_size=200, verbose=0)
             without[name] = base.predict(x, batch_size=200, verbose=0)
@@ -114,7 +114,7 @@ def main() -> None:
             error = math.sqrt(right * (1 - right) / len(y))
             frequent = np.mean(y == np.bincount(train[name][1]).argmax())
             accuracy.add_row(name, f"{frequent:.3f}", f"{wrong:.3f}", f"{right:.3f}", f"{error:.3f}")
-        print(f"\n{keras_lora.summary(model).total}")
+        print(f"\n{keras_lora.list_adapters(model).total}")
         print("MB of the files:", *(f"{path.stat().st_size / 1e6:.2f}" for path in files.values()))
         served = keras_lora.MultiAdapterModel(build_base(blocks), capacity=4, rank=RANK, head=None)
         Console().print(accuracy)
@@ -147,7 +147,7 @@ def serve(served, base, model, files, sentences, alone, without, repeats) -> Non
         "plain base, one batch": lambda: base.predict_on_batch(few),
         "an adapter for each request, one batch": mixed,
         "plain base, group after group": lambda: in_groups(base, few, few_names),
-        "`activate`, group after group": lambda: in_groups(model, few, few_names),
+        "`activate_adapters`, group after group": lambda: in_groups(model, few, few_names),
     }
     found = {way: answer() for way, answer in ways.items()}  # compiles what is not yet
     times = np.array([[milliseconds(answer) for answer in ways.values()] for _ in range(repeats)])  # they take turns

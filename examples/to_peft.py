@@ -139,7 +139,7 @@ def main() -> None:
             check(f"Keras, from {way}", logits_in_keras(fresh, few), "Keras, tuned", tuned, files=alike)
 
     Console().print(table)
-    print(f"The adapter itself changes them by {difference(tuned, untuned):.1e}; {keras_lora.summary(model).total}")
+    print(f"The adapter itself changes them by {difference(tuned, untuned):.1e}; {keras_lora.list_adapters(model).total}")
     if not (max(differences) <= TOLERANCE < difference(tuned, untuned) and all(same)):  # so written, NaN fails too
         raise SystemExit(f"The differences must be at most {TOLERANCE:.0e}, below that change, and all else the same.")
 

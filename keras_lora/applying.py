@@ -13,7 +13,7 @@ from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
-from keras_lora.swap.adapted import adapted_maps, named_adapters, set_adapter, set_owners, set_plain
+from keras_lora.swap.adapted import adapted_maps, named_adapters, set_adapter, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import walk
 from keras_lora.targets.choosing import ALREADY, Target, list_targets
@@ -49,7 +49,7 @@ def apply_lora(
     after it, as after every change of what trains.
 
     An adapted model gets another adapter beside those it has, under a `name` of its own, with other targets or another
-    method if you like. The new one is then the only one that is active and that trains; `keras_lora.activate` and
+    method if you like. The new one is then the only one that is active and that trains; `keras_lora.activate_adapters` and
     `keras_lora.train_adapters` choose others.
 
     Args:
@@ -129,7 +129,7 @@ def apply_lora(
             linear.store_kernel(base_dtype)
             for adapter in slots.adapters_of(linear):
                 adapter.base_changed(linear)
-    forget_traces(model)
+    reset_compilation(model)
     return model
 
 
@@ -155,7 +155,7 @@ def remove_lora(model: Any) -> Any:
     """
     require_adapted(model, "remove_lora")
     take_out(model)
-    forget_traces(model)
+    reset_compilation(model)
     return model
 
 
@@ -173,10 +173,10 @@ def inject(
         adapter.strength.assign(0.0)
     for linear, adapter in pairs:
         set_adapter(linear, adapter, name)
-    new = [layer for _, adapter in pairs for layer in adapters.with_inside(adapter)]
-    old = [layer for adapter in others for layer in adapters.with_inside(adapter)]
+    new = [layer for _, adapter in pairs for layer in adapters.with_sublayers(adapter)]
+    old = [layer for adapter in others for layer in adapters.with_sublayers(adapter)]
     flags.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
-    set_owners(model)
+    set_containers(model)
 
 
 def take_out(model: keras.layers.Layer) -> None:
@@ -215,7 +215,7 @@ def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
     return adapter
 
 
-def forget_traces(model: keras.layers.Layer, warn: bool = True, stacklevel: int = 3) -> None:
+def reset_compilation(model: keras.layers.Layer, warn: bool = True, stacklevel: int = 3) -> None:
     """Drop compiled functions and the compiled state: both belong to the variables of before."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)

@@ -13,11 +13,11 @@ from rich.table import Table
 from keras_lora import adapters, reports
 from keras_lora.adapters import factors
 from keras_lora.adapters.factors import Factors
-from keras_lora.applying import forget_traces, inject, require_adapted
+from keras_lora.applying import inject, require_adapted, reset_compilation
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import address_of, named_adapters, set_adapter
-from keras_lora.swap.adapters_of_model import check_names, new_name
+from keras_lora.swap.adapters_of_model import check_names, new_name, only_name
 from keras_lora.swap.addresses import walk
 from keras_lora.switching import strengths_of
 
@@ -28,7 +28,7 @@ METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitud
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedKernel:
     """What became of one kernel.
 
     Attributes:
@@ -42,8 +42,8 @@ class Combined:
     error: float
 
 
-class Combination(list[Combined]):
-    """A list of `Combined`; printing it prints a table."""
+class CombinationReport(list[CombinedKernel]):
+    """A list of `CombinedKernel`; printing it prints a table."""
 
     @property
     def error(self) -> float:
@@ -62,17 +62,17 @@ class Combination(list[Combined]):
     __repr__ = __str__
 
 
-def combine(
+def combine_adapters(
     model: Any,
     names: str | Iterable[str] | Mapping[str, float],
+    *,
     name: str,
     method: str = "cat",
-    *,
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
     seed: int | None = None,
-) -> Combination:
+) -> CombinationReport:
     """Make a new adapter, a plain LoRA, of several: `ΔW = Σ weight · ΔW_i` or what another method makes of them.
 
     It stands beside the others, and is then the only one that is active and trains.
@@ -113,14 +113,14 @@ def combine(
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
     >>> model = keras_lora.apply_lora(model, rank=1, name="french")
     >>> model = keras_lora.apply_lora(model, rank=2, name="formal")
-    >>> keras_lora.combine(model, {"french": 1, "formal": -0.5}, "informal french")[0].rank
+    >>> keras_lora.combine_adapters(model, {"french": 1, "formal": -0.5}, name="informal french")[0].rank
     3
 
     References:
         - [Yadav et al., 2023](https://arxiv.org/abs/2306.01708), for TIES
         - [Yu et al., 2023](https://arxiv.org/abs/2311.03099), for DARE
     """
-    require_adapted(model, "combine")
+    require_adapted(model, "combine_adapters")
     weights = strengths_of(names)
     check_names(model, weights)
     name = new_name(model, name)
@@ -141,11 +141,13 @@ def combine(
             raise ValueError(f"The adapters at '{address}' cannot be combined by '{method}': {error}") from error
     new = {address: _plain_lora(linears[address], found) for address, (found, _) in made.items()}
     inject(model, [(linears[address], adapter) for address, adapter in new.items()], name)
-    forget_traces(model)
+    reset_compilation(model)
     return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
 
 
-def compress(model: Any, name: str, *, rank: int | None = None, energy: float | None = None) -> Combination:
+def compress_adapter(
+    model: Any, *, name: str | None = None, rank: int | None = None, energy: float | None = None
+) -> CombinationReport:
     """Put the nearest plain LoRA of a rank, or of a share of the energy, in the place of an adapter of any method.
 
     So an adapter gets smaller, or one of another method (DoRA, trainable tokens) becomes a LoRA. It stays as active and as
@@ -153,7 +155,7 @@ def compress(model: Any, name: str, *, rank: int | None = None, energy: float | 
 
     Args:
         model: An adapted model, or an adapted part of one.
-        name: Which adapter.
+        name: Which adapter. Needed if the model has several.
         rank: The new rank, cut to what each kernel can have.
         energy: In its place, a number in (0, 1]: for each kernel the smallest rank that keeps this share of the sum of the
             squared singular values of ΔW; 1 keeps all that is not rounding.
@@ -169,11 +171,11 @@ def compress(model: Any, name: str, *, rank: int | None = None, energy: float | 
     >>> import keras, keras_lora
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
     >>> model = keras_lora.apply_lora(model, "dora", rank=8, name="french")
-    >>> [(row.layer, row.rank) for row in keras_lora.compress(model, "french", rank=2)][0][1]
+    >>> [(row.layer, row.rank) for row in keras_lora.compress_adapter(model, name="french", rank=2)][0][1]
     2
     """
-    require_adapted(model, "compress")
-    check_names(model, [name])
+    require_adapted(model, "compress_adapter")
+    name = only_name(model, name)
     old = named_adapters(model)[name]
     made = {address: _approximated(linear, [(1.0, adapter)], rank, energy) for address, (linear, adapter) in old.items()}
     new = {address: _plain_lora(old[address][0], found) for address, (found, _) in made.items()}
@@ -181,11 +183,11 @@ def compress(model: Any, name: str, *, rank: int | None = None, energy: float | 
         adapter = new[address]
         adapter.strength.assign(before.strength)
         set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
-        planned = any(flags.planned_variables(layer) for layer in adapters.with_inside(before))
+        planned = any(flags.planned_variables(layer) for layer in adapters.with_sublayers(before))
         now = bool(before.trainable_variables)
         flags.mark(adapter, flags.flags_of(adapter), [planned, [planned] * 2], now=[now, [now] * 2])
         slots.take(linear, before)
-    forget_traces(model)
+    reset_compilation(model)
     linears = {address: linear for address, (linear, _) in old.items()}
     return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
 
@@ -222,7 +224,7 @@ def _combined(
 
 def _approximated(linear: LinearMap, terms: _Terms, rank: int | None, energy: float | None) -> tuple[Factors, float]:
     """The best approximation of a weighted sum of changes; whole matrices are formed only where a method has no factors."""
-    if all(adapter.factors() is not None for _, adapter in terms):
+    if all(adapter.numpy_factors() is not None for _, adapter in terms):
         return factors.truncate(factors.concatenate([(w, _factors_of(adapter)) for w, adapter in terms]), rank, energy)
     return factors.low_rank(_sum([weight * _delta(linear, adapter) for weight, adapter in terms]), rank, energy)
 
@@ -232,11 +234,11 @@ def _sum(matrices: list[np.ndarray]) -> np.ndarray:
 
 
 def _factors_of(adapter: adapters.Adapter) -> Factors:
-    found = adapter.factors()
+    found = adapter.numpy_factors()
     if found is None:
         raise ValueError(
             f"the change of a {type(adapter).__name__} has no factors to add. Expected adapters such as LoRA; "
-            "`keras_lora.compress` makes one of it, and 'svd' takes it as it is"
+            "`keras_lora.compress_adapter` makes one of it, and 'svd' takes it as it is"
         )
     return found
 
@@ -250,19 +252,19 @@ def _plain_lora(linear: LinearMap, found: Factors) -> adapters.LoRA:
     """A LoRA with weights for a kernel, of these factors and the scale 1."""
     a, b = found
     adapter = adapters.LoRA(rank=a.shape[-1], alpha=a.shape[-1])
-    with adapters.values_come():
+    with adapters.skip_init():
         slots.start(linear, adapter)
     adapter.lora_a.assign(a.astype("float32"))
     adapter.lora_b.assign(b.astype("float32"))
     return adapter
 
 
-def _report(model: Any, linears: dict[str, LinearMap], made: dict[str, tuple[int, float]]) -> Combination:
+def _report(model: Any, linears: dict[str, LinearMap], made: dict[str, tuple[int, float]]) -> CombinationReport:
     paths = {id(place.layer): place.path for place in walk(model)}
-    rows = Combination()
+    rows = CombinationReport()
     for address, (rank, error) in made.items():
         linear = linears[address]
-        rows.append(Combined(address_of(paths[id(linear.layer)], linear), rank, error))
+        rows.append(CombinedKernel(address_of(paths[id(linear.layer)], linear), rank, error))
     return rows
 
 

@@ -17,7 +17,7 @@ from keras_lora.swap.addresses import walk
 
 
 @dataclass(frozen=True)
-class Row:
+class AdapterRow:
     """One adapter of one kernel, or what else trains.
 
     Attributes:
@@ -43,10 +43,10 @@ class Row:
     bytes: int
 
 
-class Summary(list[Row]):
-    """A list of `Row`; printing it prints a table with totals."""
+class AdapterList(list[AdapterRow]):
+    """A list of `AdapterRow`; printing it prints a table with totals."""
 
-    def __init__(self, rows: list[Row], trainable: int, parameters: int):
+    def __init__(self, rows: list[AdapterRow], trainable: int, parameters: int):
         super().__init__(rows)
         #: How many numbers of the whole model train, and how many it has.
         self.trainable, self.parameters = trainable, parameters
@@ -99,15 +99,15 @@ class Summary(list[Row]):
         return [*cells, f"{row['trainable']:,}", f"{row['parameters']:,}", f"{share:.3g}", f"{row['bytes']:,}"]
 
 
-def summary(model: Any) -> Summary:
+def list_adapters(model: Any) -> AdapterList:
     """The adapters of a model: where they are, of which method, rank and scale, which are active and train, and their sizes.
 
     Args:
         model: A model or layer, adapted or plain.
 
     Returns:
-        A list of `Row`, one for each adapter of each kernel and one for each layer that has other variables that train;
-        printing it prints a table. `summary(model).data()` is the same as plain data, `.total` is one line.
+        A list of `AdapterRow`, one for each adapter of each kernel and one for each layer that has other variables that
+        train. Printing it prints a table. `list_adapters(model).data()` is the same as plain data, `.total` is one line.
 
     Raises:
         TypeError: `model` is not a Keras layer.
@@ -116,12 +116,12 @@ def summary(model: Any) -> Summary:
 
     >>> import keras, keras_lora
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
-    >>> keras_lora.summary(keras_lora.apply_lora(model, rank=4, name="french")).total
+    >>> keras_lora.list_adapters(keras_lora.apply_lora(model, rank=4, name="french")).total
     'trainable: 192 of 803 (23.9 %)'
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
-    adapters_at: dict[int, list[Row]] = {}
+    adapters_at: dict[int, list[AdapterRow]] = {}
     places = walk(model)
     paths = {id(place.layer): place.path for place in places}
     for name, found in named_adapters(model).items():
@@ -133,14 +133,14 @@ def summary(model: Any) -> Summary:
         rows += adapters_at.get(id(place.layer), [])
         trained = [v for v in flags.planned_variables(place.layer) if v.trainable]
         if trained and not isinstance(place.layer, adapters.Adapter):
-            rows.append(Row(place.path, None, None, None, None, None, *_sizes(trained)))
-    return Summary(rows, *_sizes(model.weights)[:2])
+            rows.append(AdapterRow(place.path, None, None, None, None, None, *_sizes(trained)))
+    return AdapterList(rows, *_sizes(model.weights)[:2])
 
 
-def _row(path: str, name: str, adapter: adapters.Adapter) -> Row:
+def _row(path: str, name: str, adapter: adapters.Adapter) -> AdapterRow:
     strength = adapters.strength_of(adapter) if adapter.built else 1.0
     rank, scale = getattr(adapter, "rank", None), getattr(adapter, "scale", None)
-    return Row(path, name, type(adapter).__name__, rank, scale, strength, *_sizes(adapter.weights))
+    return AdapterRow(path, name, type(adapter).__name__, rank, scale, strength, *_sizes(adapter.weights))
 
 
 def _sizes(variables: Any) -> tuple[int, int, int]:

@@ -35,7 +35,7 @@ from keras_lora.compat import backend, keras_internals, quantization
 _STORED = "_keras_lora_stored"
 
 
-def seen_with(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
+def view_of(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
     """A shallow copy of `layer`, of class `cls`, that has `attributes` in the place of its own.
 
     It shares every other attribute and every weight. Running the copy is how a layer's own code is reused with another
@@ -89,7 +89,7 @@ class LinearMap:
     @property
     def plain(self) -> Any:
         """The layer as its own class: an adapted layer gives who reads its kernel from outside the changed one."""
-        return seen_with(self.layer, getattr(type(self.layer), "base_class", type(self.layer)))
+        return view_of(self.layer, getattr(type(self.layer), "base_class", type(self.layer)))
 
     # The kernel.
 
@@ -187,7 +187,7 @@ class LinearMap:
         """The layer's own linear part, float or quantised: `apply(x, W)`."""
         if self.base_dtype is not None and not self.picks_rows:
             return self.in_base_dtype(x, lambda x: self.call_with(x, self.kernel))
-        view = seen_with(self.layer, self.layer_class, **self.held_out)
+        view = view_of(self.layer, self.layer_class, **self.held_out)
         return view.call(x) if quantization.mode_of(self.layer) is None else view.quantized_call(x)
 
     def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:
@@ -275,4 +275,4 @@ class LinearMap:
         """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
         policy = keras.DTypePolicy(self.base_dtype or keras.backend.standardize_dtype(self.layer.compute_dtype))
         attributes = {**self.held_out, self.kernel_attribute: kernel, "_dtype_policy": policy}
-        return seen_with(self.layer, self.layer_class, **attributes).call(x)
+        return view_of(self.layer, self.layer_class, **attributes).call(x)

@@ -11,11 +11,11 @@ import numpy as np
 from keras import ops
 
 from keras_lora import adapters
-from keras_lora.applying import forget_traces, require_adapted, take_out
+from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
-from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_owners
+from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers
 from keras_lora.swap.addresses import by_address
 
 _KEPT = "_keras_lora_kept"
@@ -31,12 +31,12 @@ class _Kept:
     marks: dict[str, dict[str, Any]]
 
 
-def merge_lora(model: Any, keep: bool = False) -> Any:
+def merge_lora(model: Any, *, keep: bool = False) -> Any:
     """Add the change of every active adapter to its kernel, in place, and make the model a plain Keras model again.
 
     The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, needs no extra time
     to run, and its `.keras` file loads where `keras_lora` is not installed. Of several adapters, the sum is merged that
-    `keras_lora.activate` chose; a warning names the adapters that are not active, for they are gone.
+    `keras_lora.activate_adapters` chose; a warning names the adapters that are not active, for they are gone.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -77,7 +77,7 @@ def merge_lora(model: Any, keep: bool = False) -> Any:
         linear.store_kernel(None)
         variable.assign(merged)
     take_out(model)
-    forget_traces(model, warn=False)  # a merged model is for running; `fit` itself asks for `compile`
+    reset_compilation(model, warn=False)  # a merged model is for running; `fit` itself asks for `compile`
     if kept is not None:
         vars(model)[_KEPT] = kept
     return model
@@ -119,8 +119,8 @@ def unmerge_lora(model: Any) -> Any:
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():
         flags.mark(layers[address], **mark)
-    set_owners(model)
-    forget_traces(model)
+    set_containers(model)
+    reset_compilation(model)
     return model
 
 

@@ -24,7 +24,7 @@ class MultiAdapterModel(keras.Model):
     """A model in which each example of a batch uses an adapter of its own, or none.
 
     The factors of all loaded adapters are stacked in each layer, and each example picks its own by an index, an ordinary
-    input. So a batch may mix any adapters, and loading, dropping and mixing compile nothing again. The memory is that of
+    input. So a batch may mix any adapters, and loading, deleting and mixing compile nothing again. The memory is that of
     `capacity` adapters of the rank `rank`, loaded or not.
 
     Args:
@@ -62,9 +62,9 @@ class MultiAdapterModel(keras.Model):
     def __init__(
         self,
         model: keras.Model,
+        *,
         capacity: int = 8,
         rank: int = 8,
-        *,
         targets: Patterns | None = None,
         exclude: Patterns | None = None,
         head: Patterns | str | None = "auto",
@@ -133,7 +133,7 @@ class MultiAdapterModel(keras.Model):
         self.names = {**self.names, name: index}
         return index
 
-    def drop(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Free the place of an adapter. Examples that still name its index get the base.
 
         Raises:
@@ -181,8 +181,8 @@ class MultiAdapterModel(keras.Model):
         free = sorted(set(range(1, self.capacity + 1)) - set(self.names.values()))
         if not free:
             raise ValueError(
-                f"All {self.capacity} places of '{self.name}' are taken, by {sorted(self.names)}. `drop` one, or build the "
-                "model with a larger `capacity`."
+                f"All {self.capacity} places of '{self.name}' are taken, by {sorted(self.names)}. `delete` one, or build "
+                "the model with a larger `capacity`."
             )
         return free[0]
 

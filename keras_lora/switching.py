@@ -15,15 +15,15 @@ from numbers import Real
 from typing import Any
 
 from keras_lora import adapters
-from keras_lora.applying import forget_traces, require_adapted, take_out
+from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.compat import keras_internals
 from keras_lora.swap import flags, slots
-from keras_lora.swap.adapted import AdaptedLayer, named_adapters, set_owners, set_plain
+from keras_lora.swap.adapted import AdaptedLayer, named_adapters, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import check_names
 from keras_lora.swap.addresses import walk
 
 
-def activate(model: Any, names: str | Iterable[str] | Mapping[str, float] | None) -> Any:
+def activate_adapters(model: Any, names: str | Iterable[str] | Mapping[str, float] | None) -> Any:
     """Choose which adapters change the model: one, several added up, or none. Nothing is compiled again.
 
     Args:
@@ -45,10 +45,10 @@ def activate(model: Any, names: str | Iterable[str] | Mapping[str, float] | None
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
     >>> model = keras_lora.apply_lora(model, rank=1, name="french")
     >>> model = keras_lora.apply_lora(model, "dora", rank=4, name="formal")
-    >>> keras_lora.active(keras_lora.activate(model, {"french": 0.5, "formal": 1}))
+    >>> keras_lora.active_adapters(keras_lora.activate_adapters(model, {"french": 0.5, "formal": 1}))
     {'french': 0.5, 'formal': 1.0}
     """
-    named = _named(model, "activate")
+    named = _named(model, "activate_adapters")
     strengths = strengths_of(names)
     check_names(model, strengths)
     for name, found in named.items():
@@ -57,7 +57,7 @@ def activate(model: Any, names: str | Iterable[str] | Mapping[str, float] | None
     return model
 
 
-def active(model: Any) -> dict[str, float]:
+def active_adapters(model: Any) -> dict[str, float]:
     """The strengths of the adapters that are active, by name.
 
     Args:
@@ -73,18 +73,18 @@ def active(model: Any) -> dict[str, float]:
 
     >>> import keras, keras_lora
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
-    >>> keras_lora.active(keras_lora.apply_lora(model))
+    >>> keras_lora.active_adapters(keras_lora.apply_lora(model))
     {'default': 1.0}
     """
     strengths = {}
-    for name, found in _named(model, "active").items():
+    for name, found in _named(model, "active_adapters").items():
         each = {adapters.strength_of(adapter) for _, adapter in found.values()}
         strengths[name] = each.pop() if len(each) == 1 else math.nan
     return {name: strength for name, strength in strengths.items() if strength != 0}
 
 
 @contextlib.contextmanager
-def disabled(model: Any) -> Iterator[Any]:
+def disable_adapters(model: Any) -> Iterator[Any]:
     """Run the base: inside this context no adapter is active; after it each is as it was. Nothing is compiled again.
 
     It may be nested. Where biases or whole layers were trained beside the adapters, those stay as trained, so the outputs
@@ -101,13 +101,13 @@ def disabled(model: Any) -> Iterator[Any]:
     >>> import keras, keras_lora
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
     >>> model = keras_lora.apply_lora(model)
-    >>> with keras_lora.disabled(model):
-    ...     keras_lora.active(model)
+    >>> with keras_lora.disable_adapters(model):
+    ...     keras_lora.active_adapters(model)
     {}
-    >>> keras_lora.active(model)
+    >>> keras_lora.active_adapters(model)
     {'default': 1.0}
     """
-    named = _named(model, "disabled")
+    named = _named(model, "disable_adapters")
     trained = [
         place.path
         for place in walk(model)
@@ -158,10 +158,10 @@ def train_adapters(model: Any, names: str | Iterable[str]) -> Any:
     check_names(model, chosen)
     for name, found in named.items():
         for linear, adapter in found.values():
-            for layer in adapters.with_inside(adapter):
+            for layer in adapters.with_sublayers(adapter):
                 flags.plan_again(layer, name in chosen)
             flags.plan_again(linear.layer, None)
-    forget_traces(model)
+    reset_compilation(model)
     return model
 
 
@@ -184,7 +184,7 @@ def delete_adapter(model: Any, name: str) -> Any:
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
     >>> model = keras_lora.apply_lora(model, rank=1, name="french")
     >>> model = keras_lora.apply_lora(model, rank=4, name="formal")
-    >>> keras_lora.active(keras_lora.activate(keras_lora.delete_adapter(model, "formal"), "french"))
+    >>> keras_lora.active_adapters(keras_lora.activate_adapters(keras_lora.delete_adapter(model, "formal"), "french"))
     {'french': 1.0}
     """
     named = _named(model, "delete_adapter")
@@ -198,9 +198,9 @@ def delete_adapter(model: Any, name: str) -> Any:
             if isinstance(layer, AdaptedLayer) and not slots.adapters_in(layer):
                 set_plain(layer)
                 flags.plan_again(layer, None)
-        set_owners(model)
+        set_containers(model)
     keras_internals.forget_compilation(model)
-    forget_traces(model)
+    reset_compilation(model)
     return model
 
 

@@ -172,8 +172,8 @@ def pytest_configure(config):
     AdaptedLayer.__init__.__kwdefaults__["rank"] = 1
     keras.layers.Layer.set_weights = _set_weights
     TestCase.run_layer_test = _run_layer_test
-    start = keras_lora.LoRA.start
-    keras_lora.LoRA.start = lambda self, linear: (_started.append(linear), start(self, linear))[1]
+    build_for = keras_lora.LoRA.build_for
+    keras_lora.LoRA.build_for = lambda self, linear: (_started.append(linear), build_for(self, linear))[1]
     _put_stand_ins(keras_layers)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 
-from keras_lora.interop.transformers_names import renaming
+from keras_lora.interop.transformers_names import module_names
 
 SIZES = {
     "vocab_size": 40,
@@ -65,7 +65,7 @@ class Family:
 
     @property
     def rename(self) -> Callable[[str], str] | None:
-        return renaming("vit") if self.of_images else None
+        return module_names("vit") if self.of_images else None
 
     def checkpoint(self, folder: Path) -> Path:
         """A checkpoint of `transformers`."""

@@ -19,7 +19,7 @@ import keras_hub
 from families import MODELS, multimodal, text, vision  # noqa: F401  # entering the families
 from peft_families import FAMILIES
 
-from keras_lora.interop.checkpoints import Checkpoint, NotAReshape
+from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape
 from keras_lora.interop.converters import converters, model_types_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "peft.md"
@@ -38,7 +38,7 @@ def converted() -> dict[str, list[str]]:
 
 def row_of(name: str, class_name: str) -> str:
     model, _ = MODELS[name]()
-    checkpoint = Checkpoint(model)
+    checkpoint = CheckpointMap(model)
     kinds: collections.Counter[str] = collections.Counter()
     without: collections.Counter[str] = collections.Counter()
     for address in checkpoint.maps:

@@ -187,7 +187,7 @@ def test_a_method_of_ones_own_needs_three_functions():
     class Shift(keras_lora.Adapter):
         """`W' = W + d`: one number added to every entry."""
 
-        def start(self, linear):
+        def build_for(self, linear):
             self.shift = self.add_factor("shift", (), "zeros")
             self.built = True
 
@@ -264,7 +264,7 @@ def test_one_adapter_of_a_tied_embedding_serves_both_ways_and_merges():
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has ragged tensors")
 @pytest.mark.parametrize("method", [keras_lora.LoRA(rank=2), keras_lora.DoRA(rank=2), keras_lora.TrainableTokens([1, 3])])
-@pytest.mark.parametrize("cls", [keras_lora.LoRAEmbedding, keras_lora.LoRAReversibleEmbedding])
+@pytest.mark.parametrize("cls", [keras_lora.layers.LoRAEmbedding, keras_lora.layers.LoRAReversibleEmbedding])
 def test_ragged_ids_give_the_rows_that_flat_ids_give(cls, method):
     import tensorflow as tf
 

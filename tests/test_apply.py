@@ -152,7 +152,7 @@ def test_a_single_layer_of_any_kind():
 def test_the_classes_are_the_public_ones():
     model = ZOO["convolutions"]().model
     keras_lora.apply_lora(model, rank=1)
-    assert [type(layer) for layer in model.layers if isinstance(layer, layers.Conv2D)] == [keras_lora.LoRAConv2D] * 2
+    assert [type(layer) for layer in model.layers if isinstance(layer, layers.Conv2D)] == [keras_lora.layers.LoRAConv2D] * 2
 
 
 def test_applying_twice_is_refused_and_changes_nothing():
@@ -222,15 +222,15 @@ def test_something_that_is_no_layer_is_refused():
 
 def test_a_failure_while_the_weights_are_made_changes_nothing(monkeypatch):
     specimen = ZOO["multi_head_attention"]()
-    found, real, calls = facts(specimen.model), keras_lora.LoRA.start, []
+    found, real, calls = facts(specimen.model), keras_lora.LoRA.build_for, []
 
-    def start(self, linear):
+    def build_for(self, linear):
         calls.append(self)
         if len(calls) == 3:
             raise MemoryError
         real(self, linear)
 
-    monkeypatch.setattr(keras_lora.LoRA, "start", start)
+    monkeypatch.setattr(keras_lora.LoRA, "build_for", build_for)
     with pytest.raises(MemoryError):
         keras_lora.apply_lora(specimen.model)
     assert facts(specimen.model) == found

@@ -315,7 +315,7 @@ def test_a_merge_that_cannot_be_written_leaves_the_old_file(here, capsys, monkey
 @pytest.mark.parametrize("size", [{"rank": 2}, {"energy": 0.8}, {"rank": 99}])
 def test_compress_is_what_compress_of_a_model_does(here, capsys, size):
     model = keras_lora.load_adapter(base(), "a.safetensors")
-    report = keras_lora.compress(model, "default", **size)
+    report = keras_lora.compress_adapter(model, name="default", **size)
     ((key, number),) = size.items()
     code, out, err = run(capsys, "compress", "a.safetensors", "small.safetensors", f"--{key}", number)
     assert (code, err) == (0, "")
@@ -354,7 +354,12 @@ def test_what_compress_refuses(here, capsys):
         ("a.safetensors", "b.safetensors", "--rank", "two"): "--rank: expected a positive integer",
         ("a.safetensors", "b.safetensors", "--energy", "1.5"): r"--energy: expected a number in \(0, 1\], received '1.5'",
         ("a.safetensors", "b.safetensors", "--energy", "much"): "--energy: expected a number",
-        ("dora.safetensors", "b.safetensors", "--rank", "1"): "the method dora. Expected lora alone.*keras_lora.compress",
+        (
+            "dora.safetensors",
+            "b.safetensors",
+            "--rank",
+            "1",
+        ): "the method dora. Expected lora alone.*compress_adapter",
         ("a.safetensors", "a.safetensors", "--rank", "1"): "there already.*--force",
         ("a.safetensors", "b.bin", "--rank", "1"): "must end in '.safetensors'",
         ("none.safetensors", "b.safetensors", "--rank", "1"): "no file",

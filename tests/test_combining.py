@@ -66,11 +66,11 @@ def truncated(matrix, rank):
 def test_the_concatenation_is_the_sum(kind):
     layer = two(kind)
     a, b = deltas(layer, "a"), deltas(layer, "b")
-    report = keras_lora.combine(layer, {"a": 0.7, "b": -0.4}, "sum")
+    report = keras_lora.combine_adapters(layer, {"a": 0.7, "b": -0.4}, name="sum")
     assert apart(deltas(layer, "sum"), {key: 0.7 * a[key] - 0.4 * b[key] for key in a}) < 1e-6
     assert {row.rank for row in report} == {5}
     assert report.error == 0
-    assert keras_lora.active(layer) == {"sum": 1.0}
+    assert keras_lora.active_adapters(layer) == {"sum": 1.0}
 
 
 @pytest.mark.parametrize("second", SECOND)
@@ -79,7 +79,7 @@ def test_the_truncation_is_numpys_of_the_sum(kind, second):
     layer = two(kind, second)
     a, b = deltas(layer, "a"), deltas(layer, "b")
     whole = {key: 0.7 * a[key] - 0.4 * b[key] for key in a}
-    report = keras_lora.combine(layer, {"a": 0.7, "b": -0.4}, "sum", "svd", rank=2)
+    report = keras_lora.combine_adapters(layer, {"a": 0.7, "b": -0.4}, name="sum", method="svd", rank=2)
     wanted = {key: truncated(matrix, 2) for key, matrix in whole.items()}
     assert apart(deltas(layer, "sum"), wanted) < 2e-6
     errors = [np.linalg.norm(wanted[key] - whole[key]) / np.linalg.norm(whole[key]) for key in whole]
@@ -94,10 +94,10 @@ def test_the_combination_of_one_is_that_one(method, adapter):
     move(model)
     x = numbers(3, 6)
     before = outputs(model, x)
-    keras_lora.combine(model, "a", "same", method, **({"energy": 1.0} if method == "svd" else {}))
+    keras_lora.combine_adapters(model, "a", name="same", method=method, **({"energy": 1.0} if method == "svd" else {}))
     assert difference(outputs(model, x), before) < 2e-6
-    keras_lora.activate(model, {"same": 1, "a": -1})
-    assert difference(outputs(model, x), outputs(keras_lora.activate(model, None), x)) < 2e-6
+    keras_lora.activate_adapters(model, {"same": 1, "a": -1})
+    assert difference(outputs(model, x), outputs(keras_lora.activate_adapters(model, None), x)) < 2e-6
 
 
 def by_hand():
@@ -122,7 +122,7 @@ def by_hand():
 )
 def test_pruned_sums_by_hand(method, wanted):
     model = by_hand()
-    report = keras_lora.combine(model, {"a": 1, "b": 2}, "new", method, density=0.5, rank=2)
+    report = keras_lora.combine_adapters(model, {"a": 1, "b": 2}, name="new", method=method, density=0.5, rank=2)
     ((_, found),) = deltas(model, "new").items()
     assert np.allclose(found, wanted, atol=1e-6)
     assert report.error < 1e-12
@@ -134,7 +134,7 @@ def test_dropping_at_random_is_the_same_for_the_same_seed_and_what_factors_says(
     found = []
     for seed in (4, 4, 5):
         model = by_hand()
-        keras_lora.combine(model, {"a": 1, "b": 2}, "new", method, density=0.5, energy=1.0, seed=seed)
+        keras_lora.combine_adapters(model, {"a": 1, "b": 2}, name="new", method=method, density=0.5, energy=1.0, seed=seed)
         found += deltas(model, "new").values()
     assert np.array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
@@ -145,7 +145,7 @@ def test_dropping_at_random_is_the_same_for_the_same_seed_and_what_factors_says(
 def test_adding_factors_is_not_adding_changes_and_the_error_says_so():
     model = by_hand()
     a, b = deltas(model, "a")["layers/0"], deltas(model, "b")["layers/0"]
-    report = keras_lora.combine(model, ["a", "b"], "new", "linear")
+    report = keras_lora.combine_adapters(model, ["a", "b"], name="new", method="linear")
     found = deltas(model, "new")["layers/0"]
     assert np.allclose(found, 2 * (a + b), atol=1e-6)  # both have the factor A = 1
     assert np.isclose(report.error, 1.0)
@@ -157,11 +157,11 @@ def test_a_compressed_adapter_is_the_nearest_of_its_rank(kind):
     layer = two(kind, "dora")
     keras_lora.train_adapters(layer, "a")
     wanted = {key: truncated(matrix, 1) for key, matrix in deltas(layer, "b").items()}
-    keras_lora.activate(layer, {"a": 0.5, "b": 0.25})
-    report = keras_lora.compress(layer, "b", rank=1)
+    keras_lora.activate_adapters(layer, {"a": 0.5, "b": 0.25})
+    report = keras_lora.compress_adapter(layer, name="b", rank=1)
     assert apart(deltas(layer, "b"), wanted) < 2e-6
     assert {row.rank for row in report} == {1}
-    assert keras_lora.active(layer) == {"a": 0.5, "b": 0.25}
+    assert keras_lora.active_adapters(layer) == {"a": 0.5, "b": 0.25}
     trained = {id(v) for v in layer.trainable_variables}
     of = {name: [v for _, each in found.values() for v in each.saved_weights.values()] for name, found in named(layer)}
     assert {id(v) for v in of["a"]} == trained
@@ -176,10 +176,10 @@ def test_all_the_energy_loses_nothing_and_drops_what_is_not_used():
     model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(2)])
     keras_lora.apply_lora(model, rank=1, name="a")
     move(model)
-    keras_lora.combine(model, {"a": 0.5}, "b")
-    keras_lora.combine(model, ["a", "b"], "both")
+    keras_lora.combine_adapters(model, {"a": 0.5}, name="b")
+    keras_lora.combine_adapters(model, ["a", "b"], name="both")
     before = outputs(model, x := numbers(3, 6))
-    (row,) = keras_lora.compress(model, "both", energy=1.0)
+    (row,) = keras_lora.compress_adapter(model, name="both", energy=1.0)
     assert row.rank == 1  # of 2: both are the same change
     assert difference(outputs(model, x), before) < 2e-6
 
@@ -189,7 +189,7 @@ def test_trained_tokens_become_an_exact_lora():
     keras_lora.apply_lora(layer, keras_lora.TrainableTokens([1, 4, 7]), targets=lambda each: True)
     move(layer)
     wanted = deltas(layer, "default")
-    report = keras_lora.compress(layer, "default", energy=1.0)
+    report = keras_lora.compress_adapter(layer, name="default", energy=1.0)
     assert apart(deltas(layer, "default"), wanted) < 1e-6
     assert [row.rank for row in report] == [3]
     assert report.error < 1e-7
@@ -201,11 +201,11 @@ def test_different_targets_are_added_where_they_are():
         keras_lora.apply_lora(model, rank=2, targets=target, name=name)
     move(model)
     x = numbers(3, 6)
-    before = outputs(keras_lora.activate(model, {"a": 1, "b": 2, "c": 0.5}), x)
-    report = keras_lora.combine(model, {"a": 1, "b": 2, "c": 0.5}, "all")
+    before = outputs(keras_lora.activate_adapters(model, {"a": 1, "b": 2, "c": 0.5}), x)
+    report = keras_lora.combine_adapters(model, {"a": 1, "b": 2, "c": 0.5}, name="all")
     assert {row.layer: row.rank for row in report} == {"first": 4, "second": 4}
     assert difference(outputs(model, x), before) < 2e-6
-    assert difference(outputs(keras_lora.activate(model, "c"), x), before) > 1e-2
+    assert difference(outputs(keras_lora.activate_adapters(model, "c"), x), before) > 1e-2
 
 
 def test_a_combination_trains_further_and_goes_through_a_keras_file(tmp_path):
@@ -213,7 +213,7 @@ def test_a_combination_trains_further_and_goes_through_a_keras_file(tmp_path):
     keras_lora.apply_lora(model, rank=1, name="a")
     keras_lora.apply_lora(model, rank=2, name="b")
     move(model)
-    keras_lora.combine(model, ["a", "b"], "c", "svd", rank=2)
+    keras_lora.combine_adapters(model, ["a", "b"], name="c", method="svd", rank=2)
     model.compile("adam", "mse")
     x = numbers(8, 6)
     losses = model.fit(x, numbers(8, 2), epochs=3, verbose=0).history["loss"]
@@ -221,7 +221,7 @@ def test_a_combination_trains_further_and_goes_through_a_keras_file(tmp_path):
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert difference(outputs(loaded, x), outputs(model, x)) == 0
-    assert keras_lora.active(loaded) == {"c": 1.0}
+    assert keras_lora.active_adapters(loaded) == {"c": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_a_combination_trains_further_and_goes_through_a_keras_file(tmp_path):
 def test_what_cannot_be_combined_is_refused_and_nothing_changes(arguments, message):
     layer = two("dense")
     keras_lora.apply_lora(layer, "dora", name="dora", rank=2)
-    keras_lora.activate(layer, {"a": 0.5})
-    before = (values(layer.variables), json.dumps(keras_lora.summary(layer).data()), len(walk(layer)))
+    keras_lora.activate_adapters(layer, {"a": 0.5})
+    before = (values(layer.variables), json.dumps(keras_lora.list_adapters(layer).data()), len(walk(layer)))
     with pytest.raises(ValueError, match=message):
-        keras_lora.combine(layer, **{"name": "new", **arguments})
-    after = (values(layer.variables), json.dumps(keras_lora.summary(layer).data()), len(walk(layer)))
+        keras_lora.combine_adapters(layer, **{"name": "new", **arguments})
+    after = (values(layer.variables), json.dumps(keras_lora.list_adapters(layer).data()), len(walk(layer)))
     assert before[1:] == after[1:]
     assert all(np.array_equal(before[0][path], after[0][path]) for path in before[0])
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes(arguments, messa
 def test_compressing_a_model_that_is_switched_off_keeps_the_plan():
     model = keras_lora.apply_lora(keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(2)]), rank=2)
     model.trainable = False
-    keras_lora.compress(model, "default", rank=1)
+    keras_lora.compress_adapter(model, name="default", rank=1)
     assert not model.trainable_variables
     model.trainable = True
     assert [tuple(v.shape) for v in model.trainable_variables] == [(6, 1), (1, 8)]

@@ -19,7 +19,7 @@ from test_law import CASES, METHODS, Case, result
 from zoo import BATCH, DIM, ZOO, numbers
 
 import keras_lora
-from keras_lora.adapters import strength_of, with_inside
+from keras_lora.adapters import strength_of, with_sublayers
 from keras_lora.swap import slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters
 
@@ -65,7 +65,7 @@ def same(left, right):
 def state(model):
     """All that a refusal must leave as it was."""
     strengths = {name: [strength_of(each) for each in found_of(model, name).values()] for name in named_adapters(model)}
-    return facts(model), strengths, keras_lora.summary(model).data()
+    return facts(model), strengths, keras_lora.list_adapters(model).data()
 
 
 # The sum, for every kind of layer.
@@ -127,14 +127,14 @@ def test_the_output_is_that_of_the_base_kernel_and_all_changes(name, first, seco
     base, seen = result(case.built(), case), []
     for strengths in (MIXED, {"b": 1.0}, {"a": 1.0}):
         expected = result(sum_into(case.built(), layer, strengths), case)
-        seen.append(result(keras_lora.activate(layer, strengths), case))
+        seen.append(result(keras_lora.activate_adapters(layer, strengths), case))
         assert difference(seen[-1], expected) < case.tolerance, strengths
         assert difference(expected, base) > 1e-2, "the change is too small to be seen"
     assert difference(seen[0], seen[1]) > 1e-2
     assert difference(seen[1], seen[2]) > 1e-2
     # W + 0 is W, but where that array lies in memory can change how torch sums.
     exact = BACKEND != "torch" or name != "lstm"
-    assert difference(result(keras_lora.activate(layer, None), case), base) <= (0 if exact else 1e-7)
+    assert difference(result(keras_lora.activate_adapters(layer, None), case), base) <= (0 if exact else 1e-7)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_order_of_adding_does_not_matter(name, first, second):
     one, other = with_two(name, {"a": first, "b": second}, None), with_two(name, {"b": second, "a": first}, None)
     assert list(named_adapters(one)) == ["a", "b"]
     assert list(named_adapters(other)) == ["b", "a"]
-    left, right = (result(keras_lora.activate(each, MIXED), case) for each in (one, other))
+    left, right = (result(keras_lora.activate_adapters(each, MIXED), case) for each in (one, other))
     assert difference(left, right) < case.tolerance
 
 
@@ -177,10 +177,10 @@ def test_a_whole_model_is_that_of_the_summed_kernels(name, first, second):
     base = outputs(ZOO[name]().model, specimen.x)
     for strengths in (MIXED, {"a": 1.0}, {"b": 1.0}):
         expected = outputs(sum_into(ZOO[name]().model, specimen.model, strengths), specimen.x)
-        keras_lora.activate(specimen.model, strengths)
+        keras_lora.activate_adapters(specimen.model, strengths)
         assert difference(outputs(specimen.model, specimen.x), expected) < specimen.tolerance, strengths
         assert difference(expected, base) > 1e-3, "the change is too small to be seen"
-    assert difference(outputs(keras_lora.activate(specimen.model, None), specimen.x), base) == 0
+    assert difference(outputs(keras_lora.activate_adapters(specimen.model, None), specimen.x), base) == 0
 
 
 @pytest.mark.parametrize("name", ["int8"])
@@ -189,7 +189,7 @@ def test_on_a_quantised_base_two_adapters_are_one_with_both_their_columns(name):
     for own, rank in (("a", 2), ("b", 3)):
         keras_lora.apply_lora(two, rank=rank, alpha=rank * 0.5, name=own)
         move(two, own)
-    keras_lora.activate(two, MIXED)
+    keras_lora.activate_adapters(two, MIXED)
     keras_lora.apply_lora(one, rank=5, alpha=5)
     for address, adapter in found_of(one, "default").items():
         a, b = found_of(two, "a")[address], found_of(two, "b")[address]
@@ -200,7 +200,7 @@ def test_on_a_quantised_base_two_adapters_are_one_with_both_their_columns(name):
     left, base = outputs(two, specimen.x), outputs(specimen.model, specimen.x)
     assert difference(left, outputs(one, specimen.x)) < specimen.tolerance
     assert difference(left, base) > 1e-2
-    assert difference(outputs(keras_lora.activate(two, None), specimen.x), base) == 0
+    assert difference(outputs(keras_lora.activate_adapters(two, None), specimen.x), base) == 0
 
 
 def test_a_dozen_adapters_of_one_kernel_add_up():
@@ -211,7 +211,7 @@ def test_a_dozen_adapters_of_one_kernel_add_up():
         move(model, name)
     x, layer = numbers(BATCH, DIM), model.layers[0]
     w = value(layer.linear_map.kernel) + sum(value(each.delta_kernel(None)) for each in slots.adapters_in(layer))
-    assert difference(outputs(keras_lora.activate(model, names), x), [x @ w + value(layer.bias)]) < 3e-6
+    assert difference(outputs(keras_lora.activate_adapters(model, names), x), [x @ w + value(layer.bias)]) < 3e-6
 
 
 # Switching.
@@ -219,7 +219,7 @@ def test_a_dozen_adapters_of_one_kernel_add_up():
 
 def test_activating_by_name_names_mapping_or_none():
     model = whole("multi_head_attention").model
-    assert keras_lora.active(model) == {"b": 1.0}
+    assert keras_lora.active_adapters(model) == {"b": 1.0}
     for given, active in [
         ("a", {"a": 1.0}),
         (["a", "b"], {"a": 1.0, "b": 1.0}),
@@ -230,15 +230,15 @@ def test_activating_by_name_names_mapping_or_none():
         ("b", {"b": 1.0}),
         (None, {}),
     ]:
-        assert keras_lora.activate(model, given) is model
-        assert keras_lora.active(model) == active
+        assert keras_lora.activate_adapters(model, given) is model
+        assert keras_lora.active_adapters(model) == active
 
 
 def test_switching_leaves_what_trains():
     model = whole("multi_head_attention").model
     before = [id(v) for v in model.trainable_variables]
-    keras_lora.activate(model, "a")
-    with keras_lora.disabled(model):
+    keras_lora.activate_adapters(model, "a")
+    with keras_lora.disable_adapters(model):
         assert [id(v) for v in model.trainable_variables] == before
     assert [id(v) for v in model.trainable_variables] == before
 
@@ -246,7 +246,7 @@ def test_switching_leaves_what_trains():
 def irregular():
     """Two adapters, of which one has another strength in one layer."""
     specimen = whole("multi_head_attention")
-    keras_lora.activate(specimen.model, {"a": 0.5, "b": 0.25})
+    keras_lora.activate_adapters(specimen.model, {"a": 0.5, "b": 0.25})
     next(iter(found_of(specimen.model, "a").values())).strength.assign(0.3)
     return specimen
 
@@ -255,24 +255,24 @@ def test_disabled_is_the_base_and_restores_each_strength_however_it_is_left():
     specimen = irregular()
     model, x = specimen.model, specimen.x
     base, before, strengths = outputs(ZOO["multi_head_attention"]().model, x), outputs(model, x), state(model)[1]
-    active = keras_lora.active(model)
+    active = keras_lora.active_adapters(model)
     assert math.isnan(active["a"])
     assert active["b"] == 0.25
-    assert keras_lora.summary(model).adapters["a"]["strength"] == "irregular"
-    with keras_lora.disabled(model) as given:
+    assert keras_lora.list_adapters(model).adapters["a"]["strength"] == "irregular"
+    with keras_lora.disable_adapters(model) as given:
         assert given is model
-        assert keras_lora.active(model) == {}
+        assert keras_lora.active_adapters(model) == {}
         assert difference(outputs(model, x), base) == 0
-        with keras_lora.disabled(model):
+        with keras_lora.disable_adapters(model):
             assert difference(outputs(model, x), base) == 0
-        assert keras_lora.active(model) == {}
+        assert keras_lora.active_adapters(model) == {}
         assert difference(outputs(model, x), base) == 0
     assert state(model)[1] == strengths
     assert difference(outputs(model, x), before) == 0
 
     def left_by_an_exception():
-        with keras_lora.disabled(model):
-            keras_lora.activate(model, {"a": 3})
+        with keras_lora.disable_adapters(model):
+            keras_lora.activate_adapters(model, {"a": 3})
             raise RuntimeError("left")
 
     with pytest.raises(RuntimeError, match="left"):
@@ -286,17 +286,17 @@ def test_disabled_warns_where_something_else_trains(arguments):
     model = ZOO["multi_head_attention"]().model
     keras_lora.apply_lora(model, rank=1, name="a", **arguments)
     keras_lora.apply_lora(model, rank=1, name="b")
-    with pytest.warns(UserWarning, match=r"is not its base: \[.*\] train beside them"), keras_lora.disabled(model):
-        assert keras_lora.active(model) == {}
-    assert keras_lora.active(model) == {"b": 1.0}
+    with pytest.warns(UserWarning, match=r"is not its base: \[.*\] train beside them"), keras_lora.disable_adapters(model):
+        assert keras_lora.active_adapters(model) == {}
+    assert keras_lora.active_adapters(model) == {"b": 1.0}
 
 
 def test_disabled_does_not_warn_where_only_adapters_train():
     model = whole("multi_head_attention").model
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(drops the adapters|is not its base)")
-        with keras_lora.disabled(model):
-            assert keras_lora.active(model) == {}
+        with keras_lora.disable_adapters(model):
+            assert keras_lora.active_adapters(model) == {}
 
 
 # Names.
@@ -318,19 +318,19 @@ NAMES = ["dense", "query", "layers/0/_query_dense", "first/lora_a", ":base.0.", 
 def test_a_name_is_in_no_number_and_no_key(tmp_path):
     usual = two_named("usual")
     paths = [v.path for v in usual.model.variables]
-    keras_lora.activate(usual.model, {"first": 0.5, "usual": 2})
+    keras_lora.activate_adapters(usual.model, {"first": 0.5, "usual": 2})
     expected = outputs(usual.model, usual.x)
-    keras_lora.save_adapter(usual.model, tmp_path / "usual.safetensors", "usual")
+    keras_lora.save_adapter(usual.model, tmp_path / "usual.safetensors", name="usual")
     for name in NAMES:
         model = two_named(name).model
         assert list(named_adapters(model)) == ["first", name]
         assert [v.path for v in model.variables] == paths
-        keras_lora.activate(model, {"first": 0.5, name: 2})
+        keras_lora.activate_adapters(model, {"first": 0.5, name: 2})
         assert difference(outputs(model, usual.x), expected) == 0
-        keras_lora.save_adapter(model, tmp_path / "named.safetensors", name)
+        keras_lora.save_adapter(model, tmp_path / "named.safetensors", name=name)
         assert (tmp_path / "named.safetensors").read_bytes() == (tmp_path / "usual.safetensors").read_bytes()
         model.save(tmp_path / "m.keras")
-        assert keras_lora.active(keras.saving.load_model(tmp_path / "m.keras")) == {"first": 0.5, name: 2.0}
+        assert keras_lora.active_adapters(keras.saving.load_model(tmp_path / "m.keras")) == {"first": 0.5, name: 2.0}
 
 
 def test_every_variable_has_a_path_of_its_own():
@@ -348,17 +348,20 @@ REFUSALS = {
     "empty name": (lambda m, f: keras_lora.apply_lora(m, name=""), "`name` must be a word"),
     "number as name": (lambda m, f: keras_lora.apply_lora(m, name=3), "`name` must be a word"),
     "no such target": (lambda m, f: keras_lora.apply_lora(m, name="c", targets="qery"), "qery"),
-    "activate unknown": (lambda m, f: keras_lora.activate(m, "c"), r"has no adapter \['c'\]"),
-    "activate part of a name": (lambda m, f: keras_lora.activate(m, ["a", ""]), r"has no adapter \[''\]"),
-    "activate known and unknown": (lambda m, f: keras_lora.activate(m, {"a": 0.1, "c": 1}), r"has no adapter \['c'\]"),
-    "nan": (lambda m, f: keras_lora.activate(m, {"a": math.nan}), "must be a finite number"),
-    "infinite": (lambda m, f: keras_lora.activate(m, {"a": 1, "b": -math.inf}), "must be a finite number"),
-    "bool": (lambda m, f: keras_lora.activate(m, {"a": True}), "must be a finite number"),
-    "word as strength": (lambda m, f: keras_lora.activate(m, {"a": "1"}), "must be a finite number"),
+    "activate unknown": (lambda m, f: keras_lora.activate_adapters(m, "c"), r"has no adapter \['c'\]"),
+    "activate part of a name": (lambda m, f: keras_lora.activate_adapters(m, ["a", ""]), r"has no adapter \[''\]"),
+    "activate known and unknown": (
+        lambda m, f: keras_lora.activate_adapters(m, {"a": 0.1, "c": 1}),
+        r"has no adapter \['c'\]",
+    ),
+    "nan": (lambda m, f: keras_lora.activate_adapters(m, {"a": math.nan}), "must be a finite number"),
+    "infinite": (lambda m, f: keras_lora.activate_adapters(m, {"a": 1, "b": -math.inf}), "must be a finite number"),
+    "bool": (lambda m, f: keras_lora.activate_adapters(m, {"a": True}), "must be a finite number"),
+    "word as strength": (lambda m, f: keras_lora.activate_adapters(m, {"a": "1"}), "must be a finite number"),
     "train unknown": (lambda m, f: keras_lora.train_adapters(m, ["a", "c"]), r"has no adapter \['c'\]"),
     "delete unknown": (lambda m, f: keras_lora.delete_adapter(m, "c"), r"has no adapter \['c'\]"),
     "save none of several": (lambda m, f: keras_lora.save_adapter(m, f / "new.safetensors"), "has several adapters"),
-    "save unknown": (lambda m, f: keras_lora.save_adapter(m, f / "new.safetensors", "c"), "has no adapter 'c'"),
+    "save unknown": (lambda m, f: keras_lora.save_adapter(m, f / "new.safetensors", name="c"), "has no adapter 'c'"),
     "load into none of several": (lambda m, f: keras_lora.load_adapter(m, f / "a.safetensors"), "has several adapters"),
     "load into another": (lambda m, f: keras_lora.load_adapter(m, f / "a.safetensors", name="b"), "does not fit"),
     "load as empty": (lambda m, f: keras_lora.load_adapter(m, f / "a.safetensors", name=""), "`name` must be a word"),
@@ -377,7 +380,7 @@ def refusing():
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refusal_changes_nothing(refusal, refusing, tmp_path):
     specimen, model = refusing, refusing.model
-    keras_lora.save_adapter(model, tmp_path / "a.safetensors", "a")
+    keras_lora.save_adapter(model, tmp_path / "a.safetensors", name="a")
     before, numbers_before = outputs(model, specimen.x), arrays(model.variables)
     found, compiled, do = state(model), model.predict_function, REFUSALS[refusal]
     with pytest.raises(ValueError, match=do[1]):
@@ -393,9 +396,9 @@ def test_a_refusal_changes_nothing(refusal, refusing, tmp_path):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda model: keras_lora.activate(model, "a"),
-        keras_lora.active,
-        lambda model: keras_lora.disabled(model).__enter__(),
+        lambda model: keras_lora.activate_adapters(model, "a"),
+        keras_lora.active_adapters,
+        lambda model: keras_lora.disable_adapters(model).__enter__(),
         lambda model: keras_lora.train_adapters(model, "a"),
         lambda model: keras_lora.delete_adapter(model, "a"),
     ],
@@ -430,14 +433,14 @@ def test_training_one_of_several_moves_that_one_alone(name, first, second):
     model = specimen.model
     assert set(trained_ids(model)) == planned(model, "b")
     assert keras_lora.train_adapters(model, "a") is model
-    keras_lora.activate(model, MIXED)
+    keras_lora.activate_adapters(model, MIXED)
     model.compile(keras.optimizers.SGD(0.1), **(specimen.compile or {"loss": losses(model)}))
     assert set(trained_ids(model)) == planned(model, "a")
     before = arrays(model.weights)
     model.fit(specimen.x, specimen.y, epochs=3, shuffle=False, verbose=0)
     moved = {id(v) for v, was in zip(model.weights, before, strict=True) if not np.array_equal(value(v), was)}
     assert moved == planned(model, "a")
-    assert keras_lora.active(model) == {name: float(np.float32(each)) for name, each in MIXED.items()}
+    assert keras_lora.active_adapters(model) == {name: float(np.float32(each)) for name, each in MIXED.items()}
 
 
 def losses(model):
@@ -452,7 +455,7 @@ def test_training_beside_an_adapter_that_is_off_is_training_alone():
         keras_lora.apply_lora(specimen.model, rank=2, targets="query", name="a")
         if specimen is beside:
             keras_lora.apply_lora(specimen.model, rank=2, targets="query", name="b")
-            keras_lora.activate(keras_lora.train_adapters(specimen.model, "a"), "a")
+            keras_lora.activate_adapters(keras_lora.train_adapters(specimen.model, "a"), "a")
         move(specimen.model, "a")
         specimen.model.compile(keras.optimizers.SGD(0.1), "mse")
         histories.append(specimen.model.fit(specimen.x, specimen.y, epochs=5, shuffle=False, verbose=0).history["loss"])
@@ -524,10 +527,10 @@ def test_deleting_the_last_is_removing(name):
 def test_what_is_left_is_as_if_the_other_had_never_been(name, deleted):
     specimen = whole(name)
     left = {"a": "b", "b": "a"}[deleted]
-    keras_lora.activate(specimen.model, {left: 0.6})
+    keras_lora.activate_adapters(specimen.model, {left: 0.6})
     before = outputs(specimen.model, specimen.x)
     keras_lora.delete_adapter(specimen.model, deleted)
-    assert keras_lora.active(specimen.model) == {left: float(np.float32(0.6))}
+    assert keras_lora.active_adapters(specimen.model) == {left: float(np.float32(0.6))}
     assert difference(outputs(specimen.model, specimen.x), before) < specimen.tolerance / 2
     only, (method, rank, index) = ZOO[name]().model, {"a": ("lora", 2, 0), "b": ("dora", 3, 1)}[left]
     keras_lora.apply_lora(only, method, rank=rank, targets=WHOLE[name][index])
@@ -555,14 +558,14 @@ def test_a_slot_is_used_again_and_the_whole_model_goes_on_after_a_file(name, tmp
     move(model, "d")
     assert {slot for (own, _), slot in slots_of(model).items() if own == "d"} == freed
     keras_lora.train_adapters(model, ["b", "d"])
-    keras_lora.activate(model, {"b": 0.5, "c": -0.25, "d": 1})
+    keras_lora.activate_adapters(model, {"b": 0.5, "c": -0.25, "d": 1})
     model.compile(keras.optimizers.Adam(1e-2), **(specimen.compile or {"loss": losses(model)}))
     model.fit(specimen.x, specimen.y, epochs=2, shuffle=False, verbose=0)
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert list(named_adapters(loaded)) == list(named_adapters(model))
     assert slots_of(loaded) == slots_of(model)
-    assert keras_lora.active(loaded) == keras_lora.active(model)
+    assert keras_lora.active_adapters(loaded) == keras_lora.active_adapters(model)
     assert [v.name for v in loaded.trainable_variables] == [v.name for v in model.trainable_variables]
     assert same(arrays(loaded.trainable_variables), arrays(model.trainable_variables))
     assert same(arrays(loaded.optimizer.variables), arrays(model.optimizer.variables))
@@ -593,7 +596,7 @@ def test_deleting_frees_the_memory(beside):
         model.fit(specimen.x, specimen.y, verbose=0)
         model.evaluate(specimen.x, specimen.y, verbose=0)
         model.predict(specimen.x, verbose=0)
-        found = [layer for adapter in found_of(model, "b").values() for layer in with_inside(adapter)]
+        found = [layer for adapter in found_of(model, "b").values() for layer in with_sublayers(adapter)]
         kept = [weakref.ref(each) for layer in found for each in (layer, *layer.variables)]
         kept += [weakref.ref(v) for v in model.optimizer.variables if v.shape]
         keras_lora.delete_adapter(model, "b")
@@ -632,7 +635,7 @@ def test_cycles_of_adding_and_deleting_leave_no_variable():
 def test_the_active_sum_is_merged_and_comes_apart_again_bit_for_bit(name, first, second):
     specimen = whole(name, first, second)
     model = specimen.model
-    keras_lora.activate(model, MIXED)
+    keras_lora.activate_adapters(model, MIXED)
     before, numbers_before = outputs(model, specimen.x), arrays(model.variables)
     held, order = slots_of(model), list(named_adapters(model))
     keras_lora.merge_lora(model, keep=True)
@@ -663,7 +666,7 @@ def test_loading_another_head_beside_an_adapter_says_that_the_head_is_shared(tmp
 
 def test_merging_names_the_inactive_adapters_it_drops():
     specimen = whole("multi_head_attention")
-    before = outputs(keras_lora.activate(specimen.model, "a"), specimen.x)
+    before = outputs(keras_lora.activate_adapters(specimen.model, "a"), specimen.x)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(drops the adapters|is not its base)")
         keras_lora.merge_lora(specimen.model, keep=True)  # nothing is lost
@@ -677,10 +680,10 @@ def test_merging_names_the_inactive_adapters_it_drops():
 def test_merging_one_after_the_other_is_merging_both(name, tmp_path):
     both, one = whole(name, "lora", "lora"), ZOO[name]()
     for own in ("a", "b"):
-        keras_lora.save_adapter(both.model, tmp_path / f"{own}.safetensors", own)
+        keras_lora.save_adapter(both.model, tmp_path / f"{own}.safetensors", name=own)
         keras_lora.load_adapter(one.model, tmp_path / f"{own}.safetensors", name=own)
         keras_lora.merge_lora(one.model)
-    keras_lora.merge_lora(keras_lora.activate(both.model, ["b", "a"]))
+    keras_lora.merge_lora(keras_lora.activate_adapters(both.model, ["b", "a"]))
     assert difference(arrays(one.model.variables), arrays(both.model.variables)) < 1e-6
     assert difference(outputs(one.model, one.x), outputs(both.model, both.x)) < 5e-6
 
@@ -689,7 +692,7 @@ def test_merging_one_after_the_other_is_merging_both(name, tmp_path):
 def test_one_adapter_that_is_not_finite_refuses_the_merge_of_all(keep):
     specimen = whole("multi_head_attention", "lora", "lora")
     model = specimen.model
-    keras_lora.activate(model, MIXED)
+    keras_lora.activate_adapters(model, MIXED)
     broken = next(iter(found_of(model, "b").values())).lora_b
     broken.assign(np.full(tuple(broken.shape), np.nan, "float32"))
     found, before = state(model), arrays(model.variables)
@@ -709,25 +712,25 @@ def test_an_adapter_is_saved_alone_and_loaded_under_another_name(tmp_path):
         addresses = {key.rpartition(":")[0] for key in file.keys()}  # noqa: SIM118
         assert set(json.loads(file.metadata()["keras_lora"])["adapters"]) == addresses == set(found_of(specimen.model, "b"))
     other = keras_lora.load_adapter(ZOO["multi_head_attention"]().model, tmp_path / "b.safetensors", name="x/y")
-    assert keras_lora.active(other) == {"x/y": 1.0}
-    left = outputs(keras_lora.activate(specimen.model, "b"), specimen.x)
+    assert keras_lora.active_adapters(other) == {"x/y": 1.0}
+    left = outputs(keras_lora.activate_adapters(specimen.model, "b"), specimen.x)
     assert difference(outputs(other, specimen.x), left) < 1e-6
 
 
 def test_several_files_into_one_model_and_one_into_a_deleted_name(tmp_path):
     specimen, model = whole("multi_head_attention"), ZOO["multi_head_attention"]().model
     for own, new in (("a", "one"), ("b", "two"), ("a", "three")):
-        keras_lora.save_adapter(specimen.model, tmp_path / f"{own}.safetensors", own)
+        keras_lora.save_adapter(specimen.model, tmp_path / f"{own}.safetensors", name=own)
         keras_lora.load_adapter(model, tmp_path / f"{own}.safetensors", name=new)
-        assert keras_lora.active(model) == {new: 1.0}
+        assert keras_lora.active_adapters(model) == {new: 1.0}
         assert set(trained_ids(model)) == planned(model, new)
-    keras_lora.activate(specimen.model, MIXED)
-    keras_lora.activate(model, {"one": 0.5, "two": -0.4, "three": 0.2})
+    keras_lora.activate_adapters(specimen.model, MIXED)
+    keras_lora.activate_adapters(model, {"one": 0.5, "two": -0.4, "three": 0.2})
     assert difference(outputs(model, specimen.x), outputs(specimen.model, specimen.x)) < 3e-6
     keras_lora.delete_adapter(model, "one")
     keras_lora.load_adapter(model, tmp_path / "b.safetensors", name="one")  # of another method and other layers
-    keras_lora.activate(specimen.model, {"a": 0.5, "b": 2})
-    keras_lora.activate(model, {"one": 1, "two": 1, "three": 0.5})
+    keras_lora.activate_adapters(specimen.model, {"a": 0.5, "b": 2})
+    keras_lora.activate_adapters(model, {"one": 1, "two": 1, "three": 0.5})
     assert difference(outputs(model, specimen.x), outputs(specimen.model, specimen.x)) < 3e-6
 
 
@@ -744,7 +747,7 @@ def test_a_larger_adapter_with_another_scale_takes_the_file(name, method, tmp_pa
     keras_lora.apply_lora(model, rank=1, targets=targets, name="other")
     keras_lora.apply_lora(model, method(5, alpha=11), targets=targets, name="large")
     move(model, "large")
-    keras_lora.activate(model, {"large": 1})
+    keras_lora.activate_adapters(model, {"large": 1})
     order = [id(v) for v in model.variables]
     keras_lora.load_adapter(model, tmp_path / "small.safetensors", name="large")
     assert [id(v) for v in model.variables] == order
@@ -789,7 +792,7 @@ def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_agai
     for name, method, rank in (("a", "lora", 2), ("b", "dora", 3)):
         keras_lora.apply_lora(model, method, rank=rank, alpha=rank, head=None, name=name)
         move(model, name)
-        keras_lora.save_adapter(model, tmp_path / f"{name}.safetensors", name)
+        keras_lora.save_adapter(model, tmp_path / f"{name}.safetensors", name=name)
         move(model, name, size=0.4)
     keras_lora.train_adapters(model, ["a", "b"])
     x, y = numbers(BATCH, 6), numbers(BATCH, 2, seed=8)
@@ -799,7 +802,7 @@ def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_agai
         h = x.astype("float64")
         for layer, after in zip(model.layers, (np.tanh, lambda h: h), strict=True):
             w = value(layer.linear_map.matrix)
-            active = keras_lora.active(model)
+            active = keras_lora.active_adapters(model)
             changes = [
                 active.get(n.adapter_name, 0) * value(n.delta_kernel(layer.linear_map.matrix))
                 for n in slots.adapters_in(layer)
@@ -808,7 +811,7 @@ def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_agai
         return h
 
     def check(active):
-        assert keras_lora.active(model) == {name: float(np.float32(each)) for name, each in active.items()}
+        assert keras_lora.active_adapters(model) == {name: float(np.float32(each)) for name, each in active.items()}
         expected = by_hand()
         assert difference(outputs(model, x), [expected]) < 3e-6
         assert model.evaluate(x, y, verbose=0) == pytest.approx(np.mean((expected - y) ** 2), rel=1e-5)
@@ -829,15 +832,15 @@ def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_agai
     functions, traced = (model.train_function, model.test_function, model.predict_function), len(traces)
     assert traced > 0
     for strengths in ({"a": 1}, {"a": 0.5, "b": -0.25}, {"a": 2, "b": 0.1}, {"b": 1.5}):
-        keras_lora.activate(model, strengths)
+        keras_lora.activate_adapters(model, strengths)
         check(strengths)
     for name in ("a", "b"):
         keras_lora.load_adapter(model, tmp_path / f"{name}.safetensors", name=name)
         check({"b": 1.5})
-    with keras_lora.disabled(model):
+    with keras_lora.disable_adapters(model):
         check({})
     check({"b": 1.5})
-    keras_lora.activate(model, None)
+    keras_lora.activate_adapters(model, None)
     check({})
     assert (model.train_function, model.test_function, model.predict_function) == functions
     assert len({each.tobytes() for each in seen}) >= 8
@@ -860,20 +863,20 @@ def test_generate_compiled_before_a_switch_gives_the_tokens_of_after_it(monkeypa
     calls, plain = [], keras_lora.LoRA.add_product
     monkeypatch.setattr(keras_lora.LoRA, "add_product", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs))
     model.compile(sampler="greedy")
-    keras_lora.activate(model, None)
+    keras_lora.activate_adapters(model, None)
     found = {"none": tokens(model)}
     compiled, traced = model.generate_function, len(calls)
     choices = {"a": "a", "b": "b", "both": MIXED, "other": {"a": -1, "b": 2}}
     for name, strengths in choices.items():
-        found[name] = tokens(keras_lora.activate(model, strengths))
-        with keras_lora.disabled(model):
+        found[name] = tokens(keras_lora.activate_adapters(model, strengths))
+        with keras_lora.disable_adapters(model):
             assert tokens(model) == found["none"]
     assert model.generate_function is compiled
     if BACKEND != "torch":
         assert len(calls) == traced > 0
     assert len({str(each) for each in found.values()}) >= 3
     model.generate_function = None
-    assert tokens(keras_lora.activate(model, MIXED)) == found["both"]
+    assert tokens(keras_lora.activate_adapters(model, MIXED)) == found["both"]
     merged = sum_into(ZOO["hub_llama_causal_lm"]().model, model, MIXED)
     merged.compile(sampler="greedy")
     assert tokens(merged) == found["both"]
@@ -910,7 +913,7 @@ def test_what_dora_computed_from_a_kernel_follows_a_head_that_is_loaded(with_hea
     with pytest.warns(UserWarning, match="share them"):
         keras_lora.load_adapter(model, with_head, name="b")
     x = numbers(4, 6)
-    before = outputs(keras_lora.activate(model, "a"), x)
+    before = outputs(keras_lora.activate_adapters(model, "a"), x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "b" is dropped
         keras_lora.merge_lora(model)

@@ -234,7 +234,10 @@ def refused(kind, match, address, model=None, cause=True):
     ("address", "parts"),
     [
         ("hf://owner/name", ("owner/name", None, "")),
-        ("hf://Owner-1/my.name_2/sub/file.safetensors", ("Owner-1/my.name_2", None, "sub/file.safetensors")),
+        (
+            "hf://Owner-1/my.name_2/sub/file.safetensors",
+            ("Owner-1/my.name_2", None, "sub/file.safetensors"),
+        ),
         ("hf://owner/name@v1.0", ("owner/name", "v1.0", "")),
         ("hf://owner/name@" + "0a" * 20 + "/french", ("owner/name", "0a" * 20, "french")),
         ("hf://owner/name@refs/pr/3/a.safetensors", ("owner/name", "refs/pr/3", "a.safetensors")),
@@ -372,7 +375,7 @@ def test_an_adapter_is_loaded_beside_another_and_into_it(hub, saved):
     model = keras_lora.load_adapter(adapted(seed=9), "hf://owner/name")
     assert same(model, adapted())
     keras_lora.load_adapter(model, "hf://owner/name", name="second", trainable=False)
-    assert keras_lora.active(model) == {"second": 1.0}
+    assert keras_lora.active_adapters(model) == {"second": 1.0}
 
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -19,8 +19,8 @@ from keras import layers, ops
 import keras_lora
 from keras_lora.adapters import TABLE
 from keras_lora.layers import TABLE as LAYERS
-from keras_lora.linear_map import seen_with
-from keras_lora.swap.adapted import EffectiveLayer, adapted_class, adapted_maps, maps_by_address
+from keras_lora.linear_map import view_of
+from keras_lora.swap.adapted import ChangedKernelLayer, adapted_class, adapted_maps, maps_by_address
 
 NUMBERS = np.random.default_rng(0)
 METHODS = {
@@ -268,7 +268,7 @@ PAIRS = [
     if method not in OF_ROWS or (issubclass(case.cls, layers.Embedding) and not (case.unused and case.call))
 ]
 #: The layers with a fast path. The others run their own code with W + ΔW, which is the definition.
-FAST = [(n, m) for n, m in PAIRS if (cls := adapted_class(CASES[n].cls)) and not issubclass(cls, EffectiveLayer)]
+FAST = [(n, m) for n, m in PAIRS if (cls := adapted_class(CASES[n].cls)) and not issubclass(cls, ChangedKernelLayer)]
 
 
 def run(function, case):
@@ -361,7 +361,7 @@ def test_the_gradients_of_the_fast_path_are_those_of_the_definition(name, method
             linear.kernel_attribute: ops.cast(linear.changed_kernel(adapter), layer.compute_dtype)
             for linear, adapter in found.values()
         }
-        return seen_with(layer, layer.base_class, **kernels).call(x, **case.call)
+        return view_of(layer, layer.base_class, **kernels).call(x, **case.call)
 
     def gradients_of(function):
         def loss():

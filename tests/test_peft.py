@@ -14,7 +14,7 @@ from helpers import value
 from peft_families import FAMILIES
 
 import keras_lora
-from keras_lora.interop import from_peft, served_by, to_peft
+from keras_lora.interop import from_peft, serving_problems, to_peft
 
 RELATIVE = 1e-4
 # KerasHub compiles its tasks when they are made.
@@ -244,7 +244,7 @@ def test_with_baked_scales_the_numbers_are_the_same_and_there_is_one_rank(name, 
     assert type(config["lora_alpha"]) is int
     assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
     assert {tensor.shape[0] for key, tensor in tensors_of(tmp_path / "baked").items() if ".lora_A." in key} == {most}
-    plain, baked = served_by(tmp_path / "plain"), served_by(tmp_path / "baked")
+    plain, baked = serving_problems(tmp_path / "plain"), serving_problems(tmp_path / "baked")
     for reader, problems in plain.items():
         assert any("`alpha_pattern` is ignored" in each for each in problems), reader
         assert not any("ignored" in each for each in baked[reader]), reader
@@ -286,7 +286,7 @@ def test_what_other_readers_cannot_read_is_refused_and_nothing_is_written(kind, 
         export(family, model, tmp_path / "baked", bake_scaling=True)
     assert not list(tmp_path.iterdir())
     export(family, model, tmp_path / "plain")
-    assert all(served_by(tmp_path / "plain").values())
+    assert all(serving_problems(tmp_path / "plain").values())
 
 
 # Merged, as a whole model of `transformers`.
@@ -384,13 +384,13 @@ def test_several_adapters_and_names_of_them(checkpoints, tmp_path):
     model = keras_lora.apply_lora(family.ours(base), rank=1, name="own")
     before = family.our_logits(model)
     from_peft(model, tmp_path / "theirs", name="french", trainable=False)
-    assert keras_lora.active(model) == {"french": 1.0}
+    assert keras_lora.active_adapters(model) == {"french": 1.0}
     assert apart(family.our_logits(model), wanted) < RELATIVE
-    keras_lora.activate(model, "own")
+    keras_lora.activate_adapters(model, "own")
     assert apart(family.our_logits(model), before) < 1e-6
     with pytest.raises(ValueError, match=r"several adapters.*'own', 'french'"):
         to_peft(model, tmp_path / "none")
-    to_peft(model, tmp_path / "ours", "french", base_model="some/base")
+    to_peft(model, tmp_path / "ours", name="french", base_model="some/base")
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     assert config_of(tmp_path / "ours")["base_model_name_or_path"] == "some/base"
     assert not (tmp_path / "none").exists()

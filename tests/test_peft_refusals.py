@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import keras_lora
 from keras_lora.interop import from_peft, peft_folder, to_peft
-from keras_lora.interop.checkpoints import Checkpoint
+from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.ports import Port, as_it_is_now
 from keras_lora.swap.addresses import walk
 
@@ -344,9 +344,9 @@ def test_a_hook_means_what_it_meant_when_the_converter_gave_it():
 def test_watching_a_converter_changes_nothing_and_gives_the_names_of_the_model_as_it_is_adapted():
     model = base()
     before = {path: each.tolist() for path, each in values(model.weights).items()}
-    plain = {key: [port.attribute for port in ports] for key, ports in Checkpoint(model).keys.items()}
+    plain = {key: [port.attribute for port in ports] for key, ports in CheckpointMap(model).keys.items()}
     assert {path: each.tolist() for path, each in values(model.weights).items()} == before
-    adapted = Checkpoint(keras_lora.apply_lora(model, rank=1))
+    adapted = CheckpointMap(keras_lora.apply_lora(model, rank=1))
     assert {key: [port.attribute for port in ports] for key, ports in adapted.keys.items()} == plain
     assert adapted.source_of("transformer_layers/0/sublayers/0/_query_dense").module == "model.layers.0.self_attn.q_proj"
 

@@ -11,7 +11,7 @@ from zoo import ZOO
 import keras_lora
 from keras_lora.adapters import PerExample
 from keras_lora.adapters.per_example import using
-from keras_lora.swap.adapted import EffectiveLayer, adapted_class, maps_by_address, named_adapters
+from keras_lora.swap.adapted import ChangedKernelLayer, adapted_class, maps_by_address, named_adapters
 
 BACKEND = keras.backend.backend()
 
@@ -103,7 +103,7 @@ def test_a_layer_without_an_axis_of_examples_is_refused(name):
 
 def test_all_layers_with_a_whole_changed_kernel_are_refused():
     effective = {
-        name for name, case in CASES.items() if (cls := adapted_class(case.cls)) and issubclass(cls, EffectiveLayer)
+        name for name, case in CASES.items() if (cls := adapted_class(case.cls)) and issubclass(cls, ChangedKernelLayer)
     }
     assert effective <= set(WHOLE)
     assert {"einsum_experts", "registered_experts", "lstm"} <= set(WHOLE)
@@ -161,7 +161,7 @@ def test_a_mixed_batch_equals_each_adapter_alone_and_nothing_is_traced_again(tmp
         served.load(path, name)
     check(["task 0", "task 1", None, "task 2", "task 1", "task 0"])
     check(["task 2", "task 1", "task 0", "task 2", None, None])
-    served.drop("task 1")
+    served.delete("task 1")
     assert served.load(paths["task 1"], "again") == 2
     wanted["again"] = wanted["task 1"]
     check(["again", "task 0", "again", None, "task 2", "again"])
@@ -175,7 +175,7 @@ def test_a_mixed_batch_equals_each_adapter_alone_and_nothing_is_traced_again(tmp
 def test_an_index_that_is_stale_gets_the_base(tmp_path):
     served = keras_lora.MultiAdapterModel(base(), capacity=2, rank=4)
     index = served.load(files(tmp_path, 1)["task 0"], "a")
-    served.drop("a")
+    served.delete("a")
     x = numbers(2, 5, 8)
     found = served.predict({"inputs": x, "adapter_index": np.full(2, index, "int32")}, verbose=0)
     assert difference(found, outputs(base(), x)) == 0
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
     with pytest.raises(ValueError, match=r"has no adapter \['x'\]"):
         served.index_of(["good", "x", None])
     with pytest.raises(ValueError, match="has no adapter"):
-        served.drop("x")
+        served.delete("x")
     with pytest.raises(ValueError, match="with the key 'adapter_index'"):
         served(numbers(2, 5, 8))
     with pytest.raises(ValueError, match="does not generate"):
@@ -235,7 +235,7 @@ def test_an_adapter_of_fewer_layers_leaves_the_others_alone(tmp_path):
     keras_lora.save_adapter(model, tmp_path / "up.safetensors")
     served = keras_lora.MultiAdapterModel(base(), capacity=1, rank=2)
     served.load(files(tmp_path, 2)["task 1"], "a")
-    served.drop("a")
+    served.delete("a")
     served.load(tmp_path / "up.safetensors", "up")
     x = numbers(2, 5, 8)
     found = served.predict({"inputs": x, "adapter_index": served.index_of(["up", "up"])}, verbose=0)

@@ -136,7 +136,7 @@ class Adapters(RuleBasedStateMachine):
     def activate(self, data):
         chosen = data.draw(st.dictionaries(st.sampled_from(sorted(self.adapters)), STRENGTHS))
         before = self.model.predict_function
-        keras_lora.activate(self.model, chosen)
+        keras_lora.activate_adapters(self.model, chosen)
         self.strengths = {name: chosen.get(name, 0.0) for name in self.adapters}
         assert self.model.predict_function is before
 
@@ -144,7 +144,7 @@ class Adapters(RuleBasedStateMachine):
     @rule(data=st.data(), strength=STRENGTHS)
     def scale_one(self, data, strength):
         name = data.draw(st.sampled_from(sorted(self.adapters)))
-        keras_lora.activate(self.model, {**keras_lora.active(self.model), name: strength})
+        keras_lora.activate_adapters(self.model, {**keras_lora.active_adapters(self.model), name: strength})
         self.strengths[name] = strength
 
     @precondition(lambda self: self.adapters)
@@ -153,7 +153,7 @@ class Adapters(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.adapters)))
         self.strengths[name] = self.strengths[name] or 1.0
         keras_lora.train_adapters(self.model, name)
-        keras_lora.activate(self.model, self.strengths)
+        keras_lora.activate_adapters(self.model, self.strengths)
         self.trains = name
         chosen = {id(v) for v in self.model.trainable_variables}
         still = [v for v in self.model.weights if id(v) not in chosen]
@@ -192,7 +192,7 @@ class Adapters(RuleBasedStateMachine):
     def save(self, data):
         name = data.draw(st.sampled_from(sorted(self.adapters)))
         path = self.path / f"{len(self.files)}.safetensors"
-        keras_lora.save_adapter(self.model, path, name)
+        keras_lora.save_adapter(self.model, path, name=name)
         self.files[path] = self.adapters[name]
 
     @precondition(lambda self: self.files and self.free)
@@ -246,7 +246,7 @@ class Adapters(RuleBasedStateMachine):
         strengths = {name: float(np.float32(each)) for name, each in self.strengths.items()}
         trained = self.model.trainable_variables
         if self.adapters:
-            assert keras_lora.active(self.model) == {name: each for name, each in strengths.items() if each}
+            assert keras_lora.active_adapters(self.model) == {name: each for name, each in strengths.items() if each}
             assert len(trained) == sum(len(factors) for _, _, factors in self.adapters.get(self.trains, {}).values())
             own = [adapter for _, adapter in named_adapters(self.model).get(self.trains, {}).values()]
             assert {id(v) for v in trained} <= {id(v) for adapter in own for v in adapter.weights}
@@ -254,7 +254,7 @@ class Adapters(RuleBasedStateMachine):
             assert len(trained) == 7
         rows = {
             (row.layer.split("/")[-1], row.name, row.method, row.rank, row.strength)
-            for row in keras_lora.summary(self.model)
+            for row in keras_lora.list_adapters(self.model)
             if row.name is not None
         }
         assert rows == {

@@ -284,7 +284,7 @@ def made_by_hand() -> Specimen:
     import keras_lora
 
     x = keras.Input((8, 8, 4))
-    y = keras_lora.LoRAConv2D(6, 3, rank=2)(x)
+    y = keras_lora.layers.LoRAConv2D(6, 3, rank=2)(x)
     y = keras_lora.LoRADense(5, adapter="dora", rank=1, activation="relu")(layers.Flatten()(y))
     return Specimen(keras.Model(x, layers.Dense(2)(y)), numbers(BATCH, 8, 8, 4), numbers(BATCH, 2), {"adapter": None})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.adapters.adapter import OF_THE_START, Adapter, method_of, strength_of, values_come, with_inside
+from keras_lora.adapters.adapter import INIT_ARGUMENTS, Adapter, method_of, skip_init, strength_of, with_sublayers
 from keras_lora.adapters.dora import DoRA
 from keras_lora.adapters.lora import LoRA
 from keras_lora.adapters.per_example import PerExample
@@ -65,7 +65,7 @@ def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
 
 
 __all__ = [
-    "OF_THE_START",
+    "INIT_ARGUMENTS",
     "TABLE",
     "Adapter",
     "DoRA",
@@ -77,6 +77,6 @@ __all__ = [
     "get",
     "method_of",
     "strength_of",
-    "values_come",
-    "with_inside",
+    "skip_init",
+    "with_sublayers",
 ]

@@ -12,21 +12,21 @@ from keras import ops
 
 from keras_lora.compat import keras_internals
 
-_VALUES_COME = contextvars.ContextVar("values_come", default=False)
+_SKIP_INIT = contextvars.ContextVar("skip_init", default=False)
 
 
 @contextlib.contextmanager
-def values_come() -> Iterator[None]:
+def skip_init() -> Iterator[None]:
     """Start adapters whose values are read right after: their weights begin as zeros, and nothing random is drawn."""
-    token = _VALUES_COME.set(True)
+    token = _SKIP_INIT.set(True)
     try:
         yield
     finally:
-        _VALUES_COME.reset(token)
+        _SKIP_INIT.reset(token)
 
 
 class Adapter(keras.layers.Layer):
-    """What a method must say. A new method writes `start`, `parameter_count` and `delta_kernel`; the rest has a default
+    """What a method must say. A new method writes `build_for`, `parameter_count` and `delta_kernel`; the rest has a default
     that is right. Whatever computes the change in another way multiplies it by `strength`.
 
     An adapter is a Keras layer, so it owns weights, seeds and a config. It never sees the layer it changes, only that
@@ -57,9 +57,9 @@ class Adapter(keras.layers.Layer):
             shape=(), initializer="ones", name="strength", dtype="float32", trainable=False, autocast=False
         )
 
-    def start(self, linear: Any) -> None:
+    def build_for(self, linear: Any) -> None:
         """Create the weights for `linear` at the method's starting point, where the change is zero."""
-        raise TypeError(f"{type(self).__name__} does not define `start(linear)`, which creates the adapter's weights.")
+        raise TypeError(f"{type(self).__name__} does not define `build_for(linear)`, which creates the adapter's weights.")
 
     def problem_with(self, linear: Any) -> str | None:
         """Why `linear` cannot have this adapter, with what to do, or `None`. Asked before anything changes."""
@@ -73,11 +73,11 @@ class Adapter(keras.layers.Layer):
         """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
 
-    def factors(self) -> tuple[Any, Any] | None:
+    def numpy_factors(self) -> tuple[Any, Any] | None:
         """ΔW as an exact product, NumPy arrays `(*groups, in_dim, k)` and `(*groups, k, out_dim)`, where it is one."""
         return None
 
-    def thin_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
+    def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
         """Tensors `a` and `b` of which `strength · ΔW` is the product as it runs now, where it is one."""
         return None
 
@@ -101,7 +101,7 @@ class Adapter(keras.layers.Layer):
 
     def add_factor(self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True) -> keras.Variable:
         """Add a float32 weight. `name` is also its key in files."""
-        if _VALUES_COME.get() and name not in self.derived:
+        if _SKIP_INIT.get() and name not in self.derived:
             initializer = "zeros"
         return self.add_weight(
             shape=shape, initializer=initializer, name=name, dtype="float32", trainable=trainable, autocast=False
@@ -146,7 +146,7 @@ class Adapter(keras.layers.Layer):
             variable.assign(store[key])
 
 
-def with_inside(adapter: Adapter) -> list[keras.layers.Layer]:
+def with_sublayers(adapter: Adapter) -> list[keras.layers.Layer]:
     """An adapter and the layers inside it."""
     return [adapter, *(each for each in keras_internals.sublayers(adapter))]
 
@@ -157,12 +157,12 @@ def strength_of(adapter: Adapter) -> float:
 
 
 #: The starting point and the Keras layer's own arguments say nothing about trained values.
-OF_THE_START = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
 
 
 def method_of(adapter: Adapter) -> dict[str, Any]:
     """The arguments of a method that say what its values mean: its config without its starting point."""
-    return {key: value for key, value in adapter.get_config().items() if key not in OF_THE_START}
+    return {key: value for key, value in adapter.get_config().items() if key not in INIT_ARGUMENTS}
 
 
 def _words(adapter: Adapter) -> str:

@@ -68,7 +68,7 @@ class DoRA(Adapter):
     def problem_with(self, linear: Any) -> str | None:
         return self.lora.problem_with(linear)
 
-    def start(self, linear: Any) -> None:
+    def build_for(self, linear: Any) -> None:
         *groups, _, out_dim = linear.matrix_shape
         # Initializers, not values: in a model that is being traced the kernel has no value yet.
         self.kernel_norm_squared = self.add_factor(
@@ -76,7 +76,7 @@ class DoRA(Adapter):
         )
         self.magnitude = self.add_factor("magnitude", (*groups, out_dim), lambda *_, **__: ops.sqrt(_norm_squared(linear)))
         with keras.name_scope(self.name):
-            self.lora.start(linear)
+            self.lora.build_for(linear)
         self.built = True
 
     def base_changed(self, linear: Any) -> None:

@@ -93,7 +93,7 @@ class LoRA(Adapter):
             f"use dropout=0 (received: dropout={self.dropout})"
         )
 
-    def start(self, linear: Any) -> None:
+    def build_for(self, linear: Any) -> None:
         if (problem := self.problem_with(linear)) is not None:
             raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
         *groups, in_dim, out_dim = linear.matrix_shape
@@ -115,11 +115,11 @@ class LoRA(Adapter):
         # Hu et al., section 4.1: ΔW = scale · A B.
         return self.scale * ops.matmul(self.lora_a, self.lora_b)
 
-    def factors(self) -> tuple[Any, Any] | None:
+    def numpy_factors(self) -> tuple[Any, Any] | None:
         a, b = (np.asarray(ops.convert_to_numpy(factor), "float64") for factor in (self.lora_a, self.lora_b))
         return a, self.scale * b
 
-    def thin_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
+    def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
         if self.seed_generator is not None and training:
             return None
         a, b = (ops.convert_to_tensor(factor) for factor in (self.lora_a, self.lora_b))

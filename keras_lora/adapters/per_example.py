@@ -57,7 +57,7 @@ class PerExample(Adapter):
             return None
         return f"its examples cannot have an adapter each, for {linear.no_examples}; leave it out of `targets`"
 
-    def start(self, linear: Any) -> None:
+    def build_for(self, linear: Any) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         places = self.capacity + 1
         self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", trainable=False)
@@ -88,7 +88,10 @@ class PerExample(Adapter):
 
     def misfit_with(self, other: Adapter) -> str | None:
         if type(other) is not LoRA:
-            return f"a place is for a LoRA, the other is a {type(other).__name__}; `keras_lora.compress` makes a LoRA of it"
+            return (
+                f"a place is for a LoRA, the other is a {type(other).__name__}; "
+                "`keras_lora.compress_adapter` makes a LoRA of it"
+            )
         return f"a place has the rank {self.rank}, the other {other.rank}" if other.rank > self.rank else None
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:

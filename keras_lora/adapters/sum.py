@@ -77,7 +77,7 @@ def _joined(adapters: Sequence[Adapter], linear: Any, training: bool | None) -> 
     products, others = [], []
     for adapter in adapters:
         apart = not linear.is_matmul or (training and adapter.trainable_variables)
-        factors = None if apart else adapter.thin_factors(training)
+        factors = None if apart else adapter.live_factors(training)
         if factors is None:
             others.append(adapter)
         else:

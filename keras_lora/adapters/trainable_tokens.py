@@ -53,7 +53,7 @@ class TrainableTokens(Adapter):
             return f"`tokens` names row {max(self.tokens)} of an embedding with {linear.matrix_shape[0]} rows"
         return None
 
-    def start(self, linear: Any) -> None:
+    def build_for(self, linear: Any) -> None:
         if (problem := self.problem_with(linear)) is not None:
             raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
         self.rows = linear.matrix_shape[0]
@@ -66,7 +66,7 @@ class TrainableTokens(Adapter):
     def delta_kernel(self, matrix: Any) -> Any:
         return ops.matmul(self._selection(), self.token_delta)
 
-    def factors(self) -> tuple[Any, Any] | None:
+    def numpy_factors(self) -> tuple[Any, Any] | None:
         return ops.convert_to_numpy(self._selection()), ops.convert_to_numpy(self.token_delta)
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:

@@ -14,7 +14,7 @@ from keras_lora.files import tensor_file
 
 
 def add(commands: Any) -> None:
-    """Say the arguments of `compress`."""
+    """Say the arguments of `compress_adapter`."""
     command = commands.add_parser(
         "compress",
         help="an adapter file of smaller rank",
@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> int:
     if others := sorted({entry["method"] for entry in entries.values()} - {"lora"}):
         raise Refused(
             f"{given.file} holds adapters of the method {', '.join(others)}. Expected lora alone, whose change a file says "
-            "without its base. Load it into its base and call `keras_lora.compress(model, name, rank=...)` in Python."
+            "without its base. Load it into its base and call `keras_lora.compress_adapter(model, rank=...)` in Python."
         )
     of_adapters, _ = by_address(tensors)
     before = sum(each.nbytes for each in tensors.values())

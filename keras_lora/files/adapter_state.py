@@ -21,7 +21,7 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.applying import forget_traces, inject
+from keras_lora.applying import inject, reset_compilation
 from keras_lora.compat import keras_internals
 from keras_lora.files import fingerprint, huggingface, tensor_file
 from keras_lora.linear_map import LinearMap
@@ -115,7 +115,7 @@ def put_contents(
         for address, entry in header["trained"].items():
             mark = vars(found[address])[flags.MARK]
             flags.mark(found[address], found=mark["found"], plan=entry["plan"])
-        forget_traces(model, stacklevel=4)
+        reset_compilation(model, stacklevel=4)
     of_base = {key: variable for key, variable in variables.items() if ":base." in key}
     _assign(of_base, tensors)
     for address in header["trained"] if of_base else ():
@@ -124,7 +124,7 @@ def put_contents(
                 adapter.base_changed(linear)
     _assign({key: variable for key, variable in variables.items() if key not in of_base}, tensors)
     if not trainable:
-        for layer in [layer for adapter in started.values() for layer in adapters.with_inside(adapter)]:
+        for layer in [layer for adapter in started.values() for layer in adapters.with_sublayers(adapter)]:
             layer.trainable = False
         for address in header["trained"]:
             trains = [False] * len(keras_internals.own_trainable_variables(found[address]))
@@ -204,7 +204,7 @@ def _made(entry: dict[str, Any]) -> adapters.Adapter:
     method, config = adapters.TABLE[entry["method"]], entry["config"]
     yes_or_no = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
     wrong = [key for key in yes_or_no if not isinstance(config.get(key, False), bool)]
-    wrong += config.keys() & set(adapters.OF_THE_START)  # these could name an object to be made
+    wrong += config.keys() & set(adapters.INIT_ARGUMENTS)  # these could name an object to be made
     if not wrong:
         adapter = method(**config)
         said = adapters.method_of(adapter)  # in which an argument is of its own kind: true is no 1
@@ -231,7 +231,7 @@ def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) 
     wanted = adapter.parameter_count(linear.matrix_shape)
     if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
-    with adapters.values_come():
+    with adapters.skip_init():
         slots.start(linear, adapter)
     return adapter, []
 

@@ -15,7 +15,7 @@ from keras_lora.files.adapter_state import contents_of, put_contents, read_conte
 
 
 def save_adapter(
-    model: Any, path: str | os.PathLike[str], name: str | None = None, fingerprint_weights: bool = False
+    model: Any, path: str | os.PathLike[str], *, name: str | None = None, fingerprint_weights: bool = False
 ) -> None:
     """Write an adapter of a model, and what else was trained with it, to a safetensors file.
 
@@ -46,14 +46,14 @@ def save_adapter(
     """
     if huggingface.is_address(path):
         with huggingface.uploading(path, getattr(model, "name", "")) as file:
-            save_adapter(model, file, name, fingerprint_weights)
+            save_adapter(model, file, name=name, fingerprint_weights=fingerprint_weights)
         return
     path = tensor_file.checked_path(path)
     require_adapted(model, "save_adapter")
     tensor_file.write(path, *contents_of(model, name, fingerprint_weights))
 
 
-def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = True, name: str | None = None) -> Any:
+def load_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True) -> Any:
     """Read an adapter file into a model, in place.
 
     A plain model is adapted as the file says. An adapted model gets the file's values into an adapter that it has, which
@@ -66,9 +66,9 @@ def load_adapter(model: Any, path: str | os.PathLike[str], trainable: bool = Tru
         path: A file written by `save_adapter`, or an address on the Hugging Face Hub: `"hf://owner/name"` for its
             `adapter.safetensors`, `"hf://owner/name/french.safetensors"`, `"hf://owner/name@revision"`. It is downloaded
             into the cache of `huggingface_hub`, and taken from there where there is no network.
-        trainable: Whether the loaded adapters, and what was trained with them, train further. Where not, switching the
-            whole model off and on (`model.trainable`) makes them train again.
         name: What to call the adapter, or which adapter to load into.
+        trainable: Whether the loaded adapters, and what was trained with them, train further. If False, toggling
+            `model.trainable` makes them trainable again.
 
     Returns:
         `model` itself. Where an adapter was added, it needs `compile` before training.

@@ -40,7 +40,7 @@ class NotAReshape(ValueError):
 
 
 @dataclass(frozen=True)
-class Lie:
+class Placement:
     """Where one variable lies in a tensor of a checkpoint.
 
     Attributes:
@@ -83,7 +83,7 @@ class Source:
         return math.prod(self.shape) // self.out_dim
 
 
-class Checkpoint:
+class CheckpointMap:
     """What a model is to Hugging Face's `transformers`.
 
     Args:
@@ -166,7 +166,7 @@ class Checkpoint:
         )
         return bool(back) or key.removeprefix("model.") == "shared.weight"
 
-    def lie_of(self, layer: keras.layers.Layer, attribute: str) -> Lie:
+    def placement_of(self, layer: keras.layers.Layer, attribute: str) -> Placement:
         """Where a variable lies.
 
         Raises:
@@ -180,7 +180,7 @@ class Checkpoint:
         for shape in self._shapes(port, linear):
             index = _index(port, shape, shape_of(layer, attribute))
             if index is not None and (linear is None or self._layout(port, shape, linear) is not None):
-                return Lie(port.key, shape, index)
+                return Placement(port.key, shape, index)
         raise NotAReshape(f"its numbers are not those of a tensor in another order ('{port.key}')")
 
     def _layout(self, port: Port, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:

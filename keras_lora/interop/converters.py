@@ -20,8 +20,8 @@ import numpy as np
 from keras_hub.src.utils.transformers import preset_loader
 
 from keras_lora.interop.ports import Port, as_it_is_now, shape_of
-from keras_lora.linear_map import seen_with
-from keras_lora.swap.adapted import Owner, maps_of
+from keras_lora.linear_map import view_of
+from keras_lora.swap.adapted import AdaptedContainer, maps_of
 
 
 class ConverterError(ValueError):
@@ -107,7 +107,11 @@ def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[d
 
     And how many entries say that this backbone is of another `model_type`.
     """
-    own = seen_with(backbone, _plain_class(backbone)).get_config() if isinstance(backbone, Owner) else backbone.get_config()
+    own = (
+        view_of(backbone, _plain_class(backbone)).get_config()
+        if isinstance(backbone, AdaptedContainer)
+        else backbone.get_config()
+    )
     asked: Any = _Asked(("model_type",), model_type)
     try:
         made = converter.convert_backbone_config(asked)
@@ -249,7 +253,7 @@ class _View:
 
     def __getattr__(self, name: str) -> Any:
         layer = vars(self)["_layer"]
-        plain = seen_with(layer, layer.base_class) if isinstance(layer, Owner) else layer
+        plain = view_of(layer, layer.base_class) if isinstance(layer, AdaptedContainer) else layer
         value = getattr(plain, name)
         if isinstance(value, keras.Variable) or (
             _is_tensor(value) and name in {each.kernel_name for each in maps_of(layer)}

@@ -18,12 +18,12 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.adapters import factors
-from keras_lora.applying import forget_traces
-from keras_lora.combining import Combination, Combined
+from keras_lora.applying import reset_compilation
+from keras_lora.combining import CombinationReport, CombinedKernel
 from keras_lora.compat import keras_internals, quantization
-from keras_lora.linear_map import LinearMap, seen_with
+from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap import flags, slots
-from keras_lora.swap.adapted import address_of, maps_of, named_adapters, set_adapter, set_owners
+from keras_lora.swap.adapted import address_of, maps_of, named_adapters, set_adapter, set_containers
 from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import walk
 
@@ -52,7 +52,7 @@ class LastAxisLoRA:
     def bare(self) -> LinearMap:
         """The kernel without Keras's change, which is computed whole each time the kernel is read."""
         layer = self.linear.layer
-        return type(self.linear)(seen_with(layer, type(layer), lora_enabled=False))
+        return type(self.linear)(view_of(layer, type(layer), lora_enabled=False))
 
     def as_matrices(self) -> factors.Factors:
         """The same product `a b`, as the two factors of the kernel's matrix: `(*groups, in, k)` and `(*groups, k, out)`."""
@@ -82,7 +82,7 @@ class LastAxisLoRA:
                 (a, b), error = factors.truncate((a, b), rank)
         if a.any() and b.any():
             adapter = adapters.LoRA(rank=a.shape[-1], alpha=self.alpha if same else a.shape[-1])
-            with adapters.values_come():
+            with adapters.skip_init():
                 slots.start(self.bare, adapter)
             adapter.lora_a.assign(a.astype("float32"))
             adapter.lora_b.assign(b.astype("float32"))
@@ -93,7 +93,7 @@ class LastAxisLoRA:
         return adapter, 0.0
 
 
-def from_enable_lora(model: Any, rank: int | None = None, name: str | None = None) -> Combination:
+def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = None) -> CombinationReport:
     """Turn a model with Keras's own LoRA (`enable_lora`) into one with our adapters, in place: same outputs, same alpha.
 
     Keras's variables leave the layers, whose kernels are the base ones again, changed by an adapter each. What trained
@@ -110,8 +110,8 @@ def from_enable_lora(model: Any, rank: int | None = None, name: str | None = Non
         name: What to call the adapter.
 
     Returns:
-        A row for each kernel, with its rank and error, as of `keras_lora.compress`. Call `compile` on the model before
-        training.
+        A row for each kernel, with its rank and error, like `keras_lora.compress_adapter`. Call `compile` on the model
+        before training.
 
     Raises:
         TypeError: `model` is no Keras layer.
@@ -157,8 +157,8 @@ def from_enable_lora(model: Any, rank: int | None = None, name: str | None = Non
         if place.layer.weights:
             now = flags.flags_of(place.layer)
             flags.mark(place.layer, now, now)
-    set_owners(model)
-    forget_traces(model)
+    set_containers(model)
+    reset_compilation(model)
     return report(started)
 
 
@@ -176,9 +176,11 @@ def checked_arguments(function: str, model: Any, rank: int | None, name: str | N
     return new_name(model, name)
 
 
-def report(started: Iterable[tuple[LastAxisLoRA, adapters.LoRA, float]]) -> Combination:
+def report(started: Iterable[tuple[LastAxisLoRA, adapters.LoRA, float]]) -> CombinationReport:
     """A row for each kernel."""
-    return Combination(Combined(address_of(each.path, each.linear), made.rank, error) for each, made, error in started)
+    return CombinationReport(
+        CombinedKernel(address_of(each.path, each.linear), made.rank, error) for each, made, error in started
+    )
 
 
 def kernel_of(layer: keras.layers.Layer) -> LinearMap | None:

@@ -12,8 +12,8 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
-from keras_lora.applying import forget_traces, inject
-from keras_lora.combining import Combination
+from keras_lora.applying import inject, reset_compilation
+from keras_lora.combining import CombinationReport
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.interop.enable_lora import LastAxisLoRA, checked_arguments, kernel_of, report
 from keras_lora.swap.addresses import walk
@@ -22,8 +22,13 @@ _TENSORS = ("lora_kernel_a", "lora_kernel_b")
 
 
 def from_lora_h5(
-    backbone: Any, path: str | os.PathLike[str], alpha: float | None = None, rank: int | None = None, name: str | None = None
-) -> Combination:
+    backbone: Any,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+) -> CombinationReport:
     """Read a `.lora.h5` file of KerasHub into a plain backbone, in place, as our adapters.
 
     It reads files for any targets, also those that KerasHub's own `load_lora_weights` cannot. As there, the adapters and the
@@ -97,7 +102,7 @@ def from_lora_h5(
         )
     started = [(each, *each.started(rank)) for each in found]
     inject(backbone, [(each.linear, adapter) for each, adapter, _ in started], name, bias="lora_only")
-    forget_traces(backbone)
+    reset_compilation(backbone)
     return report(started)
 
 

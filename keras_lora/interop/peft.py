@@ -16,7 +16,7 @@ from typing import Any
 from keras_lora.applying import require_adapted
 from keras_lora.files import adapter_state, huggingface
 from keras_lora.interop import peft_folder
-from keras_lora.interop.checkpoints import Checkpoint
+from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.peft_reading import Reader, aligned
 from keras_lora.interop.peft_writing import Writer
 
@@ -24,6 +24,7 @@ from keras_lora.interop.peft_writing import Writer
 def from_peft(
     model: Any,
     folder: str | os.PathLike[str],
+    *,
     name: str | None = None,
     trainable: bool = True,
     names: Mapping[str, str] | None = None,
@@ -46,7 +47,7 @@ def from_peft(
             the name of its module. The weight is taken to be laid out as PyTorch has it for a layer of that kind.
         rename: From a name that KerasHub's converter has, which is that in a checkpoint, to that in the file. `transformers`
             5 gives modules of some vision models other names than their checkpoints have;
-            `keras_lora.interop.renaming("vit")` asks it for them.
+            `keras_lora.interop.module_names("vit")` asks it for them.
 
     Returns:
         `model` itself. Where an adapter was added, it needs `compile` before training.
@@ -76,7 +77,7 @@ def from_peft(
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Expected one that PEFT's `save_pretrained` wrote.")
     config, modules = peft_folder.read(folder)
-    checkpoint = Checkpoint(model, names, rename)
+    checkpoint = CheckpointMap(model, names, rename)
     reader = Reader(checkpoint, config)
     for module, known in aligned(modules, checkpoint).items():
         reader.take(module, known, modules[module])
@@ -88,8 +89,8 @@ def from_peft(
 def to_peft(
     model: Any,
     folder: str | os.PathLike[str],
-    name: str | None = None,
     *,
+    name: str | None = None,
     prefix: str = "",
     rename: Callable[[str], str] | None = None,
     names: Mapping[str, str] | None = None,
@@ -133,14 +134,14 @@ def to_peft(
     if huggingface.is_address(folder):
         with tempfile.TemporaryDirectory() as local:
             own: dict[str, Any] = {"prefix": prefix, "rename": rename, "names": names, "bake_scaling": bake_scaling}
-            to_peft(model, local, name, base_model=base_model, **own)
+            to_peft(model, local, name=name, base_model=base_model, **own)
             card = huggingface.model_card(str(folder), f"the Keras model `{model.name}`", "peft", base_model)
             Path(local, huggingface.CARD).write_text(card, encoding="utf-8")
             huggingface.upload_folder_to(str(folder), local)
         return
     require_adapted(model, "to_peft")
     header, tensors = adapter_state.contents_of(model, name)
-    writer = Writer(model, Checkpoint(model, names, rename, prefix))
+    writer = Writer(model, CheckpointMap(model, names, rename, prefix))
     writer.take(header, tensors)
     if bake_scaling:
         writer.bake()

@@ -13,7 +13,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files import adapter_state
-from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
+from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
 from keras_lora.linear_map import LinearMap
@@ -29,7 +29,7 @@ _ELSEWHERE = (
 class Reader:
     """Turns the modules of a PEFT adapter into what an adapter file holds, and collects what stands against it."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config):
+    def __init__(self, checkpoint: CheckpointMap, config: Config):
         self.checkpoint, self.config = checkpoint, config
         self.header: dict[str, Any] = {"adapters": {}, "trained": {}}
         self.tensors: dict[str, np.ndarray] = {}
@@ -126,7 +126,7 @@ class Reader:
     def _compare(self, module: str, key: str, tensor: np.ndarray) -> None:
         """A file may hold a copy of a weight of the base, in fewer digits perhaps; it must be that of this base."""
         for port in self.checkpoint.keys.get(key, []):
-            lie = self.checkpoint.lie_of(port.layer, port.attribute)
+            lie = self.checkpoint.placement_of(port.layer, port.attribute)
             linear = self.checkpoint.maps[self.checkpoint.addresses[id(port.layer)]]
             own = keras.ops.convert_to_numpy(keras.ops.cast(linear.kernel, "float32"))
             near = (0.01 if quantization.mode_of(port.layer) is None else 0.2) * float(np.abs(own).max())
@@ -153,7 +153,7 @@ class Reader:
             )
         for port in ports:
             try:
-                lie = self.checkpoint.lie_of(port.layer, port.attribute)
+                lie = self.checkpoint.placement_of(port.layer, port.attribute)
             except NotAReshape as error:
                 self.problems.append(f"the tensor '{key}' of '{module}' cannot be read: {error}")
                 continue
@@ -181,7 +181,7 @@ def number_of(layer: Any, attribute: str) -> int | None:
     return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
 
 
-def aligned(modules: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
+def aligned(modules: Iterable[str], checkpoint: CheckpointMap) -> dict[str, str]:
     """What the model calls each module of a file: one may have a beginning (`bert.`) that the other has not."""
     modules = list(modules)
     known = {key.rpartition(".")[0] for key in checkpoint.keys}

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
-from keras_lora.interop.checkpoints import Checkpoint, NotAReshape, Source
+from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_reading import number_of
 from keras_lora.interop.ports import Port
@@ -99,7 +99,7 @@ class Writer:
     """
 
     model: Any
-    checkpoint: Checkpoint
+    checkpoint: CheckpointMap
     written: list[Written] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -123,10 +123,12 @@ class Writer:
         kinds = {type(part.adapter) for each in parts.values() for part in each} - {adapters.TrainableTokens}
         if unknown := kinds - {adapters.LoRA, adapters.DoRA}:
             names = sorted(each.__name__ for each in unknown)
-            self.problems.append(f"its methods {names} have no place there; `keras_lora.compress` makes LoRA of them")
+            self.problems.append(
+                f"its methods {names} have no place there; `keras_lora.compress_adapter` makes LoRA of them"
+            )
         elif len(kinds) > 1:
             self.problems.append(
-                "it has both LoRA and DoRA; PEFT has one of them in all layers. `keras_lora.compress` makes LoRA"
+                "it has both LoRA and DoRA; PEFT has one of them in all layers. `keras_lora.compress_adapter` makes LoRA"
             )
         else:
             for module, each in parts.items():
@@ -238,7 +240,7 @@ class Writer:
         """A tensor of the checkpoint as it is now, of all variables that lie in it."""
         tensor: np.ndarray | None = None
         for port in self.checkpoint.keys[key]:
-            lie = self.checkpoint.lie_of(port.layer, port.attribute)
+            lie = self.checkpoint.placement_of(port.layer, port.attribute)
             index = number_of(port.layer, port.attribute)
             if index is None:
                 raise NotAReshape("it is no variable of its layer")

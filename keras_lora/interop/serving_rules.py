@@ -23,7 +23,7 @@ _MOST_RANK = 512
 READERS = ("vllm", "llama.cpp", "ollama")
 
 
-def served_by(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Whether vLLM, llama.cpp and Ollama read a PEFT adapter as PEFT does.
 
     Args:
@@ -40,12 +40,12 @@ def served_by(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
 
     >>> import os, tempfile, keras_hub, keras_lora
     >>> from keras_lora.interop import to_peft
-    >>> from keras_lora.interop import served_by
+    >>> from keras_lora.interop import serving_problems
     >>> sizes = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 8}
     >>> model = keras_hub.models.Llama3Backbone(vocabulary_size=9, **sizes)
     >>> folder = os.path.join(tempfile.mkdtemp(), "french")
     >>> to_peft(keras_lora.apply_lora(model, "dora", rank=2), folder)
-    >>> served_by(folder)["vllm"]
+    >>> serving_problems(folder)["vllm"]
     ['it is a DoRA, which is refused']
     """
     folder = Path(folder)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def renaming(model_type: str) -> Callable[[str], str]:
+def module_names(model_type: str) -> Callable[[str], str]:
     """From the names of a checkpoint to those of the modules that `transformers`, as installed here, has for them.
 
     Args:
@@ -22,10 +22,10 @@ def renaming(model_type: str) -> Callable[[str], str]:
 
     Example:
 
-    >>> from keras_lora.interop import renaming
-    >>> renaming("vit")("vit.encoder.layer.0.attention.attention.query.weight")
+    >>> from keras_lora.interop import module_names
+    >>> module_names("vit")("vit.encoder.layer.0.attention.attention.query.weight")
     'vit.layers.0.attention.q_proj.weight'
-    >>> renaming("llama")("model.layers.0.self_attn.q_proj.weight")
+    >>> module_names("llama")("model.layers.0.self_attn.q_proj.weight")
     'model.layers.0.self_attn.q_proj.weight'
     """
     try:
@@ -33,7 +33,7 @@ def renaming(model_type: str) -> Callable[[str], str]:
         from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
     except ImportError as error:
         raise ImportError(
-            f"`renaming({model_type!r})` asks `transformers` for the names of its modules. Expected version 5 and PyTorch. "
+            f"`module_names({model_type!r})` asks `transformers` for its module names. Expected version 5 and PyTorch. "
             f"Received: {error}. Run `pip install 'keras_lora[interop]'`, or pass a function of your own."
         ) from error
     if model_type not in MODEL_MAPPING_NAMES:

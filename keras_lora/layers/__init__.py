@@ -1,4 +1,7 @@
-"""Which room serves which Keras layer: the one table of layer types."""
+"""How is a layer a linear map? One file for each layer type, and the table of them.
+
+`keras_lora.layers` has the class that `apply_lora` gives to a layer of each type. You can also build these layers yourself.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from keras_lora.layers.separable_conv import (
     LoRASeparableConv1D,
     LoRASeparableConv2D,
 )
-from keras_lora.swap.adapted import LATE_ROOMS, AdaptedLayer, enter_layer
+from keras_lora.swap.adapted import LATE_LAYERS, AdaptedLayer, enter_layer
 
 TABLE: tuple[type[AdaptedLayer], ...] = (
     LoRADense,
@@ -44,4 +47,10 @@ TABLE: tuple[type[AdaptedLayer], ...] = (
 )
 for adapted_class in TABLE:
     enter_layer(adapted_class)
-LATE_ROOMS["keras_hub"] = "keras_lora.layers.keras_hub"
+LATE_LAYERS["keras_hub"] = "keras_lora.layers.keras_hub"
+
+__all__ = sorted(cls.__name__ for cls in TABLE if cls.__name__ != "LoRAConvLSTMCell")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -143,7 +143,7 @@ class LoRAConv1D(AdaptedLayer, keras.layers.Conv1D):
     Example:
 
     >>> import keras, keras_lora
-    >>> keras_lora.LoRAConv1D(8, 3, rank=2)(keras.ops.ones((1, 10, 4))).shape
+    >>> keras_lora.layers.LoRAConv1D(8, 3, rank=2)(keras.ops.ones((1, 10, 4))).shape
     (1, 8, 8)
 
     Reference:
@@ -170,7 +170,7 @@ class LoRAConv2D(AdaptedLayer, keras.layers.Conv2D):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAConv2D(8, 3, rank=2, data_format="channels_last")
+    >>> layer = keras_lora.layers.LoRAConv2D(8, 3, rank=2, data_format="channels_last")
     >>> layer(keras.ops.ones((1, 10, 10, 4))).shape
     (1, 8, 8, 8)
 
@@ -198,7 +198,7 @@ class LoRAConv3D(AdaptedLayer, keras.layers.Conv3D):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAConv3D(8, 3, rank=2, data_format="channels_last")
+    >>> layer = keras_lora.layers.LoRAConv3D(8, 3, rank=2, data_format="channels_last")
     >>> layer(keras.ops.ones((1, 5, 5, 5, 4))).shape
     (1, 3, 3, 3, 8)
 
@@ -223,7 +223,7 @@ class LoRAConv1DTranspose(AdaptedLayer, keras.layers.Conv1DTranspose):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAConv1DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
+    >>> layer = keras_lora.layers.LoRAConv1DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
     >>> layer(keras.ops.ones((1, 5, 4))).shape
     (1, 11, 8)
 
@@ -248,7 +248,7 @@ class LoRAConv2DTranspose(AdaptedLayer, keras.layers.Conv2DTranspose):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAConv2DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
+    >>> layer = keras_lora.layers.LoRAConv2DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
     >>> layer(keras.ops.ones((1, 5, 5, 4))).shape
     (1, 11, 11, 8)
 
@@ -273,7 +273,7 @@ class LoRAConv3DTranspose(AdaptedLayer, keras.layers.Conv3DTranspose):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAConv3DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
+    >>> layer = keras_lora.layers.LoRAConv3DTranspose(8, 3, strides=2, rank=2, data_format="channels_last")
     >>> layer(keras.ops.ones((1, 5, 5, 5, 4))).shape
     (1, 11, 11, 11, 8)
 

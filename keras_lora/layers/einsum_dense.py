@@ -146,7 +146,7 @@ class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
     Example:
 
     >>> import keras, keras_lora
-    >>> query = keras_lora.LoRAEinsumDense("abc,cde->abde", output_shape=(None, 4, 8), rank=2)
+    >>> query = keras_lora.layers.LoRAEinsumDense("abc,cde->abde", output_shape=(None, 4, 8), rank=2)
     >>> query(keras.ops.ones((1, 5, 32))).shape
     (1, 5, 4, 8)
     >>> [(v.name, tuple(v.shape)) for v in query.trainable_variables]

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_lora.compat import keras_internals, quantization
-from keras_lora.linear_map import LinearMap, seen_with
+from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap.adapted import AdaptedLayer
 from keras_lora.swap.slots import change_of
 
@@ -61,7 +61,7 @@ class ReverseMap(LinearMap):
         # With a `reverse_dtype` the layer itself casts the kernel to that.
         if self.base_dtype is not None and self.layer.reverse_dtype is None:
             return self.in_base_dtype(x, lambda x: self.apply(x, self.matrix))
-        view = seen_with(self.plain, type(self.plain), logit_soft_cap=None)
+        view = view_of(self.plain, type(self.plain), logit_soft_cap=None)
         return (view.call if quantization.mode_of(self.layer) is None else view.quantized_call)(x, reverse=True)
 
     def apply(self, x: Any, matrix: Any) -> Any:
@@ -115,7 +115,7 @@ class LoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAEmbedding(1000, 16, rank=2)
+    >>> layer = keras_lora.layers.LoRAEmbedding(1000, 16, rank=2)
     >>> layer(keras.ops.ones((2, 5), "int32")).shape
     (2, 5, 16)
 
@@ -150,7 +150,7 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras_lora.LoRAReversibleEmbedding(1000, 16, rank=2)
+    >>> layer = keras_lora.layers.LoRAReversibleEmbedding(1000, 16, rank=2)
     >>> layer(layer(keras.ops.ones((2, 5), "int32")), reverse=True).shape
     (2, 5, 1000)
 

@@ -15,7 +15,7 @@ from typing import Any
 from keras import ops
 
 from keras_lora.layers.einsum_dense import Axes, EinsumMap, axes_of
-from keras_lora.linear_map import seen_with
+from keras_lora.linear_map import view_of
 from keras_lora.swap.adapted import AdaptedLayer
 
 
@@ -122,7 +122,7 @@ class FactoredLayer(AdaptedLayer):
         def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
             kernels = {m.kernel_attribute: AdaptedKernel(m, adapter, training) for m, adapter in self.adapted_maps()}
             more = {**kwargs, "training": training} if asks else kwargs
-            return adapting(seen_with(self, self.base_class, **kernels), *args, **more)
+            return adapting(view_of(self, self.base_class, **kernels), *args, **more)
 
         if not asks:  # Keras hands `training` to a `call` that has it in its signature
             asked = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)

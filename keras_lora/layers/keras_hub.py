@@ -13,7 +13,7 @@ import keras_hub
 from keras_lora.adapters import per_example
 from keras_lora.adapters.per_example import INDEX
 from keras_lora.layers.registering import register_layer
-from keras_lora.swap.adapted import OWNER_KINDS, ModelOwner
+from keras_lora.swap.adapted import CONTAINER_KINDS, AdaptedModel
 
 _GATED = {"_expert_feedforward_gate_dense": "gio", "_expert_feedforward_output_dense": "gio"}
 #: The kernels of KerasHub's banks of experts, each `(experts, in, out)`.
@@ -32,7 +32,7 @@ for cls in keras.layers.Layer.__subclasses__():
 register_layer(keras_hub.layers.ReversibleEmbedding, like=keras.layers.ReversibleEmbedding)
 
 
-class GeneratingOwner(ModelOwner):
+class AdaptedGenerator(AdaptedModel):
     """An adapted model that generates: among its inputs there may be an index of adapters."""
 
     def generate_step(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,4 +42,4 @@ class GeneratingOwner(ModelOwner):
             return super().generate_step(rest, *args, **kwargs)  # type: ignore[misc]
 
 
-OWNER_KINDS[keras_hub.models.CausalLM] = GeneratingOwner
+CONTAINER_KINDS[keras_hub.models.CausalLM] = AdaptedGenerator

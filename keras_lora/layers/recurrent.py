@@ -12,26 +12,26 @@ from typing import Any
 import keras
 
 from keras_lora.compat import keras_internals
-from keras_lora.linear_map import LinearMap, seen_with
-from keras_lora.swap.adapted import OWNER_KINDS, EffectiveLayer, Owner
+from keras_lora.linear_map import LinearMap, view_of
+from keras_lora.swap.adapted import CONTAINER_KINDS, AdaptedContainer, ChangedKernelLayer
 
 
-class RecurrentOwner(Owner):
+class AdaptedRecurrent(AdaptedContainer):
     """A recurrent layer around adapted cells."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
-        return seen_with(layer, self.base_class, cell=_with_changed_kernels(layer.cell)).call(*args, **kwargs)
+        return view_of(layer, self.base_class, cell=_with_changed_kernels(layer.cell)).call(*args, **kwargs)
 
 
-OWNER_KINDS[keras.layers.RNN] = RecurrentOwner
+CONTAINER_KINDS[keras.layers.RNN] = AdaptedRecurrent
 
 
 def _with_changed_kernels(cell: Any) -> Any:
-    if isinstance(cell, EffectiveLayer):
+    if isinstance(cell, ChangedKernelLayer):
         return cell.with_changed_kernels()
     if isinstance(cell, keras.layers.StackedRNNCells):
-        return seen_with(cell, type(cell), cells=[_with_changed_kernels(each) for each in cell.cells])
+        return view_of(cell, type(cell), cells=[_with_changed_kernels(each) for each in cell.cells])
     return cell
 
 
@@ -66,7 +66,7 @@ class SimpleRNNCellMap(CellMap):
     layer_class = keras.layers.SimpleRNNCell
 
 
-class LoRALSTMCell(EffectiveLayer, keras.layers.LSTMCell):
+class LoRALSTMCell(ChangedKernelLayer, keras.layers.LSTMCell):
     """A `LSTMCell` with frozen kernels and a trainable low-rank change of each of its two.
 
     Args:
@@ -80,7 +80,7 @@ class LoRALSTMCell(EffectiveLayer, keras.layers.LSTMCell):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras.layers.RNN(keras_lora.LoRALSTMCell(4, rank=2))
+    >>> layer = keras.layers.RNN(keras_lora.layers.LoRALSTMCell(4, rank=2))
     >>> layer(keras.ops.ones((1, 5, 3))).shape
     (1, 4)
 
@@ -91,7 +91,7 @@ class LoRALSTMCell(EffectiveLayer, keras.layers.LSTMCell):
     linear_maps = (LSTMCellMap, RecurrentKernelMap)
 
 
-class LoRAGRUCell(EffectiveLayer, keras.layers.GRUCell):
+class LoRAGRUCell(ChangedKernelLayer, keras.layers.GRUCell):
     """A `GRUCell` with frozen kernels and a trainable low-rank change of each of its two.
 
     Args:
@@ -105,7 +105,7 @@ class LoRAGRUCell(EffectiveLayer, keras.layers.GRUCell):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras.layers.RNN(keras_lora.LoRAGRUCell(4, rank=2))
+    >>> layer = keras.layers.RNN(keras_lora.layers.LoRAGRUCell(4, rank=2))
     >>> layer(keras.ops.ones((1, 5, 3))).shape
     (1, 4)
 
@@ -116,7 +116,7 @@ class LoRAGRUCell(EffectiveLayer, keras.layers.GRUCell):
     linear_maps = (GRUCellMap, RecurrentKernelMap)
 
 
-class LoRASimpleRNNCell(EffectiveLayer, keras.layers.SimpleRNNCell):
+class LoRASimpleRNNCell(ChangedKernelLayer, keras.layers.SimpleRNNCell):
     """A `SimpleRNNCell` with frozen kernels and a trainable low-rank change of each of its two.
 
     Args:
@@ -130,7 +130,7 @@ class LoRASimpleRNNCell(EffectiveLayer, keras.layers.SimpleRNNCell):
     Example:
 
     >>> import keras, keras_lora
-    >>> layer = keras.layers.RNN(keras_lora.LoRASimpleRNNCell(4, rank=2))
+    >>> layer = keras.layers.RNN(keras_lora.layers.LoRASimpleRNNCell(4, rank=2))
     >>> layer(keras.ops.ones((1, 5, 3))).shape
     (1, 4)
 
@@ -150,7 +150,7 @@ class ConvLSTMCellMap(CellMap):
     layer_class = _ConvLSTMCell
 
 
-class LoRAConvLSTMCell(EffectiveLayer, _ConvLSTMCell):
+class LoRAConvLSTMCell(ChangedKernelLayer, _ConvLSTMCell):
     """What the cell of an adapted `ConvLSTM1D`, `ConvLSTM2D` or `ConvLSTM3D` becomes; Keras does not export the cell."""
 
     linear_maps = (ConvLSTMCellMap, RecurrentKernelMap)

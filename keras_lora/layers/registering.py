@@ -9,7 +9,7 @@ import keras
 
 from keras_lora.layers.factored import BankMap, FactoredLayer
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap.adapted import AdaptedLayer, EffectiveLayer, adapted_class, enter_layer
+from keras_lora.swap.adapted import AdaptedLayer, ChangedKernelLayer, adapted_class, enter_layer
 
 
 def register_layer(
@@ -101,7 +101,7 @@ def _room_of(
     maps = tuple(_stated_map(layer_class, name, axes, factored) for name, axes in kernels.items())
     if not maps:
         raise ValueError(f"`kernels` names no attribute of {layer_class.__name__}. Expected at least one.")
-    return (FactoredLayer if factored else EffectiveLayer), maps
+    return (FactoredLayer if factored else ChangedKernelLayer), maps
 
 
 def _stated_map(layer_class: type, name: str, axes: str, factored: bool) -> type[LinearMap]:

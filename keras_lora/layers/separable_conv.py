@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_lora.layers.conv import ConvMap
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap.adapted import AdaptedLayer, EffectiveLayer
+from keras_lora.swap.adapted import AdaptedLayer, ChangedKernelLayer
 
 
 class DepthwiseMap(LinearMap):
@@ -96,7 +96,7 @@ class AdaptedSeparableConv(AdaptedLayer):
         return pointwise.finish(y)
 
 
-class LoRADepthwiseConv1D(EffectiveLayer, keras.layers.DepthwiseConv1D):
+class LoRADepthwiseConv1D(ChangedKernelLayer, keras.layers.DepthwiseConv1D):
     """A `DepthwiseConv1D` layer with a frozen kernel and a trainable change of it, `(window, rank)(rank, channels)`.
 
     Args:
@@ -110,7 +110,7 @@ class LoRADepthwiseConv1D(EffectiveLayer, keras.layers.DepthwiseConv1D):
     Example:
 
     >>> import keras, keras_lora
-    >>> keras_lora.LoRADepthwiseConv1D(3, rank=1, data_format="channels_last")(keras.ops.ones((1, 10, 4))).shape
+    >>> keras_lora.layers.LoRADepthwiseConv1D(3, rank=1, data_format="channels_last")(keras.ops.ones((1, 10, 4))).shape
     (1, 8, 4)
 
     Reference:
@@ -120,7 +120,7 @@ class LoRADepthwiseConv1D(EffectiveLayer, keras.layers.DepthwiseConv1D):
     linear_maps = (DepthwiseConv1DMap,)
 
 
-class LoRADepthwiseConv2D(EffectiveLayer, keras.layers.DepthwiseConv2D):
+class LoRADepthwiseConv2D(ChangedKernelLayer, keras.layers.DepthwiseConv2D):
     """A `DepthwiseConv2D` layer with a frozen kernel and a trainable change of it, `(window, rank)(rank, channels)`.
 
     Args:
@@ -134,7 +134,7 @@ class LoRADepthwiseConv2D(EffectiveLayer, keras.layers.DepthwiseConv2D):
     Example:
 
     >>> import keras, keras_lora
-    >>> keras_lora.LoRADepthwiseConv2D(3, rank=1, data_format="channels_last")(keras.ops.ones((1, 9, 9, 4))).shape
+    >>> keras_lora.layers.LoRADepthwiseConv2D(3, rank=1, data_format="channels_last")(keras.ops.ones((1, 9, 9, 4))).shape
     (1, 7, 7, 4)
 
     Reference:
@@ -158,7 +158,7 @@ class LoRASeparableConv1D(AdaptedSeparableConv, keras.layers.SeparableConv1D):
     Example:
 
     >>> import keras, keras_lora
-    >>> keras_lora.LoRASeparableConv1D(8, 3, rank=2, data_format="channels_last")(keras.ops.ones((1, 10, 4))).shape
+    >>> keras_lora.layers.LoRASeparableConv1D(8, 3, rank=2, data_format="channels_last")(keras.ops.ones((1, 10, 4))).shape
     (1, 8, 8)
 
     Reference:
@@ -182,7 +182,7 @@ class LoRASeparableConv2D(AdaptedSeparableConv, keras.layers.SeparableConv2D):
     Example:
 
     >>> import keras, keras_lora
-    >>> keras_lora.LoRASeparableConv2D(8, 3, rank=2, data_format="channels_last")(keras.ops.ones((1, 9, 9, 4))).shape
+    >>> keras_lora.layers.LoRASeparableConv2D(8, 3, rank=2, data_format="channels_last")(keras.ops.ones((1, 9, 9, 4))).shape
     (1, 7, 7, 8)
 
     Reference:

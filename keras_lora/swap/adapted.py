@@ -21,7 +21,7 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
-from keras_lora.linear_map import LinearMap, seen_with
+from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap import flags, rebuilding, slots
 from keras_lora.swap.addresses import by_address, walk
 
@@ -32,7 +32,7 @@ _VERSION = 2
 _REBUILDS = "_keras_lora_rebuilds"
 
 
-class Owner:
+class AdaptedContainer:
     """What an owner has beside its own class: it remembers how its insides were adapted, and what trains."""
 
     base_class: type[keras.layers.Layer]
@@ -50,7 +50,7 @@ class Owner:
 
     def get_config(self) -> dict[str, Any]:
         # Asked through a view of the base class: Keras compares classes and methods while it writes a config.
-        config, description = seen_with(self, self.base_class).get_config(), describe(self)
+        config, description = view_of(self, self.base_class).get_config(), describe(self)
         if not vars(self).get(_REBUILDS):
             rebuilding.check_rebuilds(self, config, description)
             vars(self)[_REBUILDS] = True
@@ -78,7 +78,7 @@ class Owner:
         return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
 
 
-class ModelOwner(Owner):
+class AdaptedModel(AdaptedContainer):
     """An owner that is a model: what it was compiled with is saved and restored, optimizer included."""
 
     def save(self, *args: Any, **kwargs: Any) -> None:
@@ -107,7 +107,7 @@ def _portable(config: Any) -> Any:
     return config
 
 
-class AdaptedLayer(Owner):
+class AdaptedLayer(AdaptedContainer):
     """What an adapted layer has beside its own class. Subclasses in `keras_lora/layers/` name their linear maps.
 
     The frozen base comes first, then the adapter, then the layer's bias and activation.
@@ -132,7 +132,7 @@ class AdaptedLayer(Owner):
         keras_internals.when_built(self, self._freeze_base)
 
     def _freeze_base(self) -> None:
-        methods = [layer for adapter in slots.adapters_in(self) for layer in adapters.with_inside(adapter)]
+        methods = [layer for adapter in slots.adapters_in(self) for layer in adapters.with_sublayers(adapter)]
         flags.freeze(walk(self), adapted=[self], trained=methods)
         keras_internals.track_torch_parameters(self)
 
@@ -155,11 +155,11 @@ class AdaptedLayer(Owner):
         return self.call(*args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
-        seen_with(self, self.base_class).save_own_variables(store)
+        view_of(self, self.base_class).save_own_variables(store)
         store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        view = seen_with(self, self.base_class)
+        view = view_of(self, self.base_class)
         view.load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
         vars(self).update(vars(view))  # a layer may note something when it is loaded
         for linear, adapter in self.adapted_maps():
@@ -171,7 +171,7 @@ class AdaptedLayer(Owner):
         return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={methods}>"  # type: ignore[attr-defined]
 
 
-class EffectiveLayer(AdaptedLayer):
+class ChangedKernelLayer(AdaptedLayer):
     """An adapted layer whose own code runs with `W + ΔW` in the place of its kernels: right for any code that reads them."""
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -190,16 +190,16 @@ class EffectiveLayer(AdaptedLayer):
         for linear, adapter in self.adapted_maps():
             dtype = keras_internals.dtype_in_call(self, linear.kernel_variable, stored_apart=linear.base_dtype is not None)
             kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
-        return seen_with(self, self.base_class, **kernels)
+        return view_of(self, self.base_class, **kernels)
 
 
 # The layer types we know.
 
 ADAPTED_CLASSES: dict[type, type[AdaptedLayer]] = {}
 #: Modules that enter the layer types of a package, imported when a layer of that package is first met.
-LATE_ROOMS: dict[str, str] = {}
+LATE_LAYERS: dict[str, str] = {}
 #: What owners of some classes become, beside the owners of all others; the last one that fits counts.
-OWNER_KINDS: dict[type, type[Owner]] = {keras.Model: ModelOwner}
+CONTAINER_KINDS: dict[type, type[AdaptedContainer]] = {keras.Model: AdaptedModel}
 
 
 def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
@@ -228,8 +228,8 @@ def _changed_kernel(map_class: type[LinearMap]) -> property:
 def adapted_class(base: type) -> type[AdaptedLayer] | None:
     """What a layer of exactly the class `base` becomes, or `None` where we do not know it as a linear map."""
     package = base.__module__.partition(".")[0]
-    if package in LATE_ROOMS:
-        importlib.import_module(LATE_ROOMS.pop(package))
+    if package in LATE_LAYERS:
+        importlib.import_module(LATE_LAYERS.pop(package))
     return ADAPTED_CLASSES.get(base)
 
 
@@ -240,10 +240,10 @@ def maps_of(layer: keras.layers.Layer) -> list[LinearMap]:
 
 
 @functools.cache
-def owner_class(base: Any) -> type:
+def container_class(base: Any) -> type:
     """The class of an owner whose own class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
-    kind = next((kind for cls, kind in reversed(OWNER_KINDS.items()) if issubclass(base, cls)), Owner)
+    kind = next((kind for cls, kind in reversed(CONTAINER_KINDS.items()) if issubclass(base, cls)), AdaptedContainer)
     return _named_after(types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base)
 
 
@@ -287,14 +287,14 @@ def set_adapter(
         keras_internals.when_built(layer, lambda: slots.start(linear, adapter))
 
 
-def set_owners(model: keras.layers.Layer) -> None:
+def set_containers(model: keras.layers.Layer) -> None:
     """Make an owner of every layer at or below `model` that has a training mark and holds other layers."""
     for place in walk(model):
         layer = place.layer
-        plain = not isinstance(layer, (Owner, adapters.Adapter))
+        plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
         if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
             cls: Any = type(layer)
-            _become(layer, owner_class(cls))
+            _become(layer, container_class(cls))
 
 
 def set_plain(layer: Any) -> None:
@@ -303,7 +303,7 @@ def set_plain(layer: Any) -> None:
         for linear in maps_of(layer):
             for adapter in slots.adapters_of(linear):
                 slots.take(linear, adapter)
-    if isinstance(layer, Owner):
+    if isinstance(layer, AdaptedContainer):
         vars(layer).pop(_REBUILDS, None)
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
@@ -402,7 +402,7 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and not description["training"]:  # it was saved before it was built
             _when_built(layer, layer._freeze_base)
-    set_owners(owner)
+    set_containers(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
 
 
