@@ -185,7 +185,8 @@ def compress_adapter(
         set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
         planned = any(flags.planned_variables(layer) for layer in adapters.with_sublayers(before))
         now = bool(before.trainable_variables)
-        flags.mark(adapter, flags.flags_of(adapter), [planned, [planned] * 2], now=[now, [now] * 2])
+        both = (flags.Flags(each, [each] * 2) for each in (planned, now))
+        flags.mark(adapter, flags.flags_of(adapter), *both)
         slots.take(linear, before)
     reset_compilation(model)
     linears = {address: linear for address, (linear, _) in old.items()}

@@ -73,6 +73,12 @@ class LinearMap:
     #: Whether the layer itself computes it so, with `ops.matmul(x, kernel)`.
     calls_matmul = False
 
+    @property
+    def is_plain_matmul(self) -> bool:
+        """Whether the whole map is one float32 product, so that it costs the same with a changed matrix."""
+        float32 = keras.backend.standardize_dtype(self.layer.compute_dtype) == "float32"
+        return self.is_matmul and float32 and self.base_dtype is None and quantization.mode_of(self.layer) is None
+
     def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
 

@@ -14,7 +14,8 @@ from keras_lora import adapters
 from keras_lora.adapters import per_example
 from keras_lora.adapters.per_example import INDEX
 from keras_lora.applying import apply_lora
-from keras_lora.files import adapter_state
+from keras_lora.files.adapter_state import AdapterState
+from keras_lora.files.misfits import raise_problems
 from keras_lora.swap.adapted import named_adapters
 from keras_lora.targets.patterns import Patterns
 
@@ -112,21 +113,18 @@ class MultiAdapterModel(keras.Model):
             ValueError: There is no free place, or the file does not fit; nothing is changed then.
             FileNotFoundError: There is no such file.
         """
-        header, tensors = adapter_state.read_contents(path)
-        places = _places_of(self.model)
-        problems = adapter_state.misfits(self.model, header, places, partly=True)
-        problems += [f"the file has trained variables of '{address}' beside its adapter" for address in header["trained"]]
-        adapter_state.raise_problems(f"The adapter file {path}", self.model, problems)
+        state, places = AdapterState.read(path), _places_of(self.model)
+        problems = state.misfits(self.model, places, partly=True)
+        problems += [f"the file has trained variables of '{address}' beside its adapter" for address in state.trained]
+        raise_problems(f"The adapter file {path}", self.model, problems)
         values = {}
-        for address, entry in header["adapters"].items():
-            own = {key: tensors[there] for key, there in adapter_state.keys_at(address, tensors).items()}
-            other = adapters.get(entry["method"], **entry["config"])
-            values[address] = found = places[address].values_from(other, own)
+        for address, entry in state.adapters.items():
+            values[address] = found = places[address].values_from(entry.made(), entry.tensors)
             for key, variable in (("lora_a", places[address].lora_a), ("lora_b", places[address].lora_b)):
                 shape = found[key].shape if key in found else None
                 if shape != tuple(variable.shape[1:]):
                     problems.append(f"'{address}:{key}' has shape {shape}; expected is {tuple(variable.shape[1:])}")
-        adapter_state.raise_problems(f"The adapter file {path}", self.model, problems)
+        raise_problems(f"The adapter file {path}", self.model, problems)
         index = self.names.get(name) or self._free_place()
         for address, adapter in places.items():
             adapter.put(index, values.get(address))

@@ -25,7 +25,8 @@ ORDER = [
     ["swap"],
     ["linear_map"],
     ["adapters"],
-    ["compat", "reports"],
+    ["compat"],
+    ["checks", "reports"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FOLDERS = {path.parent.name for path in FILES} - {PACKAGE.name}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lora.compat import keras_internals
@@ -43,6 +44,8 @@ class Adapter(keras.layers.Layer):
     #: The name under which a model knows it, which several layers share, and the part of the layer it changes.
     adapter_name = "default"
     part = ""
+    #: The shape of the kernel as a matrix, once it has weights.
+    matrix_shape: tuple[int, ...] = ()
 
     def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
         # A fixed name: Keras's automatic one counts up through a process, and variable paths with it.
@@ -61,6 +64,14 @@ class Adapter(keras.layers.Layer):
         """Create the weights for `linear` at the method's starting point, where the change is zero."""
         raise TypeError(f"{type(self).__name__} does not define `build_for(linear)`, which creates the adapter's weights.")
 
+    def create_for(self, linear: Any) -> None:
+        """Create the weights for `linear`, or raise if it cannot have this adapter. The library calls this."""
+        if (problem := self.problem_with(linear)) is not None:
+            raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
+        self.matrix_shape = tuple(linear.matrix_shape)
+        self.build_for(linear)
+        self.built = True
+
     def problem_with(self, linear: Any) -> str | None:
         """Why `linear` cannot have this adapter, with what to do, or `None`. Asked before anything changes."""
         return None
@@ -69,13 +80,29 @@ class Adapter(keras.layers.Layer):
         """How many numbers train for a matrix of this shape."""
         raise TypeError(f"{type(self).__name__} does not define `parameter_count(matrix_shape)`.")
 
+    def size(self, matrix_shape: tuple[int, ...]) -> int:
+        """How many numbers it holds for a matrix of this shape, frozen ones too, without its strength."""
+        return self.parameter_count(matrix_shape)
+
     def delta_kernel(self, matrix: Any) -> Any:
         """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
 
-    def numpy_factors(self) -> tuple[Any, Any] | None:
-        """ΔW as an exact product, NumPy arrays `(*groups, in_dim, k)` and `(*groups, k, out_dim)`, where it is one."""
+    def factors_of(
+        self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """ΔW as an exact product, if it is one: `(*groups, in_dim, k)` and `(*groups, k, out_dim)` in float64.
+
+        Args:
+            weights: Saved weights by key, as NumPy arrays.
+            matrix_shape: The shape of the kernel as a matrix; `None` for a file that is read without its base.
+        """
         return None
+
+    def numpy_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """`factors_of` the weights as they are now."""
+        weights = {key: np.asarray(ops.convert_to_numpy(v.value)) for key, v in self.saved_weights.items()}
+        return self.factors_of(weights, self.matrix_shape)
 
     def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
         """Tensors `a` and `b` of which `strength · ΔW` is the product as it runs now, where it is one."""
@@ -94,17 +121,29 @@ class Adapter(keras.layers.Layer):
 
     def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
         """`adapted_output` from `x` alone, for a method that is faster when it computes the base output itself."""
+        if type(self).adapted_output is Adapter.adapted_output and linear.is_plain_matmul:
+            # One large product with `W + ΔW` and not two.
+            matrix = linear.matrix
+            return linear.apply(x, ops.add(matrix, ops.cast(self.change(matrix), matrix.dtype)))
         return self.adapted_output(x, linear.base_output(x), linear, training=training)
 
     def base_changed(self, linear: Any) -> None:
         """Called when other values were loaded into the kernel: bring what was computed from it up to date."""
 
-    def add_factor(self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True) -> keras.Variable:
+    def add_factor(
+        self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True, regularizer: Any = None
+    ) -> keras.Variable:
         """Add a float32 weight. `name` is also its key in files."""
         if _SKIP_INIT.get() and name not in self.derived:
             initializer = "zeros"
         return self.add_weight(
-            shape=shape, initializer=initializer, name=name, dtype="float32", trainable=trainable, autocast=False
+            shape=shape,
+            initializer=initializer,
+            name=name,
+            dtype="float32",
+            trainable=trainable,
+            autocast=False,
+            regularizer=regularizer,
         )
 
     def misfit_with(self, other: Adapter) -> str | None:

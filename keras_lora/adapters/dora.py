@@ -76,8 +76,7 @@ class DoRA(Adapter):
         )
         self.magnitude = self.add_factor("magnitude", (*groups, out_dim), lambda *_, **__: ops.sqrt(_norm_squared(linear)))
         with keras.name_scope(self.name):
-            self.lora.build_for(linear)
-        self.built = True
+            self.lora.create_for(linear)
 
     def base_changed(self, linear: Any) -> None:
         old = ops.convert_to_tensor(self.kernel_norm_squared)
@@ -90,9 +89,12 @@ class DoRA(Adapter):
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return self.lora.parameter_count(matrix_shape) + math.prod(matrix_shape[:-2]) * matrix_shape[-1]
 
+    def size(self, matrix_shape: tuple[int, ...]) -> int:
+        return self.lora.size(matrix_shape) + 2 * math.prod(matrix_shape[:-2]) * matrix_shape[-1]
+
     def delta_kernel(self, matrix: Any) -> Any:
         # Liu et al., eq. 5: W' = m (W + ΔV) / ‖W + ΔV‖, norms over each output unit, held constant in the gradient (4.3).
-        matrix = ops.cast(matrix, self.lora.lora_a.dtype)
+        matrix = ops.cast(matrix, "float32")
         direction = ops.add(matrix, self.lora.delta_kernel(matrix))
         norm = ops.stop_gradient(ops.sqrt(ops.sum(ops.square(direction), axis=-2, keepdims=True)))
         return ops.subtract(ops.multiply(ops.divide(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
@@ -114,8 +116,9 @@ class DoRA(Adapter):
         # Where c is 0 the base vanishes: a tiny c leaves of it less than can be seen.
         c = ops.add(more, 1.0)
         c = ops.where(ops.abs(c) < 1e-12, 1e-12, c)
-        b = ops.multiply(self.lora.lora_b, ops.expand_dims(ops.divide(gain, c), -2))
-        y = self.lora.add_product(x, y, linear, training, b, self.strength)
+        a, b = self.lora.current_pair()
+        b = ops.multiply(b, ops.expand_dims(ops.divide(gain, c), -2))
+        y = self.lora.add_product(x, y, linear, training, a, b, self.strength)
         if keras.backend.standardize_dtype(y.dtype) == "float32":
             return ops.multiply(y, linear.along_outputs(c, y))
         # Written y + (c - 1) y because c stays close to 1, where bfloat16 has only 3 digits.
@@ -126,7 +129,7 @@ class DoRA(Adapter):
 
         A constant in the gradient (section 4.3 of the paper).
         """
-        a, b = (ops.stop_gradient(ops.convert_to_tensor(factor)) for factor in (self.lora.lora_a, self.lora.lora_b))
+        a, b = (ops.stop_gradient(ops.convert_to_tensor(factor)) for factor in self.lora.current_pair())
         b = self.lora.scale * b
         matrix = linear.matrix
         a_transposed = ops.swapaxes(a, -1, -2)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_lora.adapters.adapter import Adapter
-from keras_lora.compat import keras_internals
+from keras_lora.adapters.low_rank import LowRank
 
 
 @keras.saving.register_keras_serializable("keras_lora")
-class LoRA(Adapter):
+class LoRA(LowRank):
     """Low-rank adaptation: `W' = W + scale · A B`.
 
     `A` is `(in_dim, rank)`, `B` is `(rank, out_dim)`; a kernel with groups has one pair for each group. `ΔW` is never
@@ -61,41 +61,17 @@ class LoRA(Adapter):
         freeze_a: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` must be a positive integer. Received: rank={rank!r}.")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
-            raise ValueError(f"`alpha` must be a positive finite number. Received: alpha={alpha!r}.")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not (0 <= dropout < 1):
-            raise ValueError(f"`dropout` must be a number in [0, 1). Received: dropout={dropout!r}.")
-        self.rank = rank
-        self.alpha = alpha
-        self.dropout = dropout
-        self.rank_stabilized = rank_stabilized
+        super().__init__(rank, alpha, dropout, rank_stabilized, seed, **kwargs)
         self.a_initializer = keras.initializers.get(a_initializer)
         self.b_initializer = keras.initializers.get(b_initializer)
-        self.seed = seed
         self.freeze_a = bool(freeze_a)
-        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
-
-    @property
-    def scale(self) -> float:
-        """What multiplies `A B`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def problem_with(self, linear: Any) -> str | None:
         if self.freeze_a and linear.picks_rows and self.a_initializer is None:
             return "`freeze_a` keeps A as it starts, and for an embedding that is zero; leave it out or use freeze_a=False"
-        if not self.dropout or linear.no_dropout is None:
-            return None
-        return (
-            f"`dropout` acts on the input of the adapted map, and {linear.no_dropout}; leave the layer out of `targets` or "
-            f"use dropout=0 (received: dropout={self.dropout})"
-        )
+        return super().problem_with(linear)
 
     def build_for(self, linear: Any) -> None:
-        if (problem := self.problem_with(linear)) is not None:
-            raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
         *groups, in_dim, out_dim = linear.matrix_shape
         a_default = keras.initializers.RandomUniform(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim), seed=self.seed)
         b_default: Any = "zeros"
@@ -105,45 +81,25 @@ class LoRA(Adapter):
             "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a
         )
         self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default)
-        self.built = True
+
+    def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
+        if missing := [key for key in ("lora_a", "lora_b") if key not in weights]:
+            raise ValueError(f"the file lacks {' and '.join(missing)}")
+        a, b = weights["lora_a"], weights["lora_b"]
+        if len(a.shape) < 2 or a.shape[-1] != self.rank:
+            raise ValueError(f"the file says rank {self.rank}, and lora_a has shape {tuple(a.shape)}")
+        return a, b
+
+    def current_pair(self) -> tuple[Any, Any]:
+        return self.lora_a, self.lora_b
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         *groups, in_dim, out_dim = matrix_shape
         return math.prod(groups) * self.rank * (out_dim if self.freeze_a else in_dim + out_dim)
 
-    def delta_kernel(self, matrix: Any) -> Any:
-        # Hu et al., section 4.1: ΔW = scale · A B.
-        return self.scale * ops.matmul(self.lora_a, self.lora_b)
-
-    def numpy_factors(self) -> tuple[Any, Any] | None:
-        a, b = (np.asarray(ops.convert_to_numpy(factor), "float64") for factor in (self.lora_a, self.lora_b))
-        return a, self.scale * b
-
-    def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
-        if self.seed_generator is not None and training:
-            return None
-        a, b = (ops.convert_to_tensor(factor) for factor in (self.lora_a, self.lora_b))
-        return a, ops.multiply(ops.multiply(self.scale, self.strength), b)
-
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
-        return self.add_product(x, y, linear, training, self.lora_b, self.strength)
-
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
-        return self.adapted_output(x, None, linear, training)
-
-    def add_product(self, x: Any, y: Any, linear: Any, training: bool | None, b: Any, strength: Any) -> Any:
-        """`y + strength · scale · (x A) b`, with dropout before `A` in training. `y` that is `None` is the base output."""
-        if self.seed_generator is None or not training:
-            return linear.low_rank_sum(x, self.lora_a, b, self.scale, strength, y)
-        y = linear.base_output(x) if y is None else y
-
-        # The dropped input is not kept for the backward pass: it is made again there, from the same seed.
-        def dropped(x: Any, a: Any, drawn: Any) -> Any:
-            seed = keras_internals.drawn_seed(self.seed_generator, drawn)
-            return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
-
-        h = keras.remat(dropped)(x, ops.cast(self.lora_a, y.dtype), self.seed_generator.next())
-        return ops.add(y, linear.expand(h, ops.cast(ops.multiply(ops.multiply(self.scale, strength), b), y.dtype)))
+    def size(self, matrix_shape: tuple[int, ...]) -> int:
+        *groups, in_dim, out_dim = matrix_shape
+        return math.prod(groups) * self.rank * (in_dim + out_dim)
 
     def misfit_with(self, other: Adapter) -> str | None:
         """A LoRA takes the values of another of equal or smaller rank, whatever its scale."""
@@ -163,13 +119,8 @@ class LoRA(Adapter):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "rank_stabilized": self.rank_stabilized,
             "a_initializer": keras.initializers.serialize(self.a_initializer) if self.a_initializer else None,
             "b_initializer": keras.initializers.serialize(self.b_initializer) if self.b_initializer else None,
-            "seed": self.seed,
             "freeze_a": self.freeze_a,
         }
 

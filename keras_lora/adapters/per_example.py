@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora import checks
 from keras_lora.adapters.adapter import Adapter
-from keras_lora.adapters.lora import LoRA
+from keras_lora.adapters.low_rank import LowRank
 
 #: The key of the index among the inputs of a model.
 INDEX = "adapter_index"
@@ -47,10 +49,8 @@ class PerExample(Adapter):
 
     def __init__(self, rank: int = 8, capacity: int = 8, **kwargs: Any):
         super().__init__(**kwargs)
-        for name, value in {"rank": rank, "capacity": capacity}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
-        self.rank, self.capacity = rank, capacity
+        self.rank = checks.positive_integer("rank", rank)
+        self.capacity = checks.positive_integer("capacity", capacity)
 
     def problem_with(self, linear: Any) -> str | None:
         if linear.no_examples is None:
@@ -62,10 +62,13 @@ class PerExample(Adapter):
         places = self.capacity + 1
         self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", trainable=False)
         self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", trainable=False)
-        self.built = True
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return 0
+
+    def size(self, matrix_shape: tuple[int, ...]) -> int:
+        *groups, in_dim, out_dim = matrix_shape
+        return (self.capacity + 1) * math.prod(groups) * self.rank * (in_dim + out_dim)
 
     def delta_kernel(self, matrix: Any) -> Any:
         raise ValueError(
@@ -87,7 +90,7 @@ class PerExample(Adapter):
         return ops.add(y, ops.multiply(ops.cast(self.strength, y.dtype), change))
 
     def misfit_with(self, other: Adapter) -> str | None:
-        if type(other) is not LoRA:
+        if not isinstance(other, LowRank):
             return (
                 f"a place is for a LoRA, the other is a {type(other).__name__}; "
                 "`keras_lora.compress_adapter` makes a LoRA of it"
@@ -95,7 +98,14 @@ class PerExample(Adapter):
         return f"a place has the rank {self.rank}, the other {other.rank}" if other.rank > self.rank else None
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
-        return LoRA(self.rank, alpha=self.rank).values_from(other, values)
+        if not isinstance(other, LowRank) or (factors := other.factors_of(values, self.matrix_shape)) is None:
+            return values
+        a, b = factors
+        more = self.rank - a.shape[-1]
+        if a.ndim > 1 and b.ndim > 1 and more > 0:  # columns of zeros do nothing
+            a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
+            b = np.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, more), (0, 0)])
+        return {"lora_a": a, "lora_b": b}
 
     def put(self, place: int, values: dict[str, np.ndarray] | None) -> None:
         """Fill a place with what `values_from` gave, or with zeros."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_lora.adapters.adapter import Adapter
@@ -54,31 +55,32 @@ class TrainableTokens(Adapter):
         return None
 
     def build_for(self, linear: Any) -> None:
-        if (problem := self.problem_with(linear)) is not None:
-            raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
-        self.rows = linear.matrix_shape[0]
         self.token_delta = self.add_factor("token_delta", (len(self.tokens), linear.matrix_shape[-1]), "zeros")
-        self.built = True
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return len(self.tokens) * matrix_shape[-1]
 
     def delta_kernel(self, matrix: Any) -> Any:
-        return ops.matmul(self._selection(), self.token_delta)
+        return ops.matmul(self._selection(self.matrix_shape), self.token_delta)
 
-    def numpy_factors(self) -> tuple[Any, Any] | None:
-        return ops.convert_to_numpy(self._selection()), ops.convert_to_numpy(self.token_delta)
+    def factors_of(
+        self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        if matrix_shape is None:
+            return None
+        selection = np.asarray(ops.convert_to_numpy(self._selection(matrix_shape)), "float64")
+        return selection, np.asarray(weights["token_delta"], "float64")
 
     def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
         delta = ops.cast(ops.multiply(self.strength, self.token_delta), y.dtype)
         if linear.picks_rows:
             hits = ops.equal(ops.expand_dims(x, -1), ops.convert_to_tensor(self.tokens, dtype=x.dtype))
             return ops.add(y, ops.matmul(ops.cast(hits, y.dtype), delta))
-        return ops.add(y, linear.apply_product(x, ops.cast(self._selection(), y.dtype), delta))
+        return ops.add(y, linear.apply_product(x, ops.cast(self._selection(self.matrix_shape), y.dtype), delta))
 
-    def _selection(self) -> Any:
+    def _selection(self, matrix_shape: tuple[int, ...]) -> Any:
         """`(rows, tokens)`, with a one where a row is a token."""
-        return ops.transpose(ops.one_hot(self.tokens, self.rows, dtype="float32"))
+        return ops.transpose(ops.one_hot(self.tokens, matrix_shape[0], dtype="float32"))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "tokens": self.tokens}

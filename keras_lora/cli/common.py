@@ -10,18 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from keras_lora import adapters
-from keras_lora.adapters.factors import Factors
-from keras_lora.files import tensor_file
-
-#: Tensors by address and name.
-Tensors = dict[str, dict[str, np.ndarray]]
+from keras_lora.files.adapter_state import AdapterState
 
 
 class Refused(Exception):
@@ -85,40 +80,16 @@ def new_folder(path: str, force: bool) -> Path:
     return out
 
 
-def read_adapter(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the tensors of an adapter file."""
+def read_adapter(path: str) -> AdapterState:
+    """What an adapter file holds."""
     with refusing(ValueError, OSError):
-        return tensor_file.read(old_file(path, ".safetensors"))
-
-
-def by_address(tensors: dict[str, np.ndarray]) -> tuple[Tensors, Tensors]:
-    """The tensors of the adapters in a file, and those of what was trained beside them."""
-    of_adapters: Tensors = {}
-    of_base: Tensors = {}
-    for key, tensor in tensors.items():
-        address, base, name = key.rpartition(":base.")
-        if not base:
-            address, _, name = key.rpartition(":")
-        (of_base if base else of_adapters).setdefault(address, {})[name] = tensor
-    return of_adapters, of_base
+        return AdapterState.read(old_file(path, ".safetensors"))
 
 
 def scale_of(config: dict[str, Any]) -> float | None:
     """What multiplies `A B` of an adapter with this config, or `None` where it has no such product."""
     size = {key: config[key] for key in ("rank", "alpha", "rank_stabilized") if key in config}
     return adapters.LoRA(**size).scale if "alpha" in size else None
-
-
-def lora_factors(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Factors:
-    """The change of a LoRA in a file, as a product."""
-    missing = [name for name in ("lora_a", "lora_b") if name not in tensors]
-    if missing:
-        raise ValueError(f"the file lacks {' and '.join(missing)}")
-    a, b = (np.asarray(tensors[name], "float64") for name in ("lora_a", "lora_b"))
-    adapter = adapters.LoRA(**{key: config[key] for key in ("rank", "alpha", "rank_stabilized") if key in config})
-    if a.ndim < 2 or a.shape[-1] != adapter.rank:
-        raise ValueError(f"the file says rank {adapter.rank}, and lora_a has shape {a.shape}")
-    return a, adapter.scale * b
 
 
 # What is printed.

@@ -9,8 +9,8 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.adapters import factors
-from keras_lora.cli.common import Refused, by_address, lora_factors, new_file, progress, read_adapter, refusing, show, table
-from keras_lora.files import tensor_file
+from keras_lora.cli.common import Refused, new_file, progress, read_adapter, refusing, show, table
+from keras_lora.files.adapter_state import AdapterState
 
 
 def add(commands: Any) -> None:
@@ -55,30 +55,34 @@ def _energy(text: str) -> float:
 def run(given: argparse.Namespace) -> int:
     """Compress an adapter file."""
     out = new_file(given.out, ".safetensors", given.force)
-    header, tensors = read_adapter(given.file)
-    entries = dict(header["adapters"])
-    if others := sorted({entry["method"] for entry in entries.values()} - {"lora"}):
-        raise Refused(
-            f"{given.file} holds adapters of the method {', '.join(others)}. Expected lora alone, whose change a file says "
-            "without its base. Load it into its base and call `keras_lora.compress_adapter(model, rank=...)` in Python."
-        )
-    of_adapters, _ = by_address(tensors)
-    before = sum(each.nbytes for each in tensors.values())
-    rows = []
-    with progress(len(entries)) as step:
-        for address, entry in entries.items():
+    state = read_adapter(given.file)
+    before = _bytes(state)
+    rows: list[dict[str, Any]] = []
+    others: list[str] = []
+    with progress(len(state.adapters)) as step:
+        for address, entry in state.adapters.items():
             step(address)
             with refusing(ValueError, before=f"The adapter at '{address}' of {given.file} is damaged: "):
-                whole = lora_factors(entry["config"], of_adapters.get(address, {}))
+                whole = entry.factors() if entry.method in adapters.TABLE else None
+                if whole is None:
+                    others.append(entry.method)
+                    continue
                 (a, b), error = factors.truncate(whole, given.rank, given.energy)
-            rank = a.shape[-1]
-            entries[address] = _entry_of(entry, adapters.LoRA(rank=rank, alpha=rank))
+            lora = adapters.LoRA(rank=a.shape[-1], alpha=a.shape[-1])
+            rows.append({"layer": address, "rank before": entry.config.get("rank"), "rank": lora.rank, "error": error})
+            entry.method, entry.config = "lora", adapters.method_of(lora)
+            entry.scale = None if entry.scale is None else lora.scale  # a file of version 1 does not say it
             new = {"lora_a": a, "lora_b": b}
-            tensors |= {f"{address}:{name}": np.ascontiguousarray(factor, "float32") for name, factor in new.items()}
-            rows.append({"layer": address, "rank before": entry["config"]["rank"], "rank": rank, "error": error})
+            entry.tensors = {name: np.ascontiguousarray(factor, "float32") for name, factor in new.items()}
+    if others:
+        raise Refused(
+            f"{given.file} holds adapters of the method {', '.join(sorted(set(others)))}. Expected lora alone, whose "
+            "change a file says without its base. Load it into its base and call "
+            "`keras_lora.compress_adapter(model, rank=...)` in Python."
+        )
     with refusing(OSError, before=f"{out} cannot be written: "):
-        tensor_file.write(out, {**header, "adapters": entries}, tensors)
-    after = sum(each.nbytes for each in tensors.values())
+        state.write(out)
+    after = _bytes(state)
     largest = max((row["error"] for row in rows), default=0.0)
     show(
         table(rows, ("rank before", "rank", "error")),
@@ -87,7 +91,5 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _entry_of(entry: dict[str, Any], adapter: adapters.LoRA) -> dict[str, Any]:
-    """The entry with another LoRA in it; a header that says the scale apart says the new one."""
-    scale = {"scale": adapter.scale} if "scale" in entry else {}
-    return {**entry, **scale, "config": adapters.method_of(adapter)}
+def _bytes(state: AdapterState) -> int:
+    return sum(tensor.nbytes for tensor in state.tensors.values())

@@ -64,11 +64,11 @@ def run(given: argparse.Namespace) -> int:
 
 def _to_peft(given: argparse.Namespace) -> int:
     out = new_folder(given.out, given.force)
-    header, _ = read_adapter(given.adapter)  # before the base, which may take long
+    state = read_adapter(given.adapter)  # before the base, which may take long
     _keras_hub()
     with progress(3) as step:
         step("loading the base")
-        model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in header["adapters"]))
+        model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in state.adapters))
         step("loading the adapter")
         with refusing(ValueError, OSError), nothing_trains():
             load_adapter(model, given.adapter)
@@ -76,7 +76,7 @@ def _to_peft(given: argparse.Namespace) -> int:
         options = {"base_model": given.base_model, "bake_scaling": given.bake_scaling}
         with refusing(ValueError), refusing(OSError, before=f"{out} cannot be written: "):
             to_peft(model, out, prefix=given.prefix or "", **options)
-    kernels = f"{len(header['adapters'])} changed kernels"
+    kernels = f"{len(state.adapters)} changed kernels"
     show(f"{out}: a PEFT adapter, {kernels}, {(out / peft_folder.TENSORS).stat().st_size:,} bytes")
     return 0
 
@@ -104,8 +104,8 @@ def _to_keras(given: argparse.Namespace) -> int:
         step("writing")
         with refusing(OSError, before=f"{out} cannot be written: "):
             save_adapter(model, out)
-    header, _ = read_adapter(given.out)
-    show(f"{out}: an adapter file, {len(header['adapters'])} changed kernels, {out.stat().st_size:,} bytes")
+    written = read_adapter(given.out)
+    show(f"{out}: an adapter file, {len(written.adapters)} changed kernels, {out.stat().st_size:,} bytes")
     return 0
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_lora.adapters import factors
 from keras_lora.adapters.factors import Factors
-from keras_lora.cli.common import by_address, lora_factors, read_adapter, show, table
+from keras_lora.cli.common import read_adapter, show, table
+from keras_lora.files.adapter_state import AdapterEntry, AdapterState
 
-#: What the header says of one adapter or trained layer, and its tensors.
-_Part = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+class _Part(NamedTuple):
+    """What a file says of one adapter or trained layer, and its tensors."""
+
+    said: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    entry: AdapterEntry | None = None
 
 
 def add(commands: Any) -> None:
@@ -34,7 +40,7 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Compare two adapter files."""
-    a, b = (_parts(*read_adapter(path)) for path in (given.a, given.b))
+    a, b = (_parts(read_adapter(path)) for path in (given.a, given.b))
     places = list(dict.fromkeys([*a, *b]))
     rows = [row for place in places if (row := _row(place, a.get(place), b.get(place))) is not None]
     if not rows:
@@ -47,16 +53,16 @@ def run(given: argparse.Namespace) -> int:
     return 1
 
 
-def _parts(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[tuple[str, str], _Part]:
-    of_adapters, of_base = by_address(tensors)
+def _parts(state: AdapterState) -> dict[tuple[str, str], _Part]:
     parts: dict[tuple[str, str], _Part] = {}
-    for address in dict.fromkeys([*header["adapters"], *of_adapters]):
-        entry = header["adapters"].get(address, {"config": {}})
-        said = {key: entry.get(key) for key in ("method", "class", "kernel")} | entry["config"]
-        parts[address, "adapter"] = said, of_adapters.get(address, {})
-    for address in dict.fromkeys([*header["trained"], *of_base]):
-        entry = header["trained"].get(address, {})
-        parts[address, "trained"] = {key: entry.get(key) for key in ("class", "plan", "shapes")}, of_base.get(address, {})
+    for address, entry in state.adapters.items():
+        said = {"method": entry.method, "class": entry.layer_class, "kernel": entry.kernel_shape, **entry.config}
+        parts[address, "adapter"] = _Part(said, entry.tensors, entry)
+    for address, trained in state.trained.items():
+        said = {"class": trained.layer_class, "plan": list(trained.flags), "shapes": trained.shapes}
+        parts[address, "trained"] = _Part(said, trained.tensors)
+    for key, tensor in state.unplaced.items():
+        parts[key, "unplaced"] = _Part({}, {key: tensor})
     return parts
 
 
@@ -65,9 +71,10 @@ def _row(place: tuple[str, str], a: _Part | None, b: _Part | None) -> dict[str, 
     row: dict[str, Any] = {"layer": place[0], "part": place[1]}
     if a is None or b is None:
         return {**row, "A / B": "only in A" if b is None else "only in B", "change": None, "number": None}
-    words = [f"{key}: {a[0].get(key)} / {b[0].get(key)}" for key in {**a[0], **b[0]} if a[0].get(key) != b[0].get(key)]
-    same = not words and a[1].keys() == b[1].keys()
-    if same and all(np.array_equal(*_pair(a, b, name), equal_nan=True) for name in a[1]):
+    keys = [key for key in {**a.said, **b.said} if a.said.get(key) != b.said.get(key)]
+    words = [f"{key}: {a.said.get(key)} / {b.said.get(key)}" for key in keys]
+    same = not words and a.tensors.keys() == b.tensors.keys()
+    if same and all(np.array_equal(*_pair(a, b, name), equal_nan=True) for name in a.tensors):
         return None
     change = _change_apart(a, b)
     number = None
@@ -79,11 +86,13 @@ def _row(place: tuple[str, str], a: _Part | None, b: _Part | None) -> dict[str, 
 
 
 def _change_apart(a: _Part, b: _Part) -> float | None:
-    """`‖ΔA - ΔB‖ / ‖ΔA‖`, where both are LoRA with finite numbers for kernels of one shape."""
-    if not a[0].get("method") == b[0].get("method") == "lora":
+    """`‖ΔA - ΔB‖ / ‖ΔA‖`, if both are finite products of thin factors, such as LoRA, for kernels of one shape."""
+    if a.entry is None or b.entry is None:
         return None
     try:
-        first, second = lora_factors(*a), lora_factors(*b)
+        first, second = a.entry.factors(), b.entry.factors()
+        if first is None or second is None:
+            return None
         apart = factors.concatenate([(1.0, first), (-1.0, second)])
         whole, off = _size(first), _size(apart)
     except ValueError:
@@ -98,15 +107,15 @@ def _size(pair: Factors) -> float:
 
 
 def _pair(a: _Part, b: _Part, name: str) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(a[1][name], "float64"), np.asarray(b[1][name], "float64")
+    return np.asarray(a.tensors[name], "float64"), np.asarray(b.tensors[name], "float64")
 
 
 def _alike(a: _Part, b: _Part) -> list[str]:
-    return [name for name in a[1] if name in b[1] and a[1][name].shape == b[1][name].shape]
+    return [name for name in a.tensors if name in b.tensors and a.tensors[name].shape == b.tensors[name].shape]
 
 
 def _misfits(a: _Part, b: _Part) -> Iterator[str]:
-    for name in {**a[1], **b[1]}:
-        shapes = [part[1][name].shape if name in part[1] else "none" for part in (a, b)]
+    for name in {**a.tensors, **b.tensors}:
+        shapes = [part.tensors[name].shape if name in part.tensors else "none" for part in (a, b)]
         if shapes[0] != shapes[1]:
             yield f"{name}: {shapes[0]} / {shapes[1]}"

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from keras_lora import adapters
-from keras_lora.cli.common import Refused, by_address, old_file, read_adapter, refusing, scale_of, show, table
+from keras_lora.cli.common import Refused, old_file, read_adapter, refusing, scale_of, show, table
 from keras_lora.files import tensor_file
 from keras_lora.swap import adapted
 
@@ -60,21 +60,19 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _adapter_file(path: Path) -> dict[str, Any]:
-    header, tensors = read_adapter(str(path))
-    of_adapters, of_base = by_address(tensors)
-    data = {key: value for key, value in header.items() if key not in ("adapters", "trained")}
+    state = read_adapter(str(path))
+    data = {key: value for key, value in state.header.items() if key not in ("adapters", "trained")}
     data |= {"kind": "adapter", "adapters": [], "trained": []}
-    for address, entry in header["adapters"].items():
+    for address, entry in state.adapters.items():
         with refusing(ValueError, before=f"The adapter at '{address}' of {path} is damaged: "):
-            scale = scale_of(entry["config"])
-        row = {"layer": address, "class": entry["class"], "kernel": entry["kernel"], "method": entry["method"]}
-        own = of_adapters.get(address, {})
-        data["adapters"].append({**row, "rank": entry["config"].get("rank"), "scale": scale, **_sizes(own)})
-    for address, entry in header["trained"].items():
-        own = of_base.get(address, {})
-        names = [name.partition(".")[2] for name in own]
-        data["trained"].append({"layer": address, "class": entry["class"], "variables": names, **_sizes(own)})
-    return {**data, "total": {**_sizes(tensors), "file": path.stat().st_size}}
+            scale = scale_of(entry.config)
+        row = {"layer": address, "class": entry.layer_class, "kernel": entry.kernel_shape, "method": entry.method}
+        data["adapters"].append({**row, "rank": entry.config.get("rank"), "scale": scale, **_sizes(entry.tensors)})
+    for address, trained in state.trained.items():
+        names = [name.partition(".")[2] for name in trained.tensors]
+        row = {"layer": address, "class": trained.layer_class, "variables": names}
+        data["trained"].append({**row, **_sizes(trained.tensors)})
+    return {**data, "total": {**_sizes(state.tensors), "file": path.stat().st_size}}
 
 
 def _sizes(tensors: dict[str, np.ndarray]) -> dict[str, int]:

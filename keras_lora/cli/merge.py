@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 def run(given: argparse.Namespace) -> int:
     """Merge an adapter file into a base."""
     out = new_file(given.out, ".keras", given.force)
-    header, _ = read_adapter(given.adapter)  # before the base, which may take long
+    state = read_adapter(given.adapter)  # before the base, which may take long
     base = plain_base(given.base)
     with progress(4) as step:
         step("loading the base")
@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
         step("saving")
         with refusing(OSError, before=f"{out} cannot be written: "):
             _save(model, out)
-    show(f"{out}: {base} with {len(header['adapters'])} changed kernels, {out.stat().st_size:,} bytes")
+    show(f"{out}: {base} with {len(state.adapters)} changed kernels, {out.stat().st_size:,} bytes")
     return 0
 
 

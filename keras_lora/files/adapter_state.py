@@ -1,10 +1,10 @@
-"""What an adapter is as plain data, out of a model and into one: a header, and tensors by key.
+"""An adapter as plain data: extracted from a model, read from a file, and put into a model.
 
 This is what an adapter file holds; `docs/adapter_file.md` says what each part means. An address leads from the model to a
-layer by attributes and indices (`transformer_layers/0/_feedforward_intermediate_dense`), and to one of its kernels where it
+layer by attributes and indices (`transformer_layers/0/_feedforward_intermediate_dense`), and to one of its kernels if it
 has several (`cell/recurrent_kernel`), so it is the same in every process and on every backend.
 
-Nothing is ever unpickled, imported or called by a name that a header gives.
+Nothing is ever unpickled, imported or called by a name that a file gives.
 """
 
 from __future__ import annotations
@@ -14,156 +14,324 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_lora import adapters
+from keras_lora.adapters import Adapter
 from keras_lora.applying import inject, reset_compilation
 from keras_lora.compat import keras_internals
-from keras_lora.files import fingerprint, huggingface, tensor_file
+from keras_lora.files import fingerprint, huggingface, misfits, tensor_file
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import maps_by_address, maps_of, named_adapters
 from keras_lora.swap.adapters_of_model import new_name, only_name
 from keras_lora.swap.addresses import by_address, walk
+from keras_lora.swap.flags import Flags
 
-Contents = tuple[dict[str, Any], dict[str, np.ndarray]]
-
-
-def contents_of(model: Any, name: str | None = None, fingerprint_weights: bool = False) -> Contents:
-    """The header and the tensors of an adapter of a model, and of what else was trained with it."""
-    adapted = named_adapters(model)[only_name(model, name)]
-    header: dict[str, Any] = {"base_structure": fingerprint.structure(model), "adapters": {}, "trained": {}}
-    for address, (linear, adapter) in adapted.items():
-        header["adapters"][address] = {**identity_of(linear), **described(adapter)}
-    for address, layer in _trained_layers(model).items():
-        trained = flags.trained_variables(layer)
-        trains = [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]
-        header["trained"][address] = {**nothing_trained(layer), "plan": [True, trains]}
-    methods = {address: adapter for address, (_, adapter) in adapted.items()}
-    variables = _variables_of(methods, header["trained"], by_address(model))
-    if fingerprint_weights:
-        kernels = {address: linear for address, (linear, _) in adapted.items()}
-        header["base_weights"] = fingerprint.weights(kernels, variables.values())
-    tensors = {key: fingerprint.to_numpy(variable) for key, variable in variables.items()}
-    return header, tensors
+#: What stands between the address of a layer and a variable of the base in the key of a tensor.
+_BASE = ":base."
 
 
-def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """The header and the tensors of an adapter file, on the disk or on the Hugging Face Hub."""
-    file = huggingface.adapter_file(path) if huggingface.is_address(path) else tensor_file.checked_path(path)
-    return tensor_file.read(file)
+@dataclass
+class AdapterEntry:
+    """The adapter of one kernel.
 
-
-def put_contents(
-    model: Any,
-    header: dict[str, Any],
-    tensors: dict[str, np.ndarray],
-    source: str,
-    trainable: bool = True,
-    name: str | None = None,
-) -> Any:
-    """Put an adapter into a model, as `keras_lora.load_adapter` says, or raise and leave the model as it was.
-
-    Args:
-        model: The base model, plain or adapted.
-        header, tensors: A checked header, and what it says there is.
-        source: Where they come from, for messages: `"The adapter file french.safetensors"`.
-        trainable, name: As for `keras_lora.load_adapter`.
+    Attributes:
+        layer_class: The name of the layer's class.
+        kernel_shape: The shape of the float kernel.
+        method: The name of the method in the table of methods.
+        config: The arguments of the method that say what its values mean.
+        scale: What multiplies the product of its factors; `None` in a file of format version 1.
+        tensors: Its weights by key.
     """
-    named = named_adapters(model)
-    name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
-    own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}
-    raise_problems(source, model, misfits(model, header, own), header)
-    found, maps = by_address(model), maps_by_address(model)
-    started, problems = dict(own), []
-    for address, entry in header["adapters"].items():
-        keys = keys_at(address, tensors)
-        if not own:
-            adapter, misfit = _started(maps[address], address, entry, sum(tensors[key].size for key in keys.values()))
-            problems += misfit
-            if adapter is not None:
-                started[address] = adapter
-            else:
-                tensors = {key: tensor for key, tensor in tensors.items() if key not in keys.values()}
-        elif _is_within({name: tensors[key] for name, key in keys.items()}, own[address]):
-            fitted = own[address].values_from(_made(entry), {name: tensors[key] for name, key in keys.items()})
-            tensors |= {keys[name]: value for name, value in fitted.items()}
-    variables = _variables_of(started, header["trained"], found)
-    raise_problems(source, model, problems + _mismatched(tensors, variables), header)
 
-    if "base_weights" in header:
-        now = fingerprint.weights({address: maps[address] for address in header["adapters"]}, variables.values())
-        if now != header["base_weights"]:
+    layer_class: str
+    kernel_shape: list[int]
+    method: str
+    config: dict[str, Any]
+    scale: float | None
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, linear: LinearMap, adapter: Adapter, tensors: dict[str, np.ndarray] | None = None) -> AdapterEntry:
+        """The entry of an adapter for a kernel. The method is in plain words: no class path that a reader must import."""
+        names = {cls: name for name, cls in adapters.TABLE.items()}
+        if type(adapter) not in names:
+            raise ValueError(
+                f"An adapter file names its method, and {type(adapter).__name__} has no name. Expected one of "
+                f"{sorted(names.values())}. Register it with `keras_lora.register_adapter`, in the process that loads the "
+                "file too."
+            )
+        layer, config = type(linear.layer).__name__, adapters.method_of(adapter)
+        return cls(layer, list(linear.kernel_shape), names[type(adapter)], config, scale_of(adapter), tensors or {})
+
+    def made(self) -> Adapter:
+        """The adapter that this describes, without weights; an error if no adapter is ever described so."""
+        method, config = adapters.TABLE[self.method], self.config
+        yes_or_no = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
+        wrong = [key for key in yes_or_no if not isinstance(config.get(key, False), bool)]
+        wrong += config.keys() & set(adapters.INIT_ARGUMENTS)  # these could name an object to be made
+        if not wrong:
+            adapter = method(**config)
+            said = adapters.method_of(adapter)  # in which an argument is of its own kind: true is no 1
+            wrong = [key for key in config if key not in said or _as_json(config[key]) != _as_json(said[key])]
+        if wrong:
+            raise ValueError(f"its config has a wrong {', '.join(sorted(wrong))}")
+        scale = scale_of(adapter)
+        if self.scale is not None and not math.isclose(self.scale, scale, rel_tol=1e-6):
+            raise ValueError(f"its scale is {scale} by its config, and {self.scale} by the file")
+        return adapter
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Its change as an exact product, scale included, if that is known without the base; an error if damaged."""
+        return self.made().factors_of(self.tensors, None)
+
+
+@dataclass
+class TrainedEntry:
+    """What trains of the base in one layer, beside the adapters: a head, biases.
+
+    Attributes:
+        layer_class: The name of the layer's class.
+        shapes: The shapes of all its own variables.
+        flags: Which of them train.
+        tensors: The values of those, by place and name: `"0.kernel"`.
+    """
+
+    layer_class: str
+    shapes: list[list[int]]
+    flags: Flags
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layer: Any) -> TrainedEntry:
+        """The entry of a layer of which nothing is chosen yet."""
+        trains = [False] * len(keras_internals.own_trainable_variables(layer))
+        shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
+        return cls(type(layer).__name__, shapes, Flags(True, trains))
+
+
+@dataclass
+class AdapterState:
+    """An adapter, and what else was trained with it, as plain data.
+
+    Attributes:
+        adapters: The adapters by the address of their kernel.
+        trained: What else was trained, by the address of the layer.
+        base_structure, base_weights: Fingerprints of the base, if known.
+        unplaced: Tensors of a file that belong to neither, by their whole key.
+        version: The version of the file format.
+    """
+
+    adapters: dict[str, AdapterEntry] = field(default_factory=dict)
+    trained: dict[str, TrainedEntry] = field(default_factory=dict)
+    base_structure: str | None = None
+    base_weights: str | None = None
+    unplaced: dict[str, np.ndarray] = field(default_factory=dict)
+    version: int = tensor_file.VERSION
+
+    # From a model, from a file, and into one.
+
+    @classmethod
+    def of(cls, model: Any, name: str | None = None, *, fingerprint_weights: bool = False) -> AdapterState:
+        """The state of an adapter of a model, and of what else was trained with it."""
+        adapted = named_adapters(model)[only_name(model, name)]
+        state = cls(base_structure=fingerprint.structure(model))
+        for address, (linear, adapter) in adapted.items():
+            tensors = {key: fingerprint.to_numpy(v) for key, v in adapter.saved_weights.items()}
+            state.adapters[address] = AdapterEntry.of(linear, adapter, tensors)
+        for address, layer in _trained_layers(model).items():
+            state.trained[address] = entry = TrainedEntry.of(layer)
+            trained = flags.trained_variables(layer)
+            trains = [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]
+            entry.flags = Flags(True, trains)
+            entry.tensors = {key: fingerprint.to_numpy(v) for key, v in _chosen_variables(layer, entry.flags).items()}
+        if fingerprint_weights:
+            layers = by_address(model)
+            chosen = [v for at, entry in state.trained.items() for v in _chosen_variables(layers[at], entry.flags).values()]
+            state.base_weights = fingerprint.weights({at: linear for at, (linear, _) in adapted.items()}, chosen)
+        return state
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> AdapterState:
+        """The state in an adapter file, on the disk or on the Hugging Face Hub."""
+        file = huggingface.adapter_file(path) if huggingface.is_address(path) else tensor_file.checked_path(path)
+        return cls.parse(*tensor_file.read(file))
+
+    def write(self, path: Path) -> None:
+        """Write an adapter file, whole or not at all."""
+        tensor_file.write(path, self.header, self.tensors)
+
+    @classmethod
+    def parse(cls, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> AdapterState:
+        """The state that a checked header and the tensors of a file say."""
+        state = cls(
+            base_structure=header.get("base_structure"), base_weights=header.get("base_weights"), version=header["version"]
+        )
+        for address, entry in header["adapters"].items():
+            said = entry["class"], entry["kernel"], entry["method"], entry["config"], entry.get("scale")
+            state.adapters[address] = AdapterEntry(*said)
+        for address, entry in header["trained"].items():
+            state.trained[address] = TrainedEntry(entry["class"], entry["shapes"], Flags(*entry["plan"]))
+        for key, tensor in tensors.items():
+            address, base, name = key.rpartition(_BASE)
+            entries: Any = state.trained if base else state.adapters
+            if not base:
+                address, _, name = key.rpartition(":")
+            place = entries[address].tensors if address in entries else state.unplaced
+            place[name if address in entries else key] = tensor
+        return state
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors, as the header of a file."""
+        header: dict[str, Any] = {"version": self.version, "adapters": {}, "trained": {}}
+        for name in ("base_structure", "base_weights"):
+            if (value := getattr(self, name)) is not None:
+                header[name] = value
+        for address, each in self.adapters.items():
+            entry = {"class": each.layer_class, "kernel": each.kernel_shape, "method": each.method, "config": each.config}
+            header["adapters"][address] = entry if each.scale is None else {**entry, "scale": each.scale}
+        for address, trained in self.trained.items():
+            plan = [trained.flags.layer, list(trained.flags.variables)]
+            header["trained"][address] = {"class": trained.layer_class, "plan": plan, "shapes": trained.shapes}
+        return header
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The tensors by their keys in a file."""
+        found = {f"{at}:{key}": tensor for at, entry in self.adapters.items() for key, tensor in entry.tensors.items()}
+        of_base = {f"{at}{_BASE}{key}": each for at, entry in self.trained.items() for key, each in entry.tensors.items()}
+        return {**found, **of_base, **self.unplaced}
+
+    def put_into(self, model: Any, source: str, *, name: str | None = None, trainable: bool = True) -> Any:
+        """Put the adapter into a model, as `keras_lora.load_adapter` does, or raise and leave the model as it was.
+
+        Args:
+            model: The base model, plain or adapted.
+            source: Where it comes from, for messages: `"The adapter file french.safetensors"`.
+            name, trainable: As for `keras_lora.load_adapter`.
+        """
+        named = named_adapters(model)
+        name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
+        own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}
+        misfits.raise_problems(source, model, self.misfits(model, own), self.base_structure)
+        found, maps = by_address(model), maps_by_address(model)
+        started, problems, tensors = dict(own), [], self.tensors
+        for address, entry in self.adapters.items():
+            if not own:
+                adapter, misfit = _started(maps[address], address, entry)
+                problems += misfit
+                if adapter is not None:
+                    started[address] = adapter
+                else:
+                    left_out = {f"{address}:{key}" for key in entry.tensors}
+                    tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out}
+            elif _is_within(entry.tensors, own[address]):
+                fitted = own[address].values_from(entry.made(), entry.tensors)
+                tensors |= {f"{address}:{key}": value for key, value in fitted.items()}
+        of_base = {
+            f"{address}{_BASE}{key}": v
+            for address, trained in self.trained.items()
+            for key, v in _chosen_variables(found[address], trained.flags).items()
+        }
+        of_adapters = {f"{at}:{key}": v for at, adapter in started.items() for key, v in adapter.saved_weights.items()}
+        misfits.raise_problems(
+            source, model, problems + misfits.of_tensors(tensors, {**of_adapters, **of_base}), self.base_structure
+        )
+        self._warn(model, source, {address: maps[address] for address in self.adapters}, of_base, bool(named) and not own)
+        if not own:
+            inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
+            for address, trained in self.trained.items():
+                before = vars(found[address])[flags.MARK]["found"]
+                flags.mark(found[address], found=before, plan=trained.flags)
+            reset_compilation(model, stacklevel=4)
+        _assign(of_base, tensors)
+        for address in self.trained if of_base else ():
+            for linear in maps_of(found[address]):  # first, so that what an adapter computes from the kernel is up to date
+                for adapter in slots.adapters_of(linear):
+                    adapter.base_changed(linear)
+        _assign(of_adapters, tensors)
+        if not trainable:
+            for layer in [layer for adapter in started.values() for layer in adapters.with_sublayers(adapter)]:
+                layer.trainable = False
+            for address in self.trained:
+                trains = [False] * len(keras_internals.own_trainable_variables(found[address]))
+                flags.set_flags(found[address], Flags(found[address].trainable, trains))
+        return model
+
+    def _warn(
+        self, model: Any, source: str, kernels: dict[str, LinearMap], of_base: dict[str, keras.Variable], beside: bool
+    ) -> None:
+        """Warn if the base has other weights, or if what else was trained is shared with other adapters."""
+        if self.base_weights is not None and fingerprint.weights(kernels, of_base.values()) != self.base_weights:
             warnings.warn(
                 f"{source} was made from other weights than '{model.name}' has in the kernels that the adapter changes, or "
                 "from the same ones in another dtype. It fits, and is loaded. Load the weights it was trained on first.",
-                stacklevel=3,
+                stacklevel=4,
             )
-    if named and not own and header["trained"]:
-        warnings.warn(
-            f"{source} holds more than an adapter: the layers at {sorted(header['trained'])} train with it, and all "
-            f"adapters of '{model.name}' share them. They have the file's values now. An adapter on a head (`head=None`) is "
-            "its own.",
-            stacklevel=3,
-        )
-    if not own:
-        inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
-        for address, entry in header["trained"].items():
-            mark = vars(found[address])[flags.MARK]
-            flags.mark(found[address], found=mark["found"], plan=entry["plan"])
-        reset_compilation(model, stacklevel=4)
-    of_base = {key: variable for key, variable in variables.items() if ":base." in key}
-    _assign(of_base, tensors)
-    for address in header["trained"] if of_base else ():
-        for linear in maps_of(found[address]):  # first, so that what an adapter computes from the kernel is that of today
-            for adapter in slots.adapters_of(linear):
-                adapter.base_changed(linear)
-    _assign({key: variable for key, variable in variables.items() if key not in of_base}, tensors)
-    if not trainable:
-        for layer in [layer for adapter in started.values() for layer in adapters.with_sublayers(adapter)]:
-            layer.trainable = False
-        for address in header["trained"]:
-            trains = [False] * len(keras_internals.own_trainable_variables(found[address]))
-            flags.set_flags(found[address], [found[address].trainable, trains])
-    return model
+        if beside and self.trained:
+            warnings.warn(
+                f"{source} holds more than an adapter: the layers at {sorted(self.trained)} train with it, and all "
+                f"adapters of '{model.name}' share them. They have the file's values now. An adapter on a head "
+                "(`head=None`) is its own.",
+                stacklevel=4,
+            )
+
+    # What does not fit.
+
+    def misfits(self, model: Any, own: dict[str, Adapter], partly: bool = False) -> list[str]:
+        """What stands against loading into the adapters `own`, or, if there are none, into a model without that adapter.
+
+        With `partly` the file need not have all that the model has.
+        """
+        layers = {at: layer for at, layer in by_address(model).items() if not isinstance(layer, adapters.Adapter)}
+        maps, problems = maps_by_address(model), []
+        for address, entry in self.adapters.items():
+            layer = maps[address].layer if address in maps else layers.get(address)
+            misfit = misfits.of_layer(address, layer, entry.layer_class)
+            if not misfit and address not in maps:
+                misfit = [f"the layer at '{address}', a {type(layer).__name__}, cannot be adapted"]
+            if not misfit and own and address not in own:
+                misfit = [f"the file has an adapter at '{address}'; the model has none"]
+            problems += misfit or misfits.of_adapter(address, maps[address], own.get(address), entry)
+        for address, trained in self.trained.items():
+            misfit = misfits.of_layer(address, layers.get(address), trained.layer_class)
+            problems += misfit or misfits.of_variables(address, layers[address], trained)
+        if own and not partly:
+            for address in own:
+                if address not in self.adapters:
+                    problems.append(f"the model has an adapter at '{address}'; the file has none")
+            in_model = _trained_layers(model)
+            for address in in_model.keys() - self.trained.keys():
+                problems.append(f"the model trains variables of '{address}'; the file has none")
+            for address in self.trained.keys() - in_model.keys():
+                problems.append(f"the file has trained variables of '{address}'; the model does not train them")
+        return problems
 
 
-def _is_within(values: dict[str, np.ndarray], own: adapters.Adapter) -> bool:
-    """Whether filling `values` up to the size of `own` takes no more memory than `own` has."""
-    most = {key: tuple(v.shape) for key, v in own.saved_weights.items()}
-    pairs = [(value.shape, most[key]) for key, value in values.items() if key in most]
-    return all(len(found) == len(each) and all(map(int.__le__, found, each)) for found, each in pairs)
+def scale_of(adapter: Adapter) -> float:
+    """What multiplies the product of an adapter's factors."""
+    return float(getattr(adapter, "scale", 1.0))
 
 
-def keys_at(address: str, tensors: Iterable[str]) -> dict[str, str]:
-    """The keys of an adapter's tensors in a file, by their keys in the adapter."""
-    own = (key.rpartition(":") for key in tensors if ":base." not in key)
-    return {key: f"{place}:{key}" for place, _, key in own if place == address}
-
-
-def _assign(variables: dict[str, keras.Variable], tensors: dict[str, np.ndarray]) -> None:
-    for key, variable in variables.items():
-        variable.assign(tensors[key].astype(keras.backend.standardize_dtype(variable.dtype)))
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 # What the model has.
 
 
-def _variables_of(
-    methods: dict[str, adapters.Adapter], trained: dict[str, Any], layers: dict[str, keras.layers.Layer]
-) -> dict[str, keras.Variable]:
-    """Every variable that a file holds, by its key there: those of the adapters, and the base variables that train."""
-    variables = {f"{address}:{key}": v for address, each in methods.items() for key, v in each.saved_weights.items()}
-    for address, entry in trained.items():
-        plan = entry["plan"][1]
-        for index, v in enumerate(keras_internals.own_variables(layers[address])):
-            if all(plan) or (index < len(plan) and plan[index]):  # a layer trained in full has its statistics there too
-                variables[f"{address}:base.{index}.{v.name}"] = v
-    return variables
+def _chosen_variables(layer: keras.layers.Layer, chosen: Flags) -> dict[str, keras.Variable]:
+    """The own variables of a layer that the flags choose, by place and name; all of one that trains in full."""
+    own, trains = keras_internals.own_variables(layer), chosen.variables
+    in_full = all(trains)  # then its statistics are there too
+    return {f"{i}.{v.name}": v for i, v in enumerate(own) if in_full or (i < len(trains) and trains[i])}
 
 
 def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
@@ -172,62 +340,16 @@ def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
     return {place.address: place.layer for place in places if flags.trained_variables(place.layer)}
 
 
-def nothing_trained(layer: Any) -> dict[str, Any]:
-    """What a header says of a layer of which base variables train, with none of them chosen yet."""
-    trains = [False] * len(keras_internals.own_trainable_variables(layer))
-    shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
-    return {"class": _class_name(layer), "plan": [True, trains], "shapes": shapes}
+def _is_within(values: dict[str, np.ndarray], own: Adapter) -> bool:
+    """Whether filling `values` up to the size of `own` takes no more memory than `own` has."""
+    most = {key: tuple(v.shape) for key, v in own.saved_weights.items()}
+    pairs = [(value.shape, most[key]) for key, value in values.items() if key in most]
+    return all(len(found) == len(each) and all(map(int.__le__, found, each)) for found, each in pairs)
 
 
-def identity_of(linear: LinearMap) -> dict[str, Any]:
-    """What a header says of a kernel."""
-    return {"class": _class_name(linear.layer), "kernel": list(linear.kernel_shape)}
-
-
-def _class_name(layer: Any) -> str:
-    return type(layer).__name__
-
-
-def described(adapter: adapters.Adapter) -> dict[str, Any]:
-    """The method as plain words: no class path that a reader would have to import."""
-    names = {cls: name for name, cls in adapters.TABLE.items()}
-    if type(adapter) not in names:
-        raise ValueError(
-            f"An adapter file names its method, and {type(adapter).__name__} has no name. Expected one of "
-            f"{sorted(names.values())}. Enter it in `keras_lora.adapters.TABLE`, in the process that loads the file too."
-        )
-    return {"method": names[type(adapter)], "config": adapters.method_of(adapter), "scale": _scale_of(adapter)}
-
-
-def _made(entry: dict[str, Any]) -> adapters.Adapter:
-    """The adapter that an entry of a file describes, without weights; an error where it is none that is ever written."""
-    method, config = adapters.TABLE[entry["method"]], entry["config"]
-    yes_or_no = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
-    wrong = [key for key in yes_or_no if not isinstance(config.get(key, False), bool)]
-    wrong += config.keys() & set(adapters.INIT_ARGUMENTS)  # these could name an object to be made
-    if not wrong:
-        adapter = method(**config)
-        said = adapters.method_of(adapter)  # in which an argument is of its own kind: true is no 1
-        wrong = [key for key in config if key not in said or _as_json(config[key]) != _as_json(said[key])]
-    if wrong:
-        raise ValueError(f"its config has a wrong {', '.join(sorted(wrong))}")
-    if not math.isclose(entry.get("scale", _scale_of(adapter)), _scale_of(adapter), rel_tol=1e-6):
-        raise ValueError(f"its scale is {_scale_of(adapter)} by its config, and {entry['scale']} by the file")
-    return adapter
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _scale_of(adapter: adapters.Adapter) -> float:
-    """What multiplies the product of an adapter's factors."""
-    return float(getattr(adapter, "scale", 1.0))
-
-
-def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) -> tuple[adapters.Adapter | None, list[str]]:
+def _started(linear: LinearMap, address: str, entry: AdapterEntry) -> tuple[Adapter | None, list[str]]:
     """An adapter with weights for a kernel, or what stands against making one."""
-    adapter = _made(entry)
+    adapter, held = entry.made(), sum(tensor.size for tensor in entry.tensors.values())
     wanted = adapter.parameter_count(linear.matrix_shape)
     if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
@@ -236,99 +358,6 @@ def _started(linear: LinearMap, address: str, entry: dict[str, Any], held: int) 
     return adapter, []
 
 
-# What does not fit.
-
-
-def misfits(model: Any, header: dict[str, Any], own: dict[str, adapters.Adapter], partly: bool = False) -> list[str]:
-    """What stands against loading into the adapters `own`, or, where there are none, into a model without that adapter.
-
-    With `partly` the file need not have all that the model has.
-    """
-    layers = {address: layer for address, layer in by_address(model).items() if not isinstance(layer, adapters.Adapter)}
-    maps, problems = maps_by_address(model), []
-    for address, entry in header["adapters"].items():
-        layer = maps[address].layer if address in maps else layers.get(address)
-        misfit = _layer_misfits(address, layer, entry)
-        if not misfit and address not in maps:
-            misfit = [f"the layer at '{address}', a {_class_name(layer)}, cannot be adapted"]
-        if not misfit and own and address not in own:
-            misfit = [f"the file has an adapter at '{address}'; the model has none"]
-        problems += misfit or _adapter_misfits(address, maps[address], own.get(address), entry)
-    for address, entry in header["trained"].items():
-        misfit = _layer_misfits(address, layers.get(address), entry)
-        problems += misfit or _variable_misfits(address, layers[address], entry)
-    if own and not partly:
-        for address in own:
-            if address not in header["adapters"]:
-                problems.append(f"the model has an adapter at '{address}'; the file has none")
-        trained = _trained_layers(model)
-        for address in trained.keys() - header["trained"].keys():
-            problems.append(f"the model trains variables of '{address}'; the file has none")
-        for address in header["trained"].keys() - trained.keys():
-            problems.append(f"the file has trained variables of '{address}'; the model does not train them")
-    return problems
-
-
-def _layer_misfits(address: str, layer: Any, entry: dict[str, Any]) -> list[str]:
-    if layer is None:
-        return [f"the model has no layer at '{address}'; the file has a {entry['class']} there"]
-    if _class_name(layer) != entry["class"]:
-        return [f"the layer at '{address}' is a {_class_name(layer)}; in the file it is a {entry['class']}"]
-    return []
-
-
-def _variable_misfits(address: str, layer: Any, entry: dict[str, Any]) -> list[str]:
-    shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
-    if shapes != entry["shapes"]:
-        return [f"the variables of '{address}' have shapes {shapes}; in the file they have {entry['shapes']}"]
-    if len(keras_internals.own_trainable_variables(layer)) != len(entry["plan"][1]):
-        return [f"the file says of {len(entry['plan'][1])} variables of '{address}' whether they train"]
-    return []
-
-
-def _adapter_misfits(address: str, linear: LinearMap, own: adapters.Adapter | None, entry: dict[str, Any]) -> list[str]:
-    if not linear.layer.built:
-        return [f"the layer at '{address}' is not built"]
-    identity = identity_of(linear)
-    if identity["kernel"] != entry["kernel"]:
-        return [f"the kernel at '{address}' has shape {identity['kernel']}; in the file it has {entry['kernel']}"]
-    if entry["method"] not in adapters.TABLE:
-        return [f"the adapter at '{address}' has the method '{entry['method']}'; known are {sorted(adapters.TABLE)}"]
-    try:
-        in_file = _made(entry)  # with arguments that are newer than the file
-    except (TypeError, ValueError, ArithmeticError) as error:
-        return [f"the adapter at '{address}' cannot be made: {error}"]
-    if own is None:
-        problem = in_file.problem_with(linear)
-        return [] if problem is None else [f"the adapter at '{address}' cannot be made: {problem}"]
-    misfit = own.misfit_with(in_file)
-    return [] if misfit is None else [f"the adapter at '{address}' cannot take that of the file: {misfit}"]
-
-
-def _mismatched(tensors: dict[str, np.ndarray], variables: dict[str, keras.Variable]) -> list[str]:
-    problems = [f"the file lacks the tensor '{key}'" for key in sorted(variables.keys() - tensors.keys())]
-    problems += [f"the file has a tensor '{key}' that fits nothing" for key in sorted(tensors.keys() - variables.keys())]
-    for key in sorted(variables.keys() & tensors.keys()):
-        if tuple(variables[key].shape) != tensors[key].shape:
-            expected = tuple(variables[key].shape)
-            problems.append(f"the tensor '{key}' has shape {tensors[key].shape}; expected is {expected}")
-        dtype = keras.backend.standardize_dtype(variables[key].dtype)
-        if (tensors[key].dtype.kind == "f") != keras.backend.is_float_dtype(dtype):
-            problems.append(f"the tensor '{key}' is of {tensors[key].dtype}; expected is {dtype}")
-    return problems
-
-
-def raise_problems(
-    source: str,
-    model: Any,
-    problems: list[str],
-    header: dict[str, Any] | None = None,
-    do: str = "Load it into the base model it was trained on, plain or adapted in the same way.",
-) -> None:
-    """Raise with the list of problems and with what to `do`, if there are any."""
-    if problems:
-        listed = "".join(f"\n  - {problem if len(problem) <= 1000 else problem[:1000] + '…'}" for problem in problems)
-        found = (header or {}).get("base_structure")
-        same = found is None or found == fingerprint.structure(model)
-        other = "" if same else "The file was made from a base of another structure. "
-        raise ValueError(f"{source} does not fit '{model.name}', and nothing was changed:{listed}\n{other}{do}")
+def _assign(variables: dict[str, keras.Variable], tensors: dict[str, np.ndarray]) -> None:
+    for key, variable in variables.items():
+        variable.assign(tensors[key].astype(keras.backend.standardize_dtype(variable.dtype)))

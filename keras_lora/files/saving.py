@@ -1,7 +1,7 @@
 """The adapter file: only what was trained, as safetensors, with everything needed to rebuild it.
 
-The format is written down in `docs/adapter_file.md`. What is in it, and how that comes into a model, `contents.py` says;
-`tensor_file.py` reads and writes the bytes.
+The format is written down in `docs/adapter_file.md`. `adapter_state.py` has what is in it and puts it into a
+model; `tensor_file.py` reads and writes the bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from keras_lora.applying import require_adapted
 from keras_lora.files import huggingface, tensor_file
-from keras_lora.files.adapter_state import contents_of, put_contents, read_contents
+from keras_lora.files.adapter_state import AdapterState
 
 
 def save_adapter(
@@ -50,7 +50,7 @@ def save_adapter(
         return
     path = tensor_file.checked_path(path)
     require_adapted(model, "save_adapter")
-    tensor_file.write(path, *contents_of(model, name, fingerprint_weights))
+    AdapterState.of(model, name, fingerprint_weights=fingerprint_weights).write(path)
 
 
 def load_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True) -> Any:
@@ -89,4 +89,4 @@ def load_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None =
     >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
     2
     """
-    return put_contents(model, *read_contents(path), f"The adapter file {path}", trainable, name)
+    return AdapterState.read(path).put_into(model, f"The adapter file {path}", name=name, trainable=trainable)

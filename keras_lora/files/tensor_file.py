@@ -1,6 +1,6 @@
 """The bytes of an adapter file: safetensors with a header, read with every check and written whole or not at all.
 
-What the header and the tensors mean, `contents.py` says.
+`adapter_state.py` says what the header and the tensors mean.
 """
 
 from __future__ import annotations

@@ -151,7 +151,8 @@ def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = 
         trains = [v.trainable for v in _variables(each.linear)]
         keras_internals.forget_enabled_lora(layer)
         set_adapter(each.linear, adapter, name)
-        flags.set_flags(adapter, [any(trains), trains if each.linear.kernel_axes[-1] != "i" else trains[::-1]])
+        trains = trains if each.linear.kernel_axes[-1] != "i" else trains[::-1]
+        flags.set_flags(adapter, flags.Flags(any(trains), trains))
     keras_internals.forget_backbone_lora(model)
     for place in walk(model):
         if place.layer.weights:

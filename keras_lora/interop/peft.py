@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from keras_lora.applying import require_adapted
-from keras_lora.files import adapter_state, huggingface
+from keras_lora.files import huggingface
+from keras_lora.files.adapter_state import AdapterState
+from keras_lora.files.misfits import raise_problems
 from keras_lora.interop import peft_folder
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.peft_reading import Reader, aligned
@@ -82,8 +84,8 @@ def from_peft(
     for module, known in aligned(modules, checkpoint).items():
         reader.take(module, known, modules[module])
     source = f"The PEFT adapter {folder}"
-    adapter_state.raise_problems(source, model, reader.problems)
-    return adapter_state.put_contents(model, reader.header, reader.tensors, source, trainable, name)
+    raise_problems(source, model, reader.problems)
+    return reader.state.put_into(model, source, name=name, trainable=trainable)
 
 
 def to_peft(
@@ -140,11 +142,10 @@ def to_peft(
             huggingface.upload_folder_to(str(folder), local)
         return
     require_adapted(model, "to_peft")
-    header, tensors = adapter_state.contents_of(model, name)
     writer = Writer(model, CheckpointMap(model, names, rename, prefix))
-    writer.take(header, tensors)
+    writer.take(AdapterState.of(model, name))
     if bake_scaling:
         writer.bake()
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
-    adapter_state.raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems, do=do)
+    raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems, do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)

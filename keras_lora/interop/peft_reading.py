@@ -12,11 +12,12 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
-from keras_lora.files import adapter_state
+from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
 from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap.adapted import maps_of
 from keras_lora.targets.patterns import nearest
 
 #: Why an embedding of PEFT is not one here.
@@ -31,8 +32,7 @@ class Reader:
 
     def __init__(self, checkpoint: CheckpointMap, config: Config):
         self.checkpoint, self.config = checkpoint, config
-        self.header: dict[str, Any] = {"adapters": {}, "trained": {}}
-        self.tensors: dict[str, np.ndarray] = {}
+        self.state = AdapterState()
         self.problems: list[str] = []
 
     def take(self, module: str, known: str, found: Module) -> None:
@@ -100,11 +100,11 @@ class Reader:
         method = adapters.LoRA if magnitude is None else adapters.DoRA
         dropout = 0.0 if linear.no_dropout else self.config.dropout
         adapter = method(rank, alpha, dropout, self.config.rank_stabilized)
-        self._put(address, linear, adapter)
-        self.tensors[f"{address}:lora_a"] = np.ascontiguousarray(flat_a[:, source.ins].T)
-        self.tensors[f"{address}:lora_b"] = np.ascontiguousarray(flat_b[source.outs].T)
+        tensors = {"lora_a": flat_a[:, source.ins].T, "lora_b": flat_b[source.outs].T}
         if magnitude is not None:
-            self.tensors[f"{address}:magnitude"] = np.ascontiguousarray(magnitude.reshape(-1)[source.outs])
+            tensors["magnitude"] = magnitude.reshape(-1)[source.outs]
+        contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+        self.state.adapters[address] = AdapterEntry.of(linear, adapter, contiguous)
 
     def _take_tokens(self, module: str, address: str, linear: LinearMap, source: Source, tokens: np.ndarray) -> None:
         indices = self.config.tokens_of(module)
@@ -119,9 +119,9 @@ class Reader:
                 f"{source.out_dim} numbers, for rows below {source.in_dim}"
             )
             return
-        self._put(address, linear, adapters.TrainableTokens(indices))
         rows = keras.ops.convert_to_numpy(keras.ops.take(linear.kernel, np.array(indices), axis=0))
-        self.tensors[f"{address}:token_delta"] = tokens[:, source.outs] - rows.astype("float32")
+        tensors = {"token_delta": tokens[:, source.outs] - rows.astype("float32")}
+        self.state.adapters[address] = AdapterEntry.of(linear, adapters.TrainableTokens(indices), tensors)
 
     def _compare(self, module: str, key: str, tensor: np.ndarray) -> None:
         """A file may hold a copy of a weight of the base, in fewer digits perhaps; it must be that of this base."""
@@ -135,9 +135,6 @@ class Reader:
                     f"the module '{module}' has another weight in the file than in this base (its vocabulary may have grown "
                     "before training); give the base that weight first"
                 )
-
-    def _put(self, address: str, linear: LinearMap, adapter: adapters.Adapter) -> None:
-        self.header["adapters"][address] = {**adapter_state.identity_of(linear), **adapter_state.described(adapter)}
 
     def _is_kernel(self, port: Port) -> bool:
         linear = self.checkpoint.maps.get(self.checkpoint.addresses[id(port.layer)])
@@ -168,15 +165,15 @@ class Reader:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")
                 continue
             own = keras_internals.own_variables(port.layer)
-            entry = self.header["trained"].setdefault(address, adapter_state.nothing_trained(port.layer))
-            if index < len(entry["plan"][1]):
-                entry["plan"][1][index] = True
-            self.tensors[f"{address}:base.{index}.{own[index].name}"] = tensor.reshape(-1)[lie.index]
+            entry = self.state.trained.setdefault(address, TrainedEntry.of(port.layer))
+            if index < len(entry.flags.variables):
+                entry.flags.variables[index] = True
+            entry.tensors[f"{index}.{own[index].name}"] = tensor.reshape(-1)[lie.index]
 
 
 def number_of(layer: Any, attribute: str) -> int | None:
     """The place of a variable among the own variables of its layer."""
-    kernel = next((each for each in adapter_state.maps_of(layer) if each.kernel_name == attribute), None)
+    kernel = next((each for each in maps_of(layer) if each.kernel_name == attribute), None)
     variable = getattr(layer, attribute) if kernel is None else kernel.kernel_variable
     return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
+from keras_lora.files.adapter_state import AdapterState, TrainedEntry
 from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_reading import number_of
@@ -107,18 +108,16 @@ class Writer:
     saved: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
-    def take(self, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    def take(self, state: AdapterState) -> None:
         """Take all that an adapter has."""
         parts: dict[str, list[Part]] = {}
-        for address, entry in header["adapters"].items():
+        for address, entry in state.adapters.items():
             try:
                 source = self.checkpoint.source_of(address)
             except NotAReshape as error:
                 self.problems.append(f"the adapter at '{address}' has no place there: {error}")
                 continue
-            values = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == address}
-            adapter = adapters.get(entry["method"], **entry["config"])
-            part = Part(address, self.checkpoint.maps[address], source, adapter, values)
+            part = Part(address, self.checkpoint.maps[address], source, entry.made(), entry.tensors)
             parts.setdefault(source.module, []).append(part)
         kinds = {type(part.adapter) for each in parts.values() for part in each} - {adapters.TrainableTokens}
         if unknown := kinds - {adapters.LoRA, adapters.DoRA}:
@@ -135,7 +134,7 @@ class Writer:
                 self._take_module(module, each)
         if self.tokens and not self.written:
             self.problems.append("it has trained tokens alone, and PEFT reads them beside a LoRA only; adapt a layer too")
-        self._take_variables(header["trained"])
+        self._take_variables(state.trained)
 
     def _take_module(self, module: str, parts: list[Part]) -> None:
         if isinstance(parts[0].adapter, adapters.TrainableTokens):
@@ -189,7 +188,7 @@ class Writer:
 
     # What was trained beside.
 
-    def _take_variables(self, trained: dict[str, Any]) -> None:
+    def _take_variables(self, trained: dict[str, TrainedEntry]) -> None:
         by_layer: dict[int, list[Port]] = {}
         for ports in self.checkpoint.keys.values():
             for port in ports:
@@ -199,7 +198,7 @@ class Writer:
         keys: dict[str, bool] = {}
         for address, entry in trained.items():
             found = {number_of(port.layer, port.attribute): port for port in by_layer.get(layers[address], [])}
-            for index, trains in enumerate(entry["plan"][1]):
+            for index, trains in enumerate(entry.flags.variables):
                 if trains and index not in found:
                     self.problems.append(
                         f"variable {index} of '{address}' was trained, and KerasHub's converter fills it from no tensor; "

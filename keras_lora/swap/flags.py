@@ -9,7 +9,7 @@ both are saved.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -20,19 +20,28 @@ BIAS_OPTIONS = ("none", "all", "lora_only")
 #: The attribute that holds a mark: the flags as found and as planned.
 MARK = "_keras_lora_training"
 
-#: One layer's flags as plain data: its own, then one for each of its own variables that was created trainable.
-Flags = list[Any]
+
+class Flags(NamedTuple):
+    """What trains of one layer.
+
+    Attributes:
+        layer: The layer's own flag.
+        variables: One for each of its own variables that was created trainable.
+    """
+
+    layer: bool
+    variables: list[bool]
 
 
 def flags_of(layer: keras.layers.Layer) -> Flags:
     """The flags of `layer` now."""
-    return [layer.trainable, [v.trainable for v in keras_internals.own_trainable_variables(layer)]]
+    return Flags(layer.trainable, [v.trainable for v in keras_internals.own_trainable_variables(layer)])
 
 
 def set_flags(layer: keras.layers.Layer, flags: Flags) -> None:
     """Set the flags of one layer, and of nothing below it."""
-    keras_internals.set_own_trainable(layer, flags[0])
-    for variable, trainable in zip(keras_internals.own_trainable_variables(layer), flags[1], strict=True):
+    keras_internals.set_own_trainable(layer, flags.layer)
+    for variable, trainable in zip(keras_internals.own_trainable_variables(layer), flags.variables, strict=True):
         variable.trainable = trainable
 
 
@@ -57,27 +66,27 @@ def freeze(
         own, before = keras_internals.own_trainable_variables(layer), vars(layer).get(MARK)
         in_full = id(layer) in trained_ids
         with_bias = bias == "all" or (bias == "lora_only" and id(layer) in adapted_ids)
-        stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"][1]
+        stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"].variables
         variables = [in_full or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)]
-        plan = [in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables]
+        plan = Flags(in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables)
         # What was planned before and has been switched off since stays off.
         now = [v.trainable or not was for v, was in zip(own, stays, strict=True)]
         now = [planned and (in_full or on) for planned, on in zip(variables, now, strict=True)]
-        mark(layer, flags_of(layer) if before is None else before["found"], plan, [plan[0], now])
+        mark(layer, flags_of(layer) if before is None else before["found"], plan, Flags(plan.layer, now))
 
 
 def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None = None) -> None:
-    """Put a mark on one layer, and set its flags to `now`, or to the plan."""
-    vars(layer)[MARK] = {"found": found, "plan": plan}
-    set_flags(layer, plan if now is None else now)
+    """Put a mark on one layer, and set its flags to `now`, or to the plan. Each may be a pair from a file."""
+    vars(layer)[MARK] = {"found": Flags(*found), "plan": Flags(*plan)}
+    set_flags(layer, Flags(*(plan if now is None else now)))
 
 
 def plan_again(layer: keras.layers.Layer, trains: bool | None) -> None:
     """Plan all own variables of a marked layer to train or not; `None` keeps their plan and sets the layer's flag by it."""
     if MARK in vars(layer):
         before = vars(layer)[MARK]
-        variables = before["plan"][1] if trains is None else [trains] * len(before["plan"][1])
-        mark(layer, before["found"], [any(variables) or bool(keras_internals.sublayers(layer)), variables])
+        variables = before["plan"].variables if trains is None else [trains] * len(before["plan"].variables)
+        mark(layer, before["found"], Flags(any(variables) or bool(keras_internals.sublayers(layer)), variables))
 
 
 def follow_plan(layer: keras.layers.Layer) -> None:
@@ -94,21 +103,21 @@ def restore_found(layer: keras.layers.Layer) -> None:
             set_flags(place.layer, vars(place.layer).pop(MARK)["found"])
 
 
-def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Flags]]:
-    """The marks of every layer at or below `layer`, by address, as plain data: arguments for `mark`."""
+def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Any]]:
+    """The marks of every layer at or below `layer`, by address, as lists that a config can hold: arguments for `mark`."""
     marks = {}
     for place in walk(layer):
         if MARK in vars(place.layer):
-            marks[place.address] = {**vars(place.layer)[MARK]}
-            if (now := flags_of(place.layer)) != marks[place.address]["plan"]:
-                marks[place.address]["now"] = now
+            mark, now = vars(place.layer)[MARK], flags_of(place.layer)
+            said = mark if now == mark["plan"] else {**mark, "now": now}
+            marks[place.address] = {key: list(each) for key, each in said.items()}
     return marks
 
 
 def planned_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The own variables of `layer` that `apply_lora` planned to train."""
     own = keras_internals.own_trainable_variables(layer)
-    plan = vars(layer)[MARK]["plan"][1] if MARK in vars(layer) else [False] * len(own)
+    plan = vars(layer)[MARK]["plan"].variables if MARK in vars(layer) else [False] * len(own)
     return [v for v, planned in zip(own, plan, strict=True) if planned]
 
 

@@ -51,7 +51,7 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
         for name in names:
             scopes.enter_context(keras.name_scope(name))
         adapter.add_strength()
-        adapter.build_for(linear)
+        adapter.create_for(linear)
 
 
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:

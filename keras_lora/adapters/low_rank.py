@@ -1,0 +1,117 @@
+"""What methods share whose change is a product of thin factors: `ΔW = scale · A B`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora import checks
+from keras_lora.adapters.adapter import Adapter
+from keras_lora.compat import keras_internals
+
+
+class LowRank(Adapter):
+    """A change `ΔW = scale · A B`. A subclass adds weights in `build_for` and says in `pair` which factors they make.
+
+    From `pair` come the definition, the fast path with its dropout, sums with other adapters, exact combinations, serving
+    with an adapter for each example, and the exact LoRA that a PEFT file holds.
+
+    Args:
+        rank: Positive integer.
+        alpha: Positive number. The scale is `alpha / rank`.
+        dropout: Number in `[0, 1)`, the share of the entries of the input dropped on the way to `A` in training.
+        rank_stabilized: Use the scale `alpha / sqrt(rank)`.
+        seed: Integer, for the initial values and the dropout. Each layer gets a stream of its own.
+        **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
+
+    Raises:
+        ValueError: An argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.rank = checks.positive_integer("rank", rank)
+        self.alpha = checks.positive_number("alpha", alpha)
+        self.dropout = checks.dropout_rate("dropout", dropout)
+        self.rank_stabilized = rank_stabilized
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `A B`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
+        """The factors `A (*groups, in_dim, k)` and `B (*groups, k, out_dim)` that `weights` make; the scale is in neither.
+
+        Args:
+            weights: The weights by key: variables of this adapter, or NumPy arrays from a file.
+            matrix_shape: The shape of the kernel as a matrix; `None` for a file that is read without its base.
+        """
+        raise TypeError(f"{type(self).__name__} does not define `pair(weights, matrix_shape)`, its factors.")
+
+    def factors_of(
+        self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        a, b = (np.asarray(ops.convert_to_numpy(factor), "float64") for factor in self.pair(weights, matrix_shape))
+        return a, self.scale * b
+
+    def current_pair(self) -> tuple[Any, Any]:
+        """The factors as they are now."""
+        return self.pair(self.saved_weights, self.matrix_shape)
+
+    def problem_with(self, linear: Any) -> str | None:
+        if not self.dropout or linear.no_dropout is None:
+            return None
+        return (
+            f"`dropout` acts on the input of the adapted map, and {linear.no_dropout}; leave the layer out of `targets` or "
+            f"use dropout=0 (received: dropout={self.dropout})"
+        )
+
+    def delta_kernel(self, matrix: Any) -> Any:
+        # Hu et al., section 4.1: ΔW = scale · A B.
+        return self.scale * ops.matmul(*self.current_pair())
+
+    def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
+        if self.seed_generator is not None and training:
+            return None
+        a, b = (ops.convert_to_tensor(factor) for factor in self.current_pair())
+        return a, ops.multiply(ops.multiply(self.scale, self.strength), b)
+
+    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+        return self.add_product(x, y, linear, training, *self.current_pair(), self.strength)
+
+    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+        return self.adapted_output(x, None, linear, training)
+
+    def add_product(self, x: Any, y: Any, linear: Any, training: bool | None, a: Any, b: Any, strength: Any) -> Any:
+        """`y + strength · scale · (x a) b`, with dropout before `a` in training. `y` that is `None` is the base output."""
+        if self.seed_generator is None or not training:
+            return linear.low_rank_sum(x, a, b, self.scale, strength, y)
+        y = linear.base_output(x) if y is None else y
+
+        # The dropped input is not kept for the backward pass: it is made again there, from the same seed.
+        def dropped(x: Any, a: Any, drawn: Any) -> Any:
+            seed = keras_internals.drawn_seed(self.seed_generator, drawn)
+            return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
+
+        h = keras.remat(dropped)(x, ops.cast(a, y.dtype), self.seed_generator.next())
+        return ops.add(y, linear.expand(h, ops.cast(ops.multiply(ops.multiply(self.scale, strength), b), y.dtype)))
+
+    def get_config(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("rank", "alpha", "dropout", "rank_stabilized", "seed")}
+        return {**super().get_config(), **own}
