@@ -40,7 +40,13 @@ def place(path):
 
 
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    """What a file imports when it runs; what only types need does not count."""
+    tree = ast.parse(path.read_text())
+    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    left_out = {id(inside) for node in for_types for inside in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in left_out:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def of_layer(address: str, layer: Any, in_file: str) -> list[str]:
+    """Whether there is a layer at an address, of the class that the file says."""
     if layer is None:
         return [f"the model has no layer at '{address}'; the file has a {in_file} there"]
     if type(layer).__name__ != in_file:
@@ -26,6 +27,7 @@ def of_layer(address: str, layer: Any, in_file: str) -> list[str]:
 
 
 def of_variables(address: str, layer: Any, entry: TrainedEntry) -> list[str]:
+    """Whether a layer has the variables that the file says."""
     shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
     if shapes != entry.shapes:
         return [f"the variables of '{address}' have shapes {shapes}; in the file they have {entry.shapes}"]
@@ -35,6 +37,7 @@ def of_variables(address: str, layer: Any, entry: TrainedEntry) -> list[str]:
 
 
 def of_adapter(address: str, linear: LinearMap, own: Adapter | None, entry: AdapterEntry) -> list[str]:
+    """Whether a kernel can have the adapter of the file, or the adapter `own` its values."""
     if not linear.layer.built:
         return [f"the layer at '{address}' is not built"]
     if (shape := list(linear.kernel_shape)) != entry.kernel_shape:
@@ -53,6 +56,7 @@ def of_adapter(address: str, linear: LinearMap, own: Adapter | None, entry: Adap
 
 
 def of_tensors(tensors: dict[str, np.ndarray], variables: dict[str, keras.Variable]) -> list[str]:
+    """Whether there is a tensor for each variable and a variable for each tensor, of one shape and kind."""
     problems = [f"the file lacks the tensor '{key}'" for key in sorted(variables.keys() - tensors.keys())]
     problems += [f"the file has a tensor '{key}' that fits nothing" for key in sorted(tensors.keys() - variables.keys())]
     for key in sorted(variables.keys() & tensors.keys()):
