@@ -1,7 +1,8 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
 from keras_lora import interop, layers, testing
-from keras_lora.adapters import Adapter, DoRA, LoRA, TrainableTokens
+from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
+from keras_lora.adapters.registering import register_adapter
 from keras_lora.applying import apply_lora, remove_lora
 from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
 from keras_lora.files.saving import load_adapter, save_adapter
@@ -24,6 +25,7 @@ __all__ = [
     "DoRA",
     "LoRA",
     "LoRADense",
+    "LowRank",
     "MultiAdapterModel",
     "Target",
     "TargetList",
@@ -41,6 +43,7 @@ __all__ = [
     "list_targets",
     "load_adapter",
     "merge_lora",
+    "register_adapter",
     "register_layer",
     "remove_lora",
     "save_adapter",

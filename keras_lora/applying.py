@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 
-from keras_lora import adapters
+from keras_lora import adapters, checks
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import adapted_maps, named_adapters, set_adapter, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import new_name
-from keras_lora.swap.addresses import walk
+from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.targets.choosing import ALREADY, Target, list_targets
 from keras_lora.targets.patterns import Pattern, Patterns
 
@@ -23,6 +22,8 @@ from keras_lora.targets.patterns import Pattern, Patterns
 BASE_DTYPES = ("bfloat16",)
 
 
+@checks.helpful
+@walking_once()
 def apply_lora(
     model: Any,
     adapter: str | dict[str, Any] | adapters.Adapter = "lora",
@@ -133,6 +134,7 @@ def apply_lora(
     return model
 
 
+@walking_once()
 def remove_lora(model: Any) -> Any:
     """Take every adapter out of a model, in place: classes, flags, variables and outputs are as `apply_lora` found them.
 
@@ -215,7 +217,7 @@ def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
     return adapter
 
 
-def reset_compilation(model: keras.layers.Layer, warn: bool = True, stacklevel: int = 3) -> None:
+def reset_compilation(model: keras.layers.Layer, warn: bool = True) -> None:
     """Drop compiled functions and the compiled state: both belong to the variables of before."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)
@@ -224,7 +226,6 @@ def reset_compilation(model: keras.layers.Layer, warn: bool = True, stacklevel: 
         each.compiled = False
     if compiled and warn:
         names = ", ".join(f"'{each.name}'" for each in compiled)
-        warnings.warn(
-            f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`.",
-            stacklevel=stacklevel,
+        checks.warn(
+            f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`."
         )

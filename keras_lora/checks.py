@@ -2,13 +2,80 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import keras
+
+#: A model or layer that a function changes in place and returns, with its type.
+AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+#: Words that people bring from PEFT and from Keras's own LoRA, and what to write here.
+WORDS = {
+    "adapter_name": "`name`",
+    "exclude_modules": "`exclude`",
+    "init_lora_weights": "`a_initializer` and `b_initializer` of `keras_lora.LoRA`",
+    "layers_to_transform": "`blocks`",
+    "lora_alpha": "`alpha`",
+    "lora_dropout": "`adapter=keras_lora.LoRA(dropout=...)`",
+    "lora_rank": "`rank`",
+    "modules_to_save": "`train`",
+    "r": "`rank`",
+    "target_layer_names": "`targets`",
+    "target_modules": "`targets`",
+    "use_dora": '`adapter="dora"`',
+    "use_rslora": "`adapter=keras_lora.LoRA(rank_stabilized=True)`",
+}
+
+
+def unknown_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise if a keyword is none that `function` knows, with the word to use."""
+    known = list(known)
+    for word in given:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+            use = WORDS.get(word) or (f"`{near[0]}`" if near else None)
+            hint = f"Use {use}." if use else f"It takes {', '.join(f'`{each}`' for each in known)}."
+            raise TypeError(f"`{function}()` has no argument `{word}`. {hint}")
+
+
+def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A public function whose error for a wrong keyword, or for one too many arguments, says what to write instead."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    names = [each.name for each in parameters]
+    by_keyword = [name for name in names if name not in positional]
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        unknown_keywords(function.__name__, kwargs, names)
+        if len(args) > len(positional):
+            given = ", ".join(repr(each)[:80] for each in args[len(positional) :])
+            raise TypeError(
+                f"`{function.__name__}()` takes {len(positional)} arguments by place ({', '.join(positional)}), the rest by "
+                f"name ({', '.join(by_keyword)}). Received by place: {given}. Write for example `{by_keyword[0]}=...`."
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the caller outside this package."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("keras_lora", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def positive_integer(name: str, value: Any, least: int = 1) -> int:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from rich.table import Table
 
-from keras_lora import adapters, reports
+from keras_lora import adapters, checks, reports
 from keras_lora.adapters import factors
 from keras_lora.adapters.factors import Factors
 from keras_lora.applying import inject, require_adapted, reset_compilation
@@ -62,6 +62,7 @@ class CombinationReport(list[CombinedKernel]):
     __repr__ = __str__
 
 
+@checks.helpful
 def combine_adapters(
     model: Any,
     names: str | Iterable[str] | Mapping[str, float],
@@ -145,6 +146,7 @@ def combine_adapters(
     return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
 
 
+@checks.helpful
 def compress_adapter(
     model: Any, *, name: str | None = None, rank: int | None = None, energy: float | None = None
 ) -> CombinationReport:

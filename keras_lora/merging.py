@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import adapters
+from keras_lora import adapters, checks
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers
-from keras_lora.swap.addresses import by_address
+from keras_lora.swap.addresses import by_address, walking_once
 
 _KEPT = "_keras_lora_kept"
 
@@ -31,6 +30,8 @@ class _Kept:
     marks: dict[str, dict[str, Any]]
 
 
+@checks.helpful
+@walking_once()
 def merge_lora(model: Any, *, keep: bool = False) -> Any:
     """Add the change of every active adapter to its kernel, in place, and make the model a plain Keras model again.
 
@@ -148,10 +149,9 @@ def _warn_of_inactive(model: keras.layers.Layer, keep: bool) -> None:
         if not any(adapters.strength_of(adapter) for _, adapter in found.values())
     ]
     if inactive and not keep:
-        warnings.warn(
+        checks.warn(
             f"Merging into '{model.name}' drops the adapters {inactive}, which are not active. Save them first with "
-            "`keras_lora.save_adapter(model, path, name)`, or merge with keep=True.",
-            stacklevel=3,
+            "`keras_lora.save_adapter(model, path, name)`, or merge with keep=True."
         )
 
 

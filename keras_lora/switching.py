@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from keras_lora import adapters
+from keras_lora import adapters, checks
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.compat import keras_internals
 from keras_lora.swap import flags, slots
@@ -114,9 +113,8 @@ def disable_adapters(model: Any) -> Iterator[Any]:
         if not isinstance(place.layer, adapters.Adapter) and flags.planned_variables(place.layer)
     ]
     if trained:
-        warnings.warn(
-            f"Without its adapters '{model.name}' is not its base: {trained} train beside them, and stay as they are.",
-            stacklevel=3,
+        checks.warn(
+            f"Without its adapters '{model.name}' is not its base: {trained} train beside them, and stay as they are."
         )
     each = [adapter for found in named.values() for _, adapter in found.values()]
     before = [adapters.strength_of(adapter) for adapter in each]

@@ -1,7 +1,13 @@
-"""For a layer type of one's own: the law as a check that raises."""
+"""Checks for layers and methods of your own: they run what you registered, and raise if a result is wrong.
+
+The main check is the law of `keras_lora.linear_map`: what runs equals a plain layer with the changed kernel.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from typing import Any
 
 import keras
@@ -10,8 +16,10 @@ from keras import ops
 
 from keras_lora import adapters
 from keras_lora.applying import apply_lora, remove_lora
+from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.merging import merge_lora, unmerge_lora
 from keras_lora.swap.adapted import maps_by_address, maps_of, named_adapters
+from keras_lora.switching import activate_adapters
 
 
 def check_layer(
@@ -120,8 +128,128 @@ def _check_method(
     return max(fresh, worst, merged)
 
 
+def check_adapter(adapter: adapters.Adapter, *, tolerance: float = 1e-5) -> dict[str, float]:
+    """Check a method of your own by running it on layers of every kind that it can change.
+
+    On each layer: the checks of `check_layer`, with all saved weights moved, frozen ones too; the numbers that it counts;
+    a second adapter beside it; an adapter file and a `.keras` file, which must give the same outputs. Every layer kind that
+    `problem_with` refuses is left out; at least one must be left.
+
+    Args:
+        adapter: An instance of a class that `keras_lora.register_adapter` knows.
+        tolerance: The largest difference allowed, relative to the largest output if that exceeds one; for float32.
+
+    Returns:
+        The largest difference seen, by kind of layer.
+
+    Raises:
+        AssertionError: A result is wrong, with what was compared.
+        ValueError: The class is not registered, or its `problem_with` refuses every kind of layer.
+
+    Example:
+
+    >>> import keras_lora
+    >>> seen = keras_lora.testing.check_adapter(keras_lora.LoRA(rank=2))
+    >>> sorted(seen)
+    ['conv', 'dense', 'depthwise', 'einsum', 'embedding', 'experts', 'tied_embedding']
+    """
+    if type(adapter) not in adapters.TABLE.values():
+        raise ValueError(
+            f"`check_adapter` needs an adapter of a registered class. Received: {type(adapter).__name__}. Put "
+            "`@keras_lora.register_adapter(name)` before its class."
+        )
+    seen = {}
+    for kind, (layer, x, call) in _layers().items():
+        layer(ops.convert_to_tensor(x), **call)
+        maps = [linear for linear in maps_of(layer) if linear.part == ""]
+        if any(adapter.problem_with(linear) is not None for linear in maps):
+            continue
+        seen[kind] = _check_method(layer, adapters.copy_of(adapter), type(adapter).__name__, (x,), call, tolerance)
+        _check_counts(layer, adapters.copy_of(adapter))
+        if not call:
+            _check_files(layer, x, adapters.copy_of(adapter), tolerance)
+    if not seen:
+        raise ValueError(f"{type(adapter).__name__} refuses every kind of layer. Expected one that it can change.")
+    return seen
+
+
+def _layers() -> dict[str, tuple[Any, np.ndarray, dict[str, Any]]]:
+    """A layer of each kind that a method can meet, with an input and how it is called."""
+    rng, layers = np.random.default_rng(0), keras.layers
+    ids = rng.integers(0, 9, (2, 5)).astype("int32")
+
+    def numbers(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype("float32")
+
+    return {
+        "dense": (layers.Dense(5, activation="relu"), numbers(3, 4, 6), {}),
+        "einsum": (layers.EinsumDense("abc,cde->abde", (None, 3, 4), bias_axes="de"), numbers(2, 5, 6), {}),
+        "experts": (layers.EinsumDense("ebd,edh->ebh", (None, 7)), numbers(3, 5, 6), {}),
+        "conv": (layers.Conv2D(6, 3, groups=2, data_format="channels_last"), numbers(2, 6, 5, 4), {}),
+        "depthwise": (layers.DepthwiseConv2D(3, data_format="channels_last"), numbers(2, 6, 5, 4), {}),
+        "embedding": (layers.Embedding(9, 6), ids, {}),
+        "tied_embedding": (layers.ReversibleEmbedding(9, 6), numbers(2, 5, 6), {"reverse": True}),
+    }
+
+
+def _check_counts(layer: Any, adapter: adapters.Adapter) -> None:
+    """The numbers that a method says it has are those that it has."""
+    apply_lora(layer, adapter, targets=lambda each: True)
+    try:
+        ((linear, made),) = named_adapters(layer)["default"].values()
+        held = sum(math.prod(v.shape) for v in made.weights) - 1  # without the strength
+        trained = sum(math.prod(v.shape) for v in made.trainable_variables)
+        said = made.parameter_count(linear.matrix_shape), made.size(linear.matrix_shape)
+        if said != (trained, held):
+            raise AssertionError(
+                f"{type(made).__name__} for a matrix {linear.matrix_shape}: `parameter_count` and `size` are {said}; it has "
+                f"{trained} numbers that train, of {held}."
+            )
+    finally:
+        remove_lora(layer)
+
+
+def _check_files(layer: Any, x: np.ndarray, adapter: adapters.Adapter, tolerance: float) -> None:
+    """A model with the adapter, and a LoRA beside it, comes back from both kinds of files with the same outputs."""
+    keras.utils.clear_session()
+    config, weights = layer.get_config(), layer.get_weights()
+
+    def model() -> Any:
+        inputs = keras.Input(x.shape[1:], batch_size=x.shape[0], dtype=x.dtype.name)
+        made = type(layer).from_config(config)
+        whole = keras.Model(inputs, made(inputs))
+        made.set_weights(weights)
+        return whole
+
+    def moved(whole: Any, method: Any, name: str, number: int) -> None:
+        apply_lora(whole, method, targets=lambda each: bool(maps_of(each)), name=name)
+        for _, each in named_adapters(whole)[name].values():
+            _move(each, number)
+
+    def run(whole: Any) -> np.ndarray:
+        return np.asarray(whole.predict(x, verbose=0), "float64")
+
+    name, whole = type(adapter).__name__, model()
+    moved(whole, adapter, "own", 1)
+    alone = run(whole)
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "own.safetensors")
+        save_adapter(whole, file, name="own")
+        if np.abs(run(load_adapter(model(), file)) - alone).max() > tolerance:
+            raise AssertionError(f"{name} on {type(layer).__name__}: an adapter file gives other outputs.")
+        moved(whole, "lora", "beside", 2)
+        activate_adapters(whole, {"own": 0.75, "beside": -0.5})
+        both = run(whole)
+        whole.save(os.path.join(folder, "both.keras"))
+        found = run(keras.saving.load_model(os.path.join(folder, "both.keras")))
+        if np.abs(found - both).max() > tolerance:
+            raise AssertionError(f"{name} on {type(layer).__name__}: a `.keras` file gives other outputs.")
+        if np.abs(run(merge_lora(whole)) - both).max() > tolerance * max(1.0, np.abs(both).max()):
+            raise AssertionError(f"{name} on {type(layer).__name__}: merged with a LoRA it gives other outputs.")
+
+
 def _move(adapter: adapters.Adapter, number: int) -> None:
-    """Move the weights of an adapter away from their start."""
+    """Move the saved weights of an adapter, frozen ones too, away from their start."""
     rng = np.random.default_rng(number)
-    for v in adapter.trainable_variables:
+    for v in adapter.saved_weights.values():
         v.assign(ops.add(v.value, ops.convert_to_tensor(0.3 * rng.normal(size=tuple(v.shape)).astype("float32"))))

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from zoo import ZOO
 
 import keras_lora
 
@@ -354,3 +355,21 @@ def test_apply_asks_of_each_layer_equally_often():
         return count[0]
 
     assert reads(32) == 4 * reads(8)
+
+
+@pytest.mark.parametrize("function", ["apply_lora", "load_adapter", "load_adapter into it"])
+def test_a_model_is_walked_at_most_twice(function, monkeypatch, tmp_path):
+    from keras_lora.swap import addresses
+
+    specimen, other = ZOO["subclassed"](), ZOO["subclassed"]()
+    keras_lora.apply_lora(other.model, rank=2)
+    keras_lora.save_adapter(other.model, tmp_path / "a.safetensors")
+    if function == "load_adapter into it":
+        keras_lora.apply_lora(specimen.model, rank=2)
+    walked, real = [], addresses._walked
+    monkeypatch.setattr(addresses, "_walked", lambda model: (walked.append(model), real(model))[1])
+    if function == "apply_lora":
+        keras_lora.apply_lora(specimen.model, rank=2, train="head", exclude="attention")
+    else:
+        keras_lora.load_adapter(specimen.model, tmp_path / "a.safetensors")
+    assert 1 <= sum(model is specimen.model for model in walked) <= 2

@@ -1,14 +1,18 @@
-"""Which method has which name: the one table of methods."""
+"""How is a kernel changed? One file for each method, and the table of them."""
 
 from __future__ import annotations
 
+import inspect
+from numbers import Real
 from typing import Any
 
 import keras
 
+from keras_lora import checks
 from keras_lora.adapters.adapter import INIT_ARGUMENTS, Adapter, method_of, skip_init, strength_of, with_sublayers
 from keras_lora.adapters.dora import DoRA
 from keras_lora.adapters.lora import LoRA
+from keras_lora.adapters.low_rank import LowRank
 from keras_lora.adapters.per_example import PerExample
 from keras_lora.adapters.sum import Sum
 from keras_lora.adapters.trainable_tokens import TrainableTokens
@@ -38,13 +42,24 @@ def get(adapter: str | dict[str, Any] | Adapter, **arguments: Any) -> Adapter:
                 f"There is no adapter method called '{adapter}'. Expected one of {sorted(TABLE)}, or an instance such as "
                 f"keras_lora.LoRA(rank=8). Received: adapter={adapter!r}."
             )
-        return TABLE[adapter.lower()](**given)
+        method = TABLE[adapter.lower()]
+        parameters = inspect.signature(method).parameters
+        checks.unknown_keywords(f"{method.__name__}", given, [name for name in parameters if name != "kwargs"])
+        if missing := [name for name, each in parameters.items() if _is_needed(each) and name not in given]:
+            words = ", ".join(f"{name}=..." for name in missing)
+            raise ValueError(
+                f"The method '{adapter}' has arguments without a default. Expected an instance: "
+                f"{method.__name__}({words}). Received: adapter={adapter!r}."
+            )
+        return method(**given)
     if isinstance(adapter, dict):
         adapter = keras.saving.deserialize_keras_object(adapter)
     if not isinstance(adapter, Adapter):
+        number = isinstance(adapter, Real) and not isinstance(adapter, bool)
+        hint = f" A rank is given by name: rank={adapter!r}." if number else ""
         raise TypeError(
             f"`adapter` must be a name ({', '.join(sorted(TABLE))}), an instance or a config. Received: {adapter!r} of type "
-            f"{type(adapter).__name__}."
+            f"{type(adapter).__name__}.{hint}"
         )
     if given:
         words = ", ".join(f"{name}={value!r}" for name, value in given.items())
@@ -53,6 +68,10 @@ def get(adapter: str | dict[str, Any] | Adapter, **arguments: Any) -> Adapter:
             f"{type(adapter).__name__}({words}) instead."
         )
     return adapter
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
 
 
 def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
@@ -70,6 +89,7 @@ __all__ = [
     "Adapter",
     "DoRA",
     "LoRA",
+    "LowRank",
     "PerExample",
     "Sum",
     "TrainableTokens",

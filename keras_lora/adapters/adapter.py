@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora import checks
 from keras_lora.compat import keras_internals
 
 _SKIP_INIT = contextvars.ContextVar("skip_init", default=False)
@@ -49,6 +51,8 @@ class Adapter(keras.layers.Layer):
 
     def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
         # A fixed name: Keras's automatic one counts up through a process, and variable paths with it.
+        known = inspect.signature(type(self)).parameters
+        checks.unknown_keywords(type(self).__name__, kwargs, [*known, "trainable"])
         super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)
 
     def add_strength(self) -> None:

@@ -13,7 +13,6 @@ import inspect
 import json
 import math
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters
+from keras_lora import adapters, checks
 from keras_lora.adapters import Adapter
 from keras_lora.applying import inject, reset_compilation
 from keras_lora.compat import keras_internals
@@ -250,7 +249,7 @@ class AdapterState:
             for address, trained in self.trained.items():
                 before = vars(found[address])[flags.MARK]["found"]
                 flags.mark(found[address], found=before, plan=trained.flags)
-            reset_compilation(model, stacklevel=4)
+            reset_compilation(model)
         _assign(of_base, tensors)
         for address in self.trained if of_base else ():
             for linear in maps_of(found[address]):  # first, so that what an adapter computes from the kernel is up to date
@@ -270,17 +269,15 @@ class AdapterState:
     ) -> None:
         """Warn if the base has other weights, or if what else was trained is shared with other adapters."""
         if self.base_weights is not None and fingerprint.weights(kernels, of_base.values()) != self.base_weights:
-            warnings.warn(
+            checks.warn(
                 f"{source} was made from other weights than '{model.name}' has in the kernels that the adapter changes, or "
-                "from the same ones in another dtype. It fits, and is loaded. Load the weights it was trained on first.",
-                stacklevel=4,
+                "from the same ones in another dtype. It fits, and is loaded. Load the weights it was trained on first."
             )
         if beside and self.trained:
-            warnings.warn(
+            checks.warn(
                 f"{source} holds more than an adapter: the layers at {sorted(self.trained)} train with it, and all "
                 f"adapters of '{model.name}' share them. They have the file's values now. An adapter on a head "
-                "(`head=None`) is its own.",
-                stacklevel=4,
+                "(`head=None`) is its own."
             )
 
     # What does not fit.

@@ -61,7 +61,7 @@ def parsed(address: str | os.PathLike[str]) -> Address:
 
     Example:
 
-    >>> from keras_lora import huggingface
+    >>> from keras_lora.files import huggingface
     >>> huggingface.parsed("hf://owner/name@v1/french/adapter.safetensors")
     Address(repository='owner/name', revision='v1', inside='french/adapter.safetensors')
     """
@@ -178,7 +178,7 @@ def model_card(address: str | Address, base: str, library: str = "keras_lora", b
 
     Example:
 
-    >>> from keras_lora import huggingface
+    >>> from keras_lora.files import huggingface
     >>> print(huggingface.model_card("hf://owner/french", "the Keras model `net`", base_model="owner/net"))
     ---
     library_name: keras_lora

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from keras_lora import checks
 from keras_lora.applying import require_adapted
 from keras_lora.files import huggingface, tensor_file
 from keras_lora.files.adapter_state import AdapterState
+from keras_lora.swap.addresses import walking_once
 
 
+@checks.helpful
+@walking_once()
 def save_adapter(
     model: Any, path: str | os.PathLike[str], *, name: str | None = None, fingerprint_weights: bool = False
 ) -> None:
@@ -53,6 +57,8 @@ def save_adapter(
     AdapterState.of(model, name, fingerprint_weights=fingerprint_weights).write(path)
 
 
+@checks.helpful
+@walking_once()
 def load_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True) -> Any:
     """Read an adapter file into a model, in place.
 

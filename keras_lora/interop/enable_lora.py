@@ -8,7 +8,6 @@ to `heads · rank`; its exact factors come from an SVD.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters
+from keras_lora import adapters, checks
 from keras_lora.adapters import factors
 from keras_lora.applying import reset_compilation
 from keras_lora.combining import CombinationReport, CombinedKernel
@@ -93,6 +92,7 @@ class LastAxisLoRA:
         return adapter, 0.0
 
 
+@checks.helpful
 def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = None) -> CombinationReport:
     """Turn a model with Keras's own LoRA (`enable_lora`) into one with our adapters, in place: same outputs, same alpha.
 
@@ -218,8 +218,7 @@ def _enabled(model: keras.layers.Layer) -> tuple[list[LastAxisLoRA], list[str]]:
 def _warn_of_regularizers(found: list[LastAxisLoRA]) -> None:
     paths = [each.path for each in found if any(v.regularizer is not None for v in _variables(each.linear))]
     if paths:
-        warnings.warn(
+        checks.warn(
             f"Keras adds the regularizers of the kernels of {paths} for A and B to the loss. Our adapters have none, so the "
-            "loss in training is without these terms now; the outputs are the same.",
-            stacklevel=3,
+            "loss in training is without these terms now; the outputs are the same."
         )

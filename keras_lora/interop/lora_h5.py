@@ -12,6 +12,7 @@ from typing import Any
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 
+from keras_lora import checks
 from keras_lora.applying import inject, reset_compilation
 from keras_lora.combining import CombinationReport
 from keras_lora.compat import keras_internals, quantization
@@ -21,6 +22,7 @@ from keras_lora.swap.addresses import walk
 _TENSORS = ("lora_kernel_a", "lora_kernel_b")
 
 
+@checks.helpful
 def from_lora_h5(
     backbone: Any,
     path: str | os.PathLike[str],

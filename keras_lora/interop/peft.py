@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from keras_lora import checks
 from keras_lora.applying import require_adapted
 from keras_lora.files import huggingface
 from keras_lora.files.adapter_state import AdapterState
@@ -23,6 +24,7 @@ from keras_lora.interop.peft_reading import Reader, aligned
 from keras_lora.interop.peft_writing import Writer
 
 
+@checks.helpful
 def from_peft(
     model: Any,
     folder: str | os.PathLike[str],
@@ -88,6 +90,7 @@ def from_peft(
     return reader.state.put_into(model, source, name=name, trainable=trainable)
 
 
+@checks.helpful
 def to_peft(
     model: Any,
     folder: str | os.PathLike[str],

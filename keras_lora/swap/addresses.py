@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,8 +38,38 @@ class Place:
         return (id(self.layer), "")
 
 
+#: What was walked already, by the id of the model, inside `walking_once`.
+_WALKED: contextvars.ContextVar[dict[int, list[Place]] | None] = contextvars.ContextVar("walked", default=None)
+
+
+@contextlib.contextmanager
+def walking_once() -> Iterator[None]:
+    """Walk each model once inside this context, and again only after `forget_walks`. For one operation on one model."""
+    token = _WALKED.set({}) if _WALKED.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _WALKED.reset(token)
+
+
+def forget_walks() -> None:
+    """Say that layers were added or taken away."""
+    if (walked := _WALKED.get()) is not None:
+        walked.clear()
+
+
 def walk(model: keras.layers.Layer) -> list[Place]:
     """Every layer of `model`, itself first, each once (a shared layer at its first place), in the order Keras keeps."""
+    walked = _WALKED.get()
+    if walked is None:
+        return _walked(model)
+    if id(model) not in walked:
+        walked[id(model)] = _walked(model)
+    return walked[id(model)]
+
+
+def _walked(model: keras.layers.Layer) -> list[Place]:
     places: list[Place] = []
     seen: set[int] = set()
 

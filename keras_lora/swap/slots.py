@@ -14,6 +14,7 @@ import keras
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap.addresses import forget_walks
 
 #: How a kernel is changed: by an adapter, or by several.
 Change = adapters.Adapter | adapters.Sum
@@ -40,6 +41,7 @@ def put(linear: LinearMap, adapter: adapters.Adapter, name: str, slot: str | Non
     adapter.adapter_name, adapter.part = name, linear.part
     with keras_internals.unlocked(linear.layer):
         setattr(linear.layer, slot or _free_slot(linear), adapter)
+    forget_walks()
 
 
 def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
@@ -57,6 +59,7 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
     """Take an adapter from a kernel, which is stored in its own dtype again where that was the last one."""
     keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter) or "")
+    forget_walks()
     if not adapters_of(linear):
         linear.store_kernel(None)
 

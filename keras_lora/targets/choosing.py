@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import keras
 from rich.table import Table
 
-from keras_lora import adapters, reports
+from keras_lora import adapters, checks, reports
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import ADAPTED_CLASSES, address_of, maps_of
 from keras_lora.swap.adapters_of_model import new_name
-from keras_lora.swap.addresses import Place, walk
+from keras_lora.swap.addresses import Place, walk, walking_once
 from keras_lora.targets import blocks as blocks_
 from keras_lora.targets import presets
 from keras_lora.targets.patterns import Key, Pattern, Patterns, Search
@@ -98,6 +97,8 @@ class TargetList(list[Target]):
         return f"trainable: {trainable:,} of {everything:,} ({100 * trainable / max(everything, 1):.3g} %)"
 
 
+@checks.helpful
+@walking_once()
 def list_targets(
     model: keras.layers.Layer,
     adapter: str | dict[str, Any] | adapters.Adapter = "lora",
@@ -368,10 +369,9 @@ def _warn_of_subclasses(places: list[Place]) -> None:
         if isinstance(place.layer, known) and not maps_of(place.layer)
     ]
     if guessed:
-        warnings.warn(
+        checks.warn(
             f"Left frozen, because a subclass may compute something else than its parent: {', '.join(guessed)}. "
-            "`keras_lora.register_layer` says what it computes.",
-            stacklevel=4,
+            "`keras_lora.register_layer` says what it computes."
         )
 
 

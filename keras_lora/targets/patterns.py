@@ -103,8 +103,29 @@ def matches(pattern: Any, place: Place) -> bool:
     )
 
 
+#: What Keras and KerasHub call the modules that PEFT's users know by these names.
+SYNONYMS = {
+    "q_proj": ("query", "query_dense"),
+    "k_proj": ("key", "key_dense"),
+    "v_proj": ("value", "value_dense"),
+    "o_proj": ("attention_output", "output_dense"),
+    "out_proj": ("attention_output", "output_dense"),
+    "c_attn": ("query", "key", "value"),
+    "c_proj": ("attention_output", "feedforward_output_dense"),
+    "gate_proj": ("feedforward_gate_dense", "ffw_gating"),
+    "up_proj": ("feedforward_intermediate_dense", "ffw_gating_2"),
+    "down_proj": ("feedforward_output_dense", "ffw_linear"),
+    "fc1": ("feedforward_intermediate_dense",),
+    "fc2": ("feedforward_output_dense",),
+    "embed_tokens": ("token_embedding",),
+    "lm_head": ("token_embedding", "reverse_embeddings"),
+}
+
+
 def nearest(name: str, names: Sequence[str]) -> list[str]:
-    """The few of `names` that are most like `name`, or simply the first."""
+    """The few of `names` that mean the same as `name`, or are most like it, or simply the first."""
+    if same := [each for each in SYNONYMS.get(name.rpartition("/")[2], ()) if each in names]:
+        return same
     return difflib.get_close_matches(name, names, n=4, cutoff=0.4) or list(names[:4])
 
 
