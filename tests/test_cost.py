@@ -369,7 +369,7 @@ def test_a_model_is_walked_at_most_twice(function, monkeypatch, tmp_path):
     walked, real = [], addresses._walked
     monkeypatch.setattr(addresses, "_walked", lambda model: (walked.append(model), real(model))[1])
     if function == "apply_lora":
-        keras_lora.apply_lora(specimen.model, rank=2, train="head", exclude="attention")
+        keras_lora.apply_lora(specimen.model, rank=2, train="head", exclude=layers.MultiHeadAttention)
     else:
         keras_lora.load_adapter(specimen.model, tmp_path / "a.safetensors")
     assert 1 <= sum(model is specimen.model for model in walked) <= 2
