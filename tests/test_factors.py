@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from keras_lora.factors import concatenate, dare, keep_largest, linear, low_rank, product, relative_error, ties, truncate
 
+pytestmark = pytest.mark.once
+
 #: Rounding of float64, with room for the conditioning of an SVD.
 NOISE = 1e-9
 
