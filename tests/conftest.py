@@ -8,7 +8,8 @@ The backend comes from `KERAS_BACKEND`. The speed says how much runs:
 
 Two more marks say on which backends a test runs. `once`: it runs no code of a backend (files, the network, the terminal), so
 it runs on torch alone, whatever the speed. `torch_first`: JAX and TensorFlow compile each small function that it runs, so
-there it waits for `--speed=all`. A closing line of each run says how many tests were left out, and why.
+there it waits for `--speed=all`; what is marked `every_backend` in such a file does not wait. A closing line of each run
+says how many tests were left out, and why.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def why_left_out(item, speed: str, backend: str) -> str | None:
         return "run on torch alone: they run no code of a backend"
     if speed != "all" and marks & {"nightly", "sweep"}:
         return "run by `make test-all` alone"
-    if speed != "all" and backend != "torch" and "torch_first" in marks:
+    if speed != "all" and backend != "torch" and "torch_first" in marks and "every_backend" not in marks:
         return f"run on torch by `make test`, on {backend} by `make test-all`"
     if speed == "quick" and "full" in marks:
         return "run by `make test`"

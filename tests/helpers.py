@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -12,6 +13,20 @@ import safetensors
 
 #: For tests of what runs no code of a backend: files, the network, the terminal. Torch makes models the fastest.
 once = pytest.mark.once
+
+
+def covering(names: Iterable[Any], kept: Iterable[Any], *marks: Any) -> list[Any]:
+    """Parameters of a test: those in `kept` run always, the others on torch, and elsewhere in `make test-all`.
+
+    Args:
+        names: All parameters.
+        kept: Those that cover what differs between backends.
+        marks: Further marks of the others.
+    """
+    kept = list(kept)
+    assert all(each in names for each in kept), kept
+    others = [pytest.mark.torch_first, *marks]
+    return [pytest.param(each, marks=pytest.mark.every_backend if each in kept else others) for each in names]
 
 
 def value(tensor: Any) -> np.ndarray:

@@ -1,8 +1,9 @@
 """A pytest plugin: the tests that Keras ships for its layers, run against ours with an adapter that adds zero.
 
-    cd tests && KERAS_BACKEND=jax python -m pytest -p keras_own_tests -p no:cacheprovider -c /dev/null --rootdir=/ -q
+    cd tests && KERAS_BACKEND=jax python -m pytest -p conftest -p keras_own_tests -p no:cacheprovider -c /dev/null \
+        --rootdir=/ -q --speed=all
 
-Without paths it runs all of `FILES`; paths of Keras's test files, or `-k`, narrow it. `KERAS_OWN_TESTS_JSON` names a file
+On JAX and TensorFlow `make test` takes the files in `EVERYWHERE`, on torch all. Without paths it runs all of `FILES`; paths of Keras's test files, or `-k`, narrow it. `KERAS_OWN_TESTS_JSON` names a file
 for the counts. Where a test says `layers.Dense` it gets `keras_lora.LoRADense`; a layer around cells or around other layers
 is Keras's own, adapted by `apply_lora` right after its first `build`. What the tests then say about outputs, shapes, dtypes,
 masks, states, errors, saving and training holds for adapted layers too, or is in `EXPLAINED`.
@@ -37,6 +38,7 @@ FILES = {
     "rnn": ["simple_rnn", "lstm", "gru", "rnn", "stacked_rnn_cells", "bidirectional", "time_distributed"]
     + ["conv_lstm", "conv_lstm1d", "conv_lstm2d", "conv_lstm3d"],
 }
+EVERYWHERE = ["dense_test", "embedding_test", "separable_conv_test", "gru_test"]
 _QUANTIZE = "Keras quantises layers of exactly its own classes and refuses any subclass: quantise first, then adapt"
 _LORA = "counts weights or losses of Keras's own `enable_lora`; here the layer has an adapter of ours besides"
 #: Tests that are left out, by `file::pattern of the test's name`, and why.
@@ -166,6 +168,7 @@ _started: list = []
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "requires_trainable_backend: Keras's own marker")
+    config.addinivalue_line("markers", "torch_first: as in pyproject.toml, which is not read here")
     if config.args_source is not config.ArgsSource.ARGS:
         root = pathlib.Path(keras_layers.__file__).parent
         config.args[:] = [str(root / folder / f"{name}_test.py") for folder, names in FILES.items() for name in names]
@@ -177,7 +180,11 @@ def pytest_configure(config):
     _put_stand_ins(keras_layers)
 
 
+@pytest.hookimpl(tryfirst=True)  # before conftest.py leaves out what is for another speed
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.stem not in EVERYWHERE:
+            item.add_marker(pytest.mark.torch_first)
     for module in {item.module for item in items}:
         _put_stand_ins(module)
     _adapt_cells_of_the_tests()

@@ -1,10 +1,9 @@
 """Run in a fresh process: load every saved specimen, check it, go on training it, and write down what was seen.
 
-    python load_zoo.py FOLDER BACKEND [NAME ...]
+    python load_zoo.py FOLDER BACKEND NAMES TRAINED
 
-For each `FOLDER/<name>.keras` there is a `FOLDER/<name>.npz` with inputs and targets. What is seen goes to
-`FOLDER/<name>.<backend>.json`. Those named train on. Where none is named all do,
-and then again with a fresh optimizer.
+Names are joined by commas. For each `FOLDER/<name>.keras` there is a `FOLDER/<name>.npz` with inputs and targets. What is
+seen goes to `FOLDER/<name>.<backend>.json`. Those in TRAINED train on; if all do, then again with a fresh optimizer.
 """
 
 import os
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 folder, backend = Path(sys.argv[1]), sys.argv[2]
+names, trained = (words.split(",") for words in sys.argv[3:5])
 os.environ["KERAS_BACKEND"] = backend
 if backend == "torch":
     import torch  # noqa: F401  # before TensorFlow
@@ -52,12 +52,12 @@ def look(name):
         "iterations": int(model.optimizer.iterations),
         "optimizer": [list(v.shape) for v in model.optimizer.variables],
     }
-    if sys.argv[3:] and name not in sys.argv[3:]:
+    if name not in trained:
         return seen
     frozen = [v for v in model.non_trainable_variables if "seed" not in v.path]
     before = [keras.ops.convert_to_numpy(v.value).copy() for v in frozen]
     seen["resumed"] = losses(model, x, y)
-    if not sys.argv[3:]:
+    if trained == names:
         model.compile(keras.optimizers.Adam(1e-3), loss=model.loss)
         seen["fresh"] = losses(model, x, y)
     after = [keras.ops.convert_to_numpy(v.value) for v in frozen]
@@ -66,9 +66,9 @@ def look(name):
 
 
 if __name__ == "__main__":
-    for path in sorted(folder.glob("*.keras")):
+    for name in names:
         try:
-            seen = look(path.stem)
+            seen = look(name)
         except Exception:
             seen = {"error": traceback.format_exc()}
-        (folder / f"{path.stem}.{backend}.json").write_text(json.dumps(seen))
+        (folder / f"{name}.{backend}.json").write_text(json.dumps(seen))

@@ -7,12 +7,14 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import difference, header_of, outputs, perturb, value, values
+from helpers import covering, difference, header_of, outputs, perturb, value, values
 from zoo import ZOO, numbers
 
 import keras_lora
 from keras_lora.files import fingerprint
 from keras_lora.swap.addresses import walk
+
+pytestmark = pytest.mark.torch_first
 
 PLAIN = [name for name in ZOO if name != "made_by_hand"]
 
@@ -24,7 +26,7 @@ def adapted(name):
     return specimen
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", covering(PLAIN, ["subclassed", "multi_head_attention"]))
 def test_a_plain_base_and_the_file_give_the_adapted_model(tmp_path, name):
     specimen, fresh = adapted(name), ZOO[name]()
     keras_lora.save_adapter(specimen.model, tmp_path / "a.safetensors")

@@ -6,7 +6,11 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import keras_lora
+
+pytestmark = pytest.mark.once
 
 PACKAGE = Path(keras_lora.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

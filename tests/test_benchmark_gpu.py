@@ -11,6 +11,8 @@ from pathlib import Path
 import keras
 import pytest
 
+pytestmark = pytest.mark.torch_first
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu.py"
 BACKEND = keras.backend.backend()
@@ -80,6 +82,7 @@ def outcome(records, name="NVIDIA H100", failed=()):
 # The file.
 
 
+@pytest.mark.nightly
 def test_the_file_is_like_those_of_the_backends(result):
     assert result["backend"] == "gpu"
     assert {"versions", "machine", "date", "seconds", "quick", "records"} <= set(result)

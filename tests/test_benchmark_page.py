@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 PATH = Path(__file__).parents[1] / "benchmarks" / "page.py"
 specification = importlib.util.spec_from_file_location("benchmark_page", PATH)
 page = importlib.util.module_from_spec(specification)

@@ -10,6 +10,8 @@ from pathlib import Path
 import keras
 import pytest
 
+pytestmark = [pytest.mark.torch_first, pytest.mark.full]
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BACKEND = keras.backend.backend()
 TRAINING = {"full", "frozen", "enable_lora", "keras_lora", "keras_lora dropout", "keras_lora DoRA"}

@@ -509,6 +509,7 @@ def test_a_bar_is_shown_on_a_terminal_alone(here, monkeypatch, arguments):
         assert ("%" in shown.getvalue()) == (kind is Terminal)
 
 
+@pytest.mark.full
 def test_the_installed_command(here):
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {
         "keras-lora": "keras_lora.cli:main"

@@ -14,6 +14,8 @@ from keras_lora.adapters import factors
 from keras_lora.swap.adapted import named_adapters
 from keras_lora.swap.addresses import walk
 
+pytestmark = pytest.mark.torch_first
+
 #: A layer of each kind of matrix: flat, several axes, groups, transposed, picked rows, two kernels, experts.
 KINDS = [
     "dense",

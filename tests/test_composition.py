@@ -23,6 +23,8 @@ from keras_lora.adapters import strength_of, with_sublayers
 from keras_lora.swap import slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters
 
+pytestmark = pytest.mark.torch_first
+
 BACKEND = keras.backend.backend()
 MIXED = {"a": 0.7, "b": -0.4}
 
@@ -106,6 +108,11 @@ SUMS += [(name, "dora", "lora", pattern) for name, pattern in ONE_KERNEL.items()
 SUMS += [("embedding", "trainable_tokens", "dora", None), ("reversible_embedding_reverse", "lora", "trainable_tokens", None)]
 
 
+EVERYWHERE = pytest.mark.every_backend
+#: A product, a sum with factors, a changed kernel, a lookup.
+SUMS_EVERYWHERE = [(name, "lora", "dora", None) for name in ("dense", "einsum_query", "conv2d_grouped", "lstm", "embedding")]
+
+
 def with_two(name, ways, pattern):
     """A case's layer with two moved adapters, in the order of `ways`."""
     case = CASES_HERE[name]
@@ -119,7 +126,10 @@ def with_two(name, ways, pattern):
     return layer
 
 
-@pytest.mark.parametrize(("name", "first", "second", "pattern"), SUMS)
+@pytest.mark.parametrize(
+    ("name", "first", "second", "pattern"),
+    [pytest.param(*each, marks=pytest.mark.every_backend) if each in SUMS_EVERYWHERE else each for each in SUMS],
+)
 def test_the_output_is_that_of_the_base_kernel_and_all_changes(name, first, second, pattern):
     case = CASES_HERE[name]
     layer = with_two(name, {"a": first, "b": second}, pattern)
@@ -251,6 +261,7 @@ def irregular():
     return specimen
 
 
+@pytest.mark.every_backend
 def test_disabled_is_the_base_and_restores_each_strength_however_it_is_left():
     specimen = irregular()
     model, x = specimen.model, specimen.x
@@ -333,6 +344,7 @@ def test_a_name_is_in_no_number_and_no_key(tmp_path):
         assert keras_lora.active_adapters(keras.saving.load_model(tmp_path / "m.keras")) == {"first": 0.5, name: 2.0}
 
 
+@pytest.mark.every_backend
 def test_every_variable_has_a_path_of_its_own():
     """Keras's `get_state_tree` asks for it, and its Orbax checkpoints are made of that."""
     model = whole("multi_head_attention", "lora", "lora").model
@@ -463,6 +475,7 @@ def test_training_beside_an_adapter_that_is_off_is_training_alone():
     assert histories[0][-1] < histories[0][0]
 
 
+@pytest.mark.every_backend
 def test_what_trains_at_every_step_of_a_life(tmp_path):
     model = ZOO["multi_head_attention"]().model
     factors = {}
@@ -582,6 +595,7 @@ def live_variables():
 
 
 @pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.full
 def test_deleting_frees_the_memory(beside):
     specimen = ZOO["multi_head_attention"]()
     model = specimen.model
@@ -616,6 +630,7 @@ def test_deleting_frees_the_memory(beside):
         assert list(named_adapters(model)) == ["a"]
 
 
+@pytest.mark.full
 def test_cycles_of_adding_and_deleting_leave_no_variable():
     """Without `compile`, so that only the model itself can hold them."""
     model = ZOO["multi_head_attention"]().model
@@ -781,6 +796,7 @@ def test_an_adapter_that_cannot_hold_the_file_refuses_it(of_the_file, of_the_mod
 # No stale graph, and nothing traced again.
 
 
+@pytest.mark.every_backend
 def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_again(tmp_path):
     traces = []
 

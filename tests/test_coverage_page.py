@@ -4,11 +4,14 @@ import inspect
 from collections import Counter
 
 import keras_hub
+import pytest
 from coverage_page import BACKENDS, DOCS, METHODS, page, results, row_of
 from families import KINDS, MODELS, NOT_HERE
 from keras_own_tests import FILES
 from sweep import problems
 from test_law import CASES, PAIRS
+
+pytestmark = pytest.mark.once
 
 
 def test_the_page_is_written_from_the_results():

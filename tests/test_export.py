@@ -4,7 +4,6 @@ What Keras cannot export of a plain model is here too, each with its reason, so 
 """
 
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys
@@ -188,13 +187,17 @@ def check(path, expected):
         assert np.abs(got[str(batch)] - each).max() <= TOLERANCE * np.abs(each).max()
 
 
+EXPORTED = "test_an_exported_model_runs_without_keras_lora"
+
+
 @pytest.fixture(scope="module", params=WORKS)
 def exported(request, tmp_path_factory):
     """A format, the folder of its files, and what is expected of each."""
     kind = request.param
     need(kind)
     folder, expected = tmp_path_factory.mktemp(kind), {}
-    for make, state in itertools.product((dense, attention), ("adapted", "merged")):
+    asked = [item.callspec.params for item in request.session.items if item.originalname == EXPORTED]
+    for make, state in dict.fromkeys((each["make"], each["state"]) for each in asked):
         keras.utils.set_random_seed(0)
         name = f"{make.__name__}_{state}{ENDING[kind]}"
         expected[name] = write(prepared(make, state), kind, folder / name)
@@ -202,14 +205,16 @@ def exported(request, tmp_path_factory):
     return kind, folder, expected
 
 
-@pytest.mark.parametrize("state", ["adapted", "merged"])
-@pytest.mark.parametrize("make", [dense, attention])
+@pytest.mark.full
+@pytest.mark.parametrize("state", ["adapted", pytest.param("merged", marks=pytest.mark.torch_first)])
+@pytest.mark.parametrize("make", [dense, pytest.param(attention, marks=pytest.mark.torch_first)])
 def test_an_exported_model_runs_without_keras_lora(exported, make, state):
     kind, folder, expected = exported
     name = f"{make.__name__}_{state}{ENDING[kind]}"
     check(folder / name, expected[name])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KERAS_CANNOT)
 def test_what_keras_cannot_export_of_a_plain_model_either(tmp_path, kind):
     need(kind)

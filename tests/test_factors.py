@@ -19,6 +19,8 @@ from keras_lora.adapters.factors import (
     truncate,
 )
 
+pytestmark = pytest.mark.once
+
 #: Rounding of float64, with room for the conditioning of an SVD.
 NOISE = 1e-9
 

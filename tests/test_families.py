@@ -7,12 +7,15 @@ import keras
 import numpy as np
 import pytest
 from families import KINDS, MODELS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
+from helpers import covering
 from sweep import check, holds, move_adapters, problems
 
 import keras_lora
 from keras_lora.layers.keras_hub import BANKS
 from keras_lora.swap.adapted import adapted_maps
 from keras_lora.targets.presets import PRESETS
+
+pytestmark = pytest.mark.torch_first
 
 #: One of many kinds, each quick to build.
 SLICE = [
@@ -35,7 +38,7 @@ SLICE = [
 THIRD = SLICE[("jax", "tensorflow", "torch").index(keras.backend.backend()) :: 3]
 
 
-@pytest.mark.parametrize("name", THIRD)
+@pytest.mark.parametrize("name", covering(THIRD, THIRD[:1]))
 def test_a_slice_of_the_families(name):
     seen = check(MODELS[name])
     assert problems(seen) == []
@@ -105,7 +108,7 @@ def generated_plain_adapted_and_merged(name, size):
     return plain, adapted, generated(keras_lora.merge_lora(model), given, side)
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", covering(GENERATING, []))
 def test_generate_works_adapted_and_merged(name):
     (plain, _), (adapted, looped), (merged, _) = generated_plain_adapted_and_merged(
         name, size=2.0

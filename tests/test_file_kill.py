@@ -91,8 +91,9 @@ def test_what_is_left_is_no_adapter_and_the_next_save_after_an_hour_takes_it_awa
     assert {each.name for each in tmp_path.iterdir()} == {path.name, *names} - {old}
 
 
+@pytest.mark.full
 def test_kills_of_the_whole_save_leave_an_adapter_that_loads(tmp_path):
-    rng, paths = random.Random(1), [tmp_path / f"{number}.safetensors" for number in range(3)]
+    rng, paths = random.Random(1), [tmp_path / "0.safetensors"]  # each is a process that imports Keras
     processes = [started(SAVER, path) for path in paths]
     for path, process in zip(paths, processes, strict=True):
         kill(process, rng)

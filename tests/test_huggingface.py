@@ -602,6 +602,7 @@ for address in sys.argv[1:]:
 """
 
 
+@pytest.mark.full
 def test_the_settings_of_huggingface_hub_are_those_of_its_environment(hub, saved, tmp_path):
     """In processes of their own: the address of the Hub, its cache, the token and whether there is a network."""
     hub.files["owner/name"] = {"main": {"adapter.safetensors": saved}}

@@ -7,12 +7,14 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from helpers import difference, outputs, perturb, value, values
+from helpers import covering, difference, outputs, perturb, value, values
 from keras import layers
 from zoo import BATCH, DIM, ZOO, Block, numbers
 
 import keras_lora
 from keras_lora.swap.addresses import walk
+
+pytestmark = pytest.mark.torch_first
 
 SOME = ["sequential", "multi_head_attention", "block_built_in_build", "subclassed", "hub_bert_backbone"]
 
@@ -28,7 +30,7 @@ def flags(model):
     return [(v.trainable, tuple(v.shape)) for v in model.variables]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", covering(SOME, SOME[:2]))
 def test_weights_of_an_adapted_model_load_into_a_model_adapted_the_same_way(tmp_path, name):
     trained, fresh = adapted(name), ZOO[name]()
     trained.model.save_weights(tmp_path / "m.weights.h5")
@@ -90,6 +92,7 @@ def test_a_copy_is_the_same_model_apart(name, way):
     assert difference(outputs(twin, specimen.x), expected) > 0
 
 
+@pytest.mark.every_backend
 def test_a_copy_keeps_the_optimizer():
     specimen = adapted("sequential")
     specimen.model.compile(keras.optimizers.Adam(1e-2), "mse")
@@ -135,6 +138,7 @@ def test_model_checkpoint_and_early_stopping(tmp_path):
     assert difference(outputs(other.model, other.x), expected) == 0
 
 
+@pytest.mark.every_backend
 def test_backup_and_restore_goes_on_where_it_stopped(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

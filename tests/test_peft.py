@@ -10,7 +10,7 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
-from helpers import value
+from helpers import covering, value
 from peft_families import FAMILIES
 
 import keras_lora
@@ -18,7 +18,7 @@ from keras_lora.interop import from_peft, serving_problems, to_peft
 
 RELATIVE = 1e-4
 # KerasHub compiles its tasks when they are made.
-pytestmark = pytest.mark.filterwarnings("ignore:.*was compiled for other variables")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*was compiled for other variables"), pytest.mark.torch_first]
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +119,12 @@ def test_the_base_is_the_same(name, checkpoints):
         assert apart(family.our_logits(family.ours(base)), family.their_logits(family.theirs(base))) < RELATIVE
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covering(FAMILIES, ["bert"]))
 def test_from_peft_and_back(name, checkpoints, tmp_path):
     assert_both_ways(name, checkpoints, tmp_path)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covering(FAMILIES, [], pytest.mark.full))
 def test_trained_here_and_run_in_peft(name, checkpoints, tmp_path):
     family, base = FAMILIES[name], checkpoints(name)
     model = family.ours(base)
@@ -292,6 +292,7 @@ def test_what_other_readers_cannot_read_is_refused_and_nothing_is_written(kind, 
 # Merged, as a whole model of `transformers`.
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma", "gemma3", "gpt2"])
 def test_a_merged_model_is_exported_by_keras_hub_itself(name, checkpoints, tmp_path):
     family = FAMILIES[name]
@@ -512,7 +513,7 @@ def test_layouts_that_are_not_known_have_no_place(tmp_path):
         keras_lora.remove_lora(model)
 
 
-@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+@pytest.mark.parametrize("mode", ["bfloat16", pytest.param("int8", marks=pytest.mark.full)])
 def test_on_a_base_in_fewer_digits_the_copy_of_an_embedding_is_known_again(mode, checkpoints, tmp_path):
     family, base = FAMILIES["llama"], checkpoints("llama")
     model = randomized(peft.get_peft_model(family.theirs(base), peft.LoraConfig(target_modules=["embed_tokens", "v_proj"])))

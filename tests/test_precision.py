@@ -3,16 +3,18 @@
 import keras
 import numpy as np
 import pytest
-from helpers import difference, outputs, perturb, value
+from helpers import covering, difference, outputs, perturb, value
 from keras import layers
 from zoo import BATCH, ZOO, numbers
 
 import keras_lora
 from keras_lora.compat import keras_internals
 
+pytestmark = pytest.mark.torch_first
+
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16", "bfloat16"])
+@pytest.mark.parametrize("policy", covering(["float32", "mixed_bfloat16", "mixed_float16", "bfloat16"], ["mixed_bfloat16"]))
 def test_factors_are_float32_and_the_output_follows_the_policy(policy, method):
     stack = [layers.Dense(8, dtype=policy), layers.EinsumDense("ab,bc->ac", 6, dtype=policy)]
     x = numbers(4, 8)
@@ -28,7 +30,7 @@ def test_factors_are_float32_and_the_output_follows_the_policy(policy, method):
         assert difference([value(y)], [value(x) @ merged_kernel + value(layer.bias if layer.bias is not None else 0)]) < 0.02
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int8_attention"])
+@pytest.mark.parametrize("name", covering(["int8", "int4", "int8_attention"], ["int8"], pytest.mark.full))
 def test_a_quantised_base_trains_and_keeps_its_bytes(tmp_path, name):
     specimen = ZOO[name]()
     keras_lora.apply_lora(specimen.model, **specimen.apply)
@@ -95,6 +97,7 @@ def stored_in_bfloat16(model):
     return [v.path for v in model.variables if v.dtype == "bfloat16"]
 
 
+@pytest.mark.every_backend
 def test_a_base_in_bfloat16_trains_saves_merges_and_is_given_back(tmp_path):
     model, x = mixed_model(), np.random.default_rng(0).integers(0, 50, (8, 6)).astype("int32")
     before = outputs(model, x)
@@ -172,6 +175,7 @@ def test_base_dtype_is_refused_where_a_kernel_is_quantised_and_nothing_changes()
     assert type(model.get_layer("first")) is layers.Dense
 
 
+@pytest.mark.every_backend
 def test_a_base_in_bfloat16_has_no_float32_copy():
     """Counted in what each backend is asked to do; a CPU without bfloat16 products may widen them inside."""
     shape = (24, 40)

@@ -12,6 +12,8 @@ from keras_lora.layers.factored import AdaptedKernel
 from keras_lora.swap.adapted import adapted_maps
 from keras_lora.testing import check_layer
 
+pytestmark = pytest.mark.torch_first
+
 
 @keras.saving.register_keras_serializable("registration")
 @keras_lora.register_layer(kernels={"w": "io"})
@@ -56,6 +58,7 @@ def built(cls, *arguments, shape=(2, 6), **options):
 
 
 @pytest.mark.parametrize("layer", [lambda: built(Scores, 3), lambda: built(Experts)], ids=["kernel", "factored"])
+@pytest.mark.every_backend
 def test_the_contract_holds_for_registered_layers_and_leaves_them_as_they_were(layer):
     layer = layer()
     weights = [value(v) for v in layer.weights]

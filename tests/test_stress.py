@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 from helpers import difference, outputs, value
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ import keras_lora
 from keras_lora.adapters import Adapter
 from keras_lora.swap.adapted import named_adapters
 from keras_lora.swap.addresses import walk
+
+pytestmark = [pytest.mark.torch_first, pytest.mark.full]
 
 IDS, TARGET = ids(4, 3, vocabulary=7), numbers(4, 3, 2)
 NAMES = ["dense", "mix", "layers/1", "c d"]

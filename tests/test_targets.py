@@ -11,6 +11,8 @@ import keras_lora
 from keras_lora.swap.addresses import walk
 from keras_lora.targets.choosing import find_head
 
+pytestmark = pytest.mark.torch_first
+
 
 def transformer():
     """Two blocks with query, value and feed-forward layers, an embedding and a head."""

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import perturb, value, values
+from helpers import covering, perturb, value, values
 from keras import layers
 from zoo import BATCH, ZOO
 
@@ -17,7 +17,7 @@ def train(specimen, epochs=3):
     specimen.model.fit(specimen.x, specimen.y, epochs=epochs, batch_size=BATCH, shuffle=False, verbose=0)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", covering(PLAIN, ["sequential", "subclassed", "multi_head_attention", "embedding"]))
 def test_only_what_is_named_changes_and_all_of_it_does(name):
     specimen = ZOO[name]()
     keras_lora.apply_lora(specimen.model, **specimen.apply)
