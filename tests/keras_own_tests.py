@@ -1,9 +1,10 @@
 """A pytest plugin: the tests that Keras ships for its layers, run against ours with an adapter that adds zero.
 
-    cd tests && KERAS_BACKEND=jax python -m pytest -p conftest -p keras_own_tests -p no:cacheprovider -c /dev/null \
-        --rootdir=/ -q --speed=all
+    cd tests
+    KERAS_BACKEND=jax python -m pytest -p conftest -p keras_own_tests -c /dev/null --rootdir=/ -q --speed=all
 
-On JAX and TensorFlow `make test` takes the files in `EVERYWHERE`, on torch all. Without paths it runs all of `FILES`; paths of Keras's test files, or `-k`, narrow it. `KERAS_OWN_TESTS_JSON` names a file
+On JAX and TensorFlow `make test` takes the files in `EVERYWHERE`, on torch all. Paths of Keras's test files, or `-k`,
+narrow it. `KERAS_OWN_TESTS_JSON` names a file
 for the counts. Where a test says `layers.Dense` it gets `keras_lora.LoRADense`; a layer around cells or around other layers
 is Keras's own, adapted by `apply_lora` right after its first `build`. What the tests then say about outputs, shapes, dtypes,
 masks, states, errors, saving and training holds for adapted layers too, or is in `EXPLAINED`.

@@ -21,12 +21,7 @@ MODULES = ["keras_lora", *(each.name for each in pkgutil.walk_packages(keras_lor
 
 @pytest.mark.parametrize(
     "name",
-    covering(
-        MODULES,
-        ["keras_lora.applying", "keras_lora.layers.dense"]
-        if "keras_lora.applying" in MODULES
-        else ["keras_lora.inject", "keras_lora.layers.dense"],
-    ),
+    covering(MODULES, ["keras_lora.applying", "keras_lora.layers.dense"]),
 )
 def test_the_examples_of_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
