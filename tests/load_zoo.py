@@ -6,6 +6,7 @@ Names are joined by commas. For each `FOLDER/<name>.keras` there is a `FOLDER/<n
 seen goes to `FOLDER/<name>.<backend>.json`. Those in TRAINED train on; if all do, then again with a fresh optimizer.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def look(name):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see tests/conftest.py
     for name in names:
         try:
             seen = look(name)

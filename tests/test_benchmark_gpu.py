@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import pytest
 
-pytestmark = pytest.mark.torch_first
+pytestmark = pytest.mark.nightly
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu.py"

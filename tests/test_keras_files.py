@@ -26,7 +26,7 @@ TRAINED_ELSEWHERE = ["subclassed", "hub_bert_classifier"]
 def pairs():
     """Which backend loads which file here, and at which speed.
 
-    Torch compiles nothing, so `make test` saves all of them there; JAX and TensorFlow load half of these each. What they
+    Torch compiles nothing, so `make test` saves all of them there; JAX and TensorFlow load half of a slice each. What they
     save themselves are a few, which they load again.
     """
     full, elsewhere = [pytest.mark.full], [pytest.mark.nightly]
@@ -36,7 +36,8 @@ def pairs():
                 kept = SLICE if HERE == "torch" else ["sequential", "subclassed"]
                 marks = [] if name in kept else full if HERE == "torch" else elsewhere
             elif HERE == "torch":
-                marks = full if number % 2 == (backend == "jax") else elsewhere
+                here = name in SLICE and number % 2 == (backend == "jax")
+                marks = full if here else elsewhere
             else:
                 marks = elsewhere
             yield pytest.param(backend, name, marks=marks)
