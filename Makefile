@@ -84,7 +84,7 @@ $(SUITES): test-%: .venv/tests
 # Keras's own tests of its layers, on adapted ones.
 $(OWN): own-%: .venv/tests
 	cd tests && $(QUICKLY) KERAS_BACKEND=$* ../$(BIN)/python cpu.py run $@ \
-		../$(BIN)/python $(PYTEST) -p conftest -p keras_own_tests -c /dev/null --rootdir=/
+		../$(BIN)/python $(PYTEST) --noconftest -p conftest -p keras_own_tests -c /dev/null --rootdir=/
 
 docs: .venv/docs
 	$(BIN)/python docs/build.py

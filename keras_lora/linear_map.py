@@ -132,8 +132,7 @@ class LinearMap:
     @property
     def kernel_attribute(self) -> str:
         """Where the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
-        is_property = isinstance(getattr(type(self.layer), self.kernel_name, None), property)
-        return f"_{self.kernel_name}" if is_property else self.kernel_name
+        return keras_internals.stored_under(self.layer, self.kernel_name)
 
     @property
     def base_dtype(self) -> str | None:
@@ -280,5 +279,5 @@ class LinearMap:
     def call_with(self, x: Any, kernel: Any) -> Any:
         """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
         policy = keras.DTypePolicy(self.base_dtype or keras.backend.standardize_dtype(self.layer.compute_dtype))
-        attributes = {**self.held_out, self.kernel_attribute: kernel, "_dtype_policy": policy}
+        attributes = {**self.held_out, self.kernel_attribute: kernel, **keras_internals.with_policy(policy)}
         return view_of(self.layer, self.layer_class, **attributes).call(x)

@@ -1,7 +1,7 @@
 """A pytest plugin: the tests that Keras ships for its layers, run against ours with an adapter that adds zero.
 
     cd tests
-    KERAS_BACKEND=jax python -m pytest -p conftest -p keras_own_tests -c /dev/null --rootdir=/ -q --speed=all
+    KERAS_BACKEND=jax python -m pytest --noconftest -p conftest -p keras_own_tests -c /dev/null --rootdir=/ -q --speed=all
 
 On JAX and TensorFlow `make test` takes the files in `EVERYWHERE`, on torch all. Paths of Keras's test files, or `-k`,
 narrow it. `KERAS_OWN_TESTS_JSON` names a file

@@ -115,6 +115,56 @@ def test_private_names_of_keras_are_used_in_one_file():
                 assert defined or node.attr in own, f"{path.name} uses {node.attr}"
 
 
+#: Besides `compat/keras_internals.py`, the files that know KerasHub's attributes.
+DOORS = {"keras_internals", "backend", "keras_hub"}
+
+
+def test_private_names_in_strings_are_behind_the_same_doors():
+    for path in FILES:
+        if path.stem in DOORS or "keras_hub" in path.parts:
+            continue
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"_[a-z]\w+_\w+", node.value):
+                own = node.value.startswith("_keras_lora") or re.search(rf'vars\(self\)\["{node.value}"\] =', text)
+                assert own, f"{path.name} names {node.value} in a string"
+
+
+def test_every_door_to_a_private_name_has_a_test_by_its_name():
+    tested = (Path(__file__).with_name("test_keras_internals.py")).read_text()
+    doors = re.findall(r"^def (\w+)", (PACKAGE / "compat" / "keras_internals.py").read_text(), re.MULTILINE)
+    assert [door for door in doors if not re.search(rf"\b{door}\b", tested)] == []
+
+
+def test_the_map_in_contributing_names_every_module():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    modules = {path.name for path in FILES if path.stem not in ("__init__", "__main__")}
+    assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
+
+
+#: Messages of Keras, torch and PEFT in that table.
+OF_OTHERS = [
+    "You must call `compile()`",
+    "Could not locate class",
+    "expected 2 variables",
+    "Target modules",
+    "Layer LoRA does",
+]
+OF_OTHERS += ["Unknown variable", "must be a list of tensors"]
+
+
+def test_every_message_quoted_in_troubleshooting_is_in_the_source():
+    page = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
+    source = re.sub(r'"\s*f?"', "", " ".join(path.read_text() for path in FILES))
+    source = re.sub(r"\s+", " ", re.sub(r"\{[^{}]*\}", "…", source))
+    quoted = [text for row in re.findall(r"^\|([^|]+)\|", page, re.MULTILINE) for text in re.findall(r'"([^"]+)"', row)]
+    assert len(quoted) > 15
+    for text in quoted:
+        pieces = [piece.strip() for piece in re.split(r"\.\.\.|…|'[^']*'|\bfloat8\b", text) if len(piece.strip()) > 3]
+        known = all(piece in source for piece in pieces) or any(text.startswith(each) for each in OF_OTHERS)
+        assert known, text
+
+
 def test_one_file_assigns_a_class():
     assigning = [path.stem for path in FILES if re.search(r"\.__class__\s*=[^=]", path.read_text())]
     assert assigning == ["adapted"]

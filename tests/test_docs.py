@@ -15,7 +15,7 @@ from helpers import covering
 import keras_lora
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ["keras_lora", *(each.name for each in pkgutil.walk_packages(keras_lora.__path__, "keras_lora."))]
 
 

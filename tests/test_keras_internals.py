@@ -151,3 +151,109 @@ def test_a_mask_is_copied():
 
 def test_the_class_of_conv_lstm_cells():
     assert type(layers.ConvLSTM2D(2, 1).cell) is internals.conv_lstm_cell()
+
+
+def test_the_attributes_of_a_layer_hold_its_layers_on_torch_too():
+    block = keras.Sequential([layers.Dense(2)])
+    holder = layers.Layer()
+    holder.block = block
+    assert internals.attributes_of(holder)["block"] is block
+    assert internals.is_bookkeeping("_self_tracked_trackables")
+    assert not internals.is_bookkeeping("block")
+
+
+def test_where_a_layer_stores_its_kernel(dense):
+    assert internals.stored_under(dense, "kernel") == "_kernel"
+    assert internals.stored_under(layers.LSTMCell(2), "kernel") == "kernel"
+    assert getattr(dense, internals.stored_under(dense, "kernel")) is dense.kernel
+
+
+def test_a_layer_computes_by_the_policy_in_its_attribute(dense):
+    vars(dense).update(internals.with_policy(keras.DTypePolicy("mixed_bfloat16")))
+    assert dense.compute_dtype == "bfloat16"
+    assert dense.variable_dtype == "float32"
+
+
+def test_the_block_size_and_the_groups_of_an_int4_layer(dense):
+    assert internals.int4_block_size(dense) is None
+    layer = layers.Dense(4)
+    layer.build((None, 8))
+    kernel = value(layer.kernel)
+    layer.quantize("int4", config=keras.quantizers.Int4QuantizationConfig(block_size=4))
+    assert internals.int4_block_size(layer) == 4
+    stored = keras.ops.cast(layer.kernel, "float32")
+    found = internals.dequantize_groups(stored, layer.kernel_scale, layer.kernel_zero, layer.g_idx, 0)
+    assert np.abs(value(found) - kernel).max() < 0.1 * np.abs(kernel).max()
+
+
+def test_the_scale_of_an_int8_einsum_divides_its_kernel():
+    layer = layers.EinsumDense("abc,cde->abde", (None, 2, 3))
+    layer.build((None, 4, 5))
+    kernel = value(layer.kernel)
+    layer.quantize("int8")
+    scale = internals.scale_in_kernel_layout(layer, layer.kernel_scale)
+    assert np.abs(value(layer.kernel) / value(scale) - kernel).max() < 0.01 * np.abs(kernel).max()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="only a torch module has `parameters()`")
+def test_torch_lists_a_variable_that_came_late(dense):
+    model = keras.Sequential([keras.Input((2,)), dense])
+    before = len(list(model.parameters()))
+    with internals.unlocked(dense):
+        dense.late = dense.add_weight(shape=(1,), name="late")
+    internals.track_torch_parameters(model)
+    assert len(list(model.parameters())) == before + 1
+
+
+def test_a_seed_that_was_drawn_gives_the_same_numbers_again():
+    generator = keras.random.SeedGenerator(3)
+    drawn = generator.next()
+    first, second = (keras.random.uniform((4,), seed=internals.drawn_seed(generator, drawn)) for _ in range(2))
+    assert np.array_equal(value(first), value(second))
+
+
+def test_a_variable_is_stored_in_another_dtype_in_place(dense):
+    kernel, number = dense.kernel, np.float32(1.2345678)
+    kernel.assign(np.full((2, 3), number))
+    internals.store_variable(kernel, "bfloat16", autocast=False)
+    assert dense.kernel is kernel
+    assert kernel.dtype == "bfloat16"
+    assert np.abs(value(kernel) - number).max() < 0.01
+    internals.store_variable(kernel, "float32")
+    assert kernel.dtype == "float32"
+
+
+def test_whether_a_graph_calls_a_layer_in_reverse():
+    one, other = layers.ReversibleEmbedding(5, 3), layers.ReversibleEmbedding(5, 3)
+    ids = keras.Input((2,), dtype="int32")
+    keras.Model(ids, one(one(ids), reverse=True))
+    keras.Model(ids, other(ids))
+    assert internals.is_called_in_reverse(one)
+    assert not internals.is_called_in_reverse(other)
+
+
+def test_what_a_model_was_compiled_with_is_forgotten(dense):
+    model = keras.Sequential([keras.Input((2,)), dense])
+    model.compile("adam", "mse")
+    internals.forget_compilation(model)
+    assert model.optimizer is None
+
+
+def test_keras_own_lora_can_be_undone(dense):
+    names = [v.name for v in dense.weights]
+    dense.enable_lora(1)
+    internals.forget_enabled_lora(dense)
+    assert not dense.lora_enabled
+    assert [v.name for v in dense.weights] == names
+
+
+def test_a_backbone_forgets_its_lora_and_its_layers_are_counted_as_keras_hub_counts():
+    hub = pytest.importorskip("keras_hub")
+    config = {"vocabulary_size": 9, "num_layers": 1, "num_heads": 1, "hidden_dim": 4, "intermediate_dim": 4}
+    model = hub.models.BertBackbone(**config)
+    model.enable_lora(1)
+    assert hasattr(model, "_lora_enabled_layers")
+    counted = internals.layers_with_weights(model)
+    assert all(counted[index].lora_enabled for index in model._lora_enabled_layers)
+    internals.forget_backbone_lora(model)
+    assert not hasattr(model, "_lora_enabled_layers")

@@ -1,4 +1,4 @@
-"""The command line, `keras-lora`. A command is a file beside this one: `add` says its arguments, `run` does it."""
+"""The command line, `keras-lora`. Each command is a file in this folder: `add` defines its arguments, `run` runs it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ COMMANDS = (inspect_file, merge, compress, convert, diff)
 
 _CODES = """\
 exit codes:
-  0  done; `diff`: the files hold the same
-  1  `diff`: the files differ
-  2  bad arguments or files; one line on stderr says what to do, and nothing was written
-  3  an error in keras_lora itself, with its traceback"""
+  0  done; for `diff`: the files have the same contents
+  1  for `diff`: the files differ
+  2  bad arguments or files; one line on stderr tells you what to do, and nothing was written
+  3  an unexpected error in keras_lora, with its traceback"""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports a wrong argument in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)}. See `{self.prog} --help`.\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command line takes."""
+    """The parser of all commands."""
     whole = _Parser(
         prog="keras-lora",
-        description="Look at, merge, compress, convert and compare adapters of Keras models.",
+        description="Inspect, merge, compress, convert and compare adapters of Keras models.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: What stands behind `keras-lora`; by default what this process was started with.
+        arguments: The arguments after `keras-lora`; by default those of this process.
 
     Returns:
         The exit code.
@@ -59,6 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as error:
         print(f"keras-lora {given.command}: {one_line(str(error))}", file=sys.stderr)
         return 2
-    except Exception:  # not Python's own exit code, which `diff` has another meaning for
+    except Exception:  # Python would exit with 1, which `diff` uses for "differ"
         traceback.print_exc()
         return 3

@@ -1,4 +1,4 @@
-"""What the commands share: how they refuse, read, print and show how far they are."""
+"""What the commands share: refusing, reading, printing and showing progress."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from keras_lora.files.adapter_state import AdapterState
 
 
 class Refused(Exception):
-    """Bad input. The message is what the user reads."""
+    """Bad input. The message is shown to the user."""
 
 
 @contextlib.contextmanager
 def refusing(*kinds: type[Exception], before: str = "") -> Iterator[None]:
-    """Refuse where one of these errors is raised, which then say what is wrong with the input."""
+    """Turn these errors into `Refused`. Their message tells the user what is wrong with the input."""
     try:
         yield
     except kinds as error:
@@ -33,7 +33,7 @@ def refusing(*kinds: type[Exception], before: str = "") -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, without what a terminal would take for a command; of a list, the first three entries."""
+    """`text` on one line, without terminal control characters; a list is cut to its first three entries."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     listed = [line for line in lines if line.startswith("- ")]
     if listed:
@@ -48,7 +48,7 @@ def one_line(text: str) -> str:
 
 
 def old_file(path: str, ending: str) -> Path:
-    """`path`, if there is a file with that ending."""
+    """`path`, if it is a file with that ending."""
     if Path(path).suffix != ending:
         raise Refused(f"Expected a file whose name ends in '{ending}'. Received: {path!r}.")
     if not Path(path).is_file():
@@ -57,7 +57,7 @@ def old_file(path: str, ending: str) -> Path:
 
 
 def new_file(path: str, ending: str, force: bool) -> Path:
-    """`path`, if it may be written."""
+    """`path`, if a file may be written there."""
     out = Path(path)
     if out.suffix != ending:
         raise Refused(f"The name of OUT must end in '{ending}'. Received: {path!r}.")
@@ -81,29 +81,29 @@ def new_folder(path: str, force: bool) -> Path:
 
 
 def read_adapter(path: str) -> AdapterState:
-    """What an adapter file holds."""
+    """The contents of an adapter file."""
     with refusing(ValueError, OSError):
         return AdapterState.read(old_file(path, ".safetensors"))
 
 
 def scale_of(config: dict[str, Any]) -> float | None:
-    """What multiplies `A B` of an adapter with this config, or `None` where it has no such product."""
+    """The number that multiplies `A B` in an adapter with this config, or `None` if it has no such product."""
     size = {key: config[key] for key in ("rank", "alpha", "rank_stabilized") if key in config}
     return adapters.LoRA(**size).scale if "alpha" in size else None
 
 
-# What is printed.
+# Printing.
 
 
 def show(*parts: Table | str) -> None:
-    """Print tables and lines. The width is that of the terminal, or a fixed one where there is none."""
+    """Print tables and lines, as wide as the terminal. Without a terminal the width is fixed."""
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 
 
 def table(rows: list[dict[str, Any]], numbers: tuple[str, ...], total: dict[str, Any] | None = None) -> Table:
-    """A table with a column for each key of the first row; those in `numbers` are set to the right."""
+    """A table with a column for each key of the first row; the columns in `numbers` are aligned to the right."""
     made = Table()
     columns = list(rows[0]) if rows else []
     for column in columns:
@@ -133,7 +133,7 @@ def _printable(text: str) -> str:
 
 @contextlib.contextmanager
 def nothing_trains() -> Iterator[None]:
-    """Without the warning that a model must be compiled again, which KerasHub's tasks are when they are made."""
+    """Suppress the warning that a model must be compiled again: KerasHub compiles its tasks when it creates them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was compiled for other variables")
         yield
@@ -141,7 +141,7 @@ def nothing_trains() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, where that is a terminal. What is given is called with the name of each step as it begins."""
+    """A progress bar on stderr, if that is a terminal. Call the yielded function with the name of each step as it begins."""
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task, done = bar.add_task("", total=steps), itertools.count()
         yield lambda name: bar.update(task, description=escape(name), completed=next(done))

@@ -1,4 +1,4 @@
-"""`keras-lora compress`: a smaller adapter file. NumPy on the factors alone, no base."""
+"""`keras-lora compress`: a smaller adapter file. Only NumPy on the factors; no base is needed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from keras_lora.files.adapter_state import AdapterState
 
 
 def add(commands: Any) -> None:
-    """Say the arguments of `compress_adapter`."""
+    """Define the arguments of `compress`."""
     command = commands.add_parser(
         "compress",
-        help="an adapter file of smaller rank",
-        description="Write the nearest LoRA of a rank, or of a share of the energy, for each layer, and say what was lost. "
-        "No base is needed. What was trained beside the adapter is copied.",
+        help="make an adapter file of smaller rank",
+        description="Replace the adapter of each layer with its best LoRA approximation, at a given rank or at a share of "
+        "the energy, and print the errors. No base is needed. Heads and biases that were trained with the adapter are "
+        "copied.",
         epilog="example: keras-lora compress french.safetensors small.safetensors --energy 0.9",
     )
     command.add_argument("file", metavar="FILE", help="an adapter file of LoRA, .safetensors")
-    command.add_argument("out", metavar="OUT", help="the .safetensors file to write, whole or not at all")
+    command.add_argument("out", metavar="OUT", help="the .safetensors file to write, completely or not at all")
     size = command.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", metavar="N", type=_rank, help="the new rank, cut to what each layer has")
+    size.add_argument("--rank", metavar="N", type=_rank, help="the largest rank that a layer may have")
     size.add_argument(
         "--energy",
         metavar="E",
         type=_energy,
-        help="a number in (0, 1]: for each layer the smallest rank that keeps this share of its squared singular values",
+        help="a number in (0, 1]: for each layer, the smallest rank that keeps this share of its squared singular values",
     )
-    command.add_argument("--force", action="store_true", help="replace OUT where it is there already")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
     command.set_defaults(run=run)
 
 
@@ -71,13 +72,13 @@ def run(given: argparse.Namespace) -> int:
             lora = adapters.LoRA(rank=a.shape[-1], alpha=a.shape[-1])
             rows.append({"layer": address, "rank before": entry.config.get("rank"), "rank": lora.rank, "error": error})
             entry.method, entry.config = "lora", adapters.method_of(lora)
-            entry.scale = None if entry.scale is None else lora.scale  # a file of version 1 does not say it
+            entry.scale = None if entry.scale is None else lora.scale  # files of version 1 have no scale
             new = {"lora_a": a, "lora_b": b}
             entry.tensors = {name: np.ascontiguousarray(factor, "float32") for name, factor in new.items()}
     if others:
         raise Refused(
-            f"{given.file} holds adapters of the method {', '.join(sorted(set(others)))}. Expected lora alone, whose "
-            "change a file says without its base. Load it into its base and call "
+            f"{given.file} has adapters of the method {', '.join(sorted(set(others)))}. Expected lora alone, whose change "
+            "can be computed without the base. Load the file into its base and call "
             "`keras_lora.compress_adapter(model, rank=...)` in Python."
         )
     with refusing(OSError, before=f"{out} cannot be written: "):
@@ -86,7 +87,7 @@ def run(given: argparse.Namespace) -> int:
     largest = max((row["error"] for row in rows), default=0.0)
     show(
         table(rows, ("rank before", "rank", "error")),
-        f"{out}: {after:,} bytes of numbers in the place of {before:,}; largest error: {largest:.2g}",
+        f"{out}: {after:,} bytes of numbers instead of {before:,}; largest error: {largest:.2g}",
     )
     return 0
 

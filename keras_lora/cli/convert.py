@@ -1,4 +1,4 @@
-"""`keras-lora convert`: an adapter file as a PEFT folder, and a PEFT folder as an adapter file."""
+"""`keras-lora convert`: from an adapter file to a PEFT folder, and from a PEFT folder to an adapter file."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from keras_lora.cli.merge import load_base, plain_base
 from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.interop import from_peft, peft_folder, to_peft
 
-#: Of the addresses in the adapter file of a KerasHub task, rather than of its backbone.
+#: How addresses begin in the adapter file of a KerasHub task. Those of a backbone do not.
 _OF_A_TASK = "_backbone/"
 
 
 def add(commands: Any) -> None:
-    """Say the arguments of `convert`."""
+    """Define the arguments of `convert`."""
     command = commands.add_parser(
         "convert",
-        help="an adapter file as a PEFT folder, or the other way",
-        description="Load BASE and the adapter, and write it in the other format. The layers of a KerasHub model are found "
-        "by the names that KerasHub's converters have for them. Classes of your own must be importable: put their folder "
-        "into PYTHONPATH.",
+        help="convert an adapter file to a PEFT folder, or back",
+        description="Load BASE and the adapter, and write the adapter in the other format. The layers of a KerasHub model "
+        "are found by the names that KerasHub's converters have for them. Your own classes must be importable: add their "
+        "folder to PYTHONPATH.",
         epilog="example: keras-lora convert --to peft french.safetensors french --base net.keras",
     )
     command.add_argument("adapter", metavar="ADAPTER", help="an adapter file, .safetensors; with --to keras a PEFT folder")
     command.add_argument(
         "out",
         metavar="OUT",
-        help="the folder to write, whole or not at all; with --to keras the .safetensors file",
+        help="the folder to write, completely or not at all; with --to keras the .safetensors file",
     )
     command.add_argument("--to", choices=("peft", "keras"), required=True, help="the format of OUT")
     command.add_argument(
         "--base",
         metavar="BASE",
         required=True,
-        help="the plain base: a .keras file, or a folder that KerasHub loads, of a preset or of a Hugging Face checkpoint",
+        help="the plain base: a .keras file, or a folder with a KerasHub preset or a Hugging Face checkpoint",
     )
     command.add_argument(
         "--causal-lm",
         action="store_true",
-        help="load a folder as its CausalLM, not as its backbone; an adapter file for --to peft says that itself",
+        help="load a folder as a CausalLM instead of a backbone; with --to peft, automatic if the adapter is of a CausalLM",
     )
     command.add_argument(
-        "--prefix", metavar="P", help="--to peft: what stands before the names of KerasHub's converter, 'bert.' say"
+        "--prefix", metavar="P", help="--to peft: a prefix for the names of KerasHub's converter, for example 'bert.'"
     )
     command.add_argument(
-        "--base-model", metavar="NAME", help="--to peft: the base for PEFT to load, 'meta-llama/Llama-3.2-1B' say"
+        "--base-model", metavar="NAME", help="--to peft: the base for PEFT to load, for example 'meta-llama/Llama-3.2-1B'"
     )
     command.add_argument(
-        "--bake-scaling", action="store_true", help="--to peft: write what vLLM, llama.cpp and Ollama read right"
+        "--bake-scaling", action="store_true", help="--to peft: write a form that vLLM, llama.cpp and Ollama read correctly"
     )
-    command.add_argument("--force", action="store_true", help="replace what OUT has already")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists; in a folder, only the adapter")
     command.set_defaults(run=run)
 
 
@@ -85,7 +85,7 @@ def _to_keras(given: argparse.Namespace) -> int:
     unfit = {"--prefix": given.prefix, "--base-model": given.base_model, "--bake-scaling": given.bake_scaling}
     if names := [name for name, said in unfit.items() if said]:
         raise Refused(
-            f"Expected {' and '.join(names)} with --to peft alone, for which it says what is written. Leave it out."
+            f"Expected {' and '.join(names)} with --to peft alone, because --to keras does not use it. Leave it out."
         )
     out = new_file(given.out, ".safetensors", given.force)
     _keras_hub()
@@ -118,11 +118,11 @@ def _keras_hub() -> ModuleType:
 
 
 def _loaded(base: str, causal_lm: bool) -> Any:
-    """The plain model of a `.keras` file or a folder."""
+    """The plain model in a `.keras` file or a folder."""
     if not Path(base).is_dir():
         return load_base(plain_base(base))
     task = _keras_hub().models.CausalLM if causal_lm else _keras_hub().models.Backbone
-    without = {"preprocessor": None} if causal_lm else {}  # no tokenizer need be there
+    without = {"preprocessor": None} if causal_lm else {}  # the folder may lack a tokenizer
     try:
         return task.from_preset(str(Path(base).resolve()), **without)
     except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
@@ -130,5 +130,5 @@ def _loaded(base: str, causal_lm: bool) -> Any:
         raise Refused(
             f"KerasHub cannot load {base} as a {task.__name__} ({type(error).__name__}: {said[:300]}"
             f"{'...' * (len(said) > 300)}). Expected the folder of a KerasHub preset, or of a Hugging Face checkpoint of a "
-            "family that KerasHub converts. Of another model, save a .keras file."
+            "family that KerasHub converts. For another model, save a .keras file."
         ) from error

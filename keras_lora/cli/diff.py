@@ -1,4 +1,4 @@
-"""`keras-lora diff`: in what two adapter files differ."""
+"""`keras-lora diff`: how two adapter files differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_lora.files.adapter_state import AdapterEntry, AdapterState
 
 
 class _Part(NamedTuple):
-    """What a file says of one adapter or trained layer, and its tensors."""
+    """The header fields and the tensors of one adapter or trained layer in a file."""
 
     said: dict[str, Any]
     tensors: dict[str, np.ndarray]
@@ -24,17 +24,18 @@ class _Part(NamedTuple):
 
 
 def add(commands: Any) -> None:
-    """Say the arguments of `diff`."""
+    """Define the arguments of `diff`."""
     command = commands.add_parser(
         "diff",
-        help="in what two adapter files differ",
-        description="Compare two adapter files: layers, methods, arguments and values. For LoRA the column `change` says "
-        "|A - B| / |A| of the changes of the kernel (Frobenius), whatever the factors; for other methods and for what was "
-        "trained beside, `number` says how far two numbers are apart at most. Exit code 1 where they differ.",
+        help="show how two adapter files differ",
+        description="Compare two adapter files: layers, methods, arguments and values. For LoRA, the column `change` shows "
+        "|A - B| / |A| for the two changes of the kernel (Frobenius norm); it does not depend on how a change is factored. "
+        "For other methods, and for heads and biases that were trained too, `number` shows the largest difference between "
+        "two numbers. The exit code is 1 if the files differ.",
         epilog="example: keras-lora diff monday.safetensors tuesday.safetensors",
     )
     command.add_argument("a", metavar="A", help="an adapter file, .safetensors")
-    command.add_argument("b", metavar="B", help="another one")
+    command.add_argument("b", metavar="B", help="another adapter file")
     command.set_defaults(run=run)
 
 
@@ -67,7 +68,7 @@ def _parts(state: AdapterState) -> dict[tuple[str, str], _Part]:
 
 
 def _row(place: tuple[str, str], a: _Part | None, b: _Part | None) -> dict[str, Any] | None:
-    """What differs at one place, or `None`."""
+    """The row for one place, or `None` if nothing differs there."""
     row: dict[str, Any] = {"layer": place[0], "part": place[1]}
     if a is None or b is None:
         return {**row, "A / B": "only in A" if b is None else "only in B", "change": None, "number": None}
@@ -81,12 +82,12 @@ def _row(place: tuple[str, str], a: _Part | None, b: _Part | None) -> dict[str, 
     if change is None:
         words += _misfits(a, b)
         apart = [float(np.abs(np.subtract(*_pair(a, b, name))).max(initial=0)) for name in _alike(a, b)]
-        number = float(np.max(apart)) if apart else None  # NaN where one of them is
+        number = float(np.max(apart)) if apart else None  # NaN if one of them is NaN
     return {**row, "A / B": ", ".join(words), "change": change, "number": number}
 
 
 def _change_apart(a: _Part, b: _Part) -> float | None:
-    """`‖ΔA - ΔB‖ / ‖ΔA‖`, if both are finite products of thin factors, such as LoRA, for kernels of one shape."""
+    """`‖ΔA - ΔB‖ / ‖ΔA‖`, if both are finite products of thin factors, such as LoRA, for kernels of the same shape."""
     if a.entry is None or b.entry is None:
         return None
     try:
@@ -101,7 +102,7 @@ def _change_apart(a: _Part, b: _Part) -> float | None:
 
 
 def _size(pair: Factors) -> float:
-    """`‖a b‖` without forming it: the columns of `a` of a truncation have the square roots of the singular values."""
+    """`‖a b‖` without forming `a b`: after truncation the columns of `a` have the singular values as squared norms."""
     (a, _), _ = factors.truncate(pair, energy=1.0)
     return float(np.linalg.norm(np.square(a).sum(axis=-2)))
 

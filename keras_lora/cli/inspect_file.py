@@ -1,4 +1,4 @@
-"""`keras-lora inspect`: what a file holds. No model is built."""
+"""`keras-lora inspect`: show what is in a file. No model is built."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _EXPECTED = f"Expected an adapter file (.safetensors), a .keras file, or the fol
 
 
 def add(commands: Any) -> None:
-    """Say the arguments of `inspect`."""
+    """Define the arguments of `inspect`."""
     command = commands.add_parser(
         "inspect",
-        help="what an adapter, a .keras file or a PEFT adapter holds",
-        description="Say what a file holds: methods, ranks, shapes, sizes. No model is built, and no base is needed.",
+        help="show what is in an adapter file, a .keras file or a PEFT adapter",
+        description="Show what is in a file: methods, ranks, shapes, sizes. No model is built, and no base is needed.",
         epilog="example: keras-lora inspect french.safetensors",
     )
     command.add_argument(
         "file",
         metavar="FILE",
-        help="an adapter file (.safetensors), a .keras file, or a PEFT adapter: its folder or tensors",
+        help="an adapter file (.safetensors), a .keras file, or a PEFT adapter (the folder, or its .safetensors file)",
     )
-    command.add_argument("--json", action="store_true", help="print JSON and no table")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print what a file holds."""
+    """Print what is in a file."""
     path = Path(given.file)
     if path.suffix == ".keras" and not path.is_dir():
         data, display = keras_file(path), _show_keras_file
@@ -101,7 +101,7 @@ _NUMBERS = ("rank", "scale", "parameters", "bytes")
 
 
 def _safetensors(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The metadata and the tensors of a safetensors file, without reading the numbers."""
+    """The metadata of a safetensors file, and the name, shape and dtype of each tensor. The numbers are not read."""
     old_file(str(path), ".safetensors")
     damaged = refusing(safetensors.SafetensorError, OSError, before=f"{path} is not a whole safetensors file: ")
     with damaged, safetensors.safe_open(path, framework="numpy") as file:
@@ -111,7 +111,7 @@ def _safetensors(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
 
 
 def _size(shape: list[int], dtype: str, **_: str) -> dict[str, int]:
-    count, bits = math.prod(shape), re.search(r"\d+", dtype)  # BOOL has no number, and takes a byte
+    count, bits = math.prod(shape), re.search(r"\d+", dtype)  # BOOL has no number and takes a byte
     return {"parameters": count, "bytes": count * (int(bits[0]) if bits else 8) // 8}
 
 
@@ -127,7 +127,7 @@ def _peft(path: Path) -> dict[str, Any]:
     ranks = sorted({row["shape"][0] for row in tensors if "lora_A" in row["tensor"] or "lora_embedding_A" in row["tensor"]})
     if not ranks:
         raise Refused(
-            f"{file} holds {len(tensors)} tensors, none of an adapter of keras_lora or a LoRA of PEFT. {_EXPECTED}"
+            f"{file} has {len(tensors)} tensors, none of an adapter of keras_lora or a LoRA of PEFT. {_EXPECTED}"
         )
     config: dict[str, Any] = {}
     if config_file.is_file():
@@ -149,7 +149,7 @@ def _peft(path: Path) -> dict[str, Any]:
 
 
 def _peft_rows(config: dict[str, Any], tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The adapters, as of other files. The scale is left open where PEFT has it from a pattern."""
+    """The adapters, as for other files. The scale is `None` if PEFT takes it from a pattern."""
     modules: dict[str, list[dict[str, Any]]] = {}
     for row in tensors:
         module, lora, _ = row["tensor"].partition(".lora_")
@@ -182,7 +182,7 @@ def _show_peft(path: Path, data: dict[str, Any]) -> None:
 
 
 def keras_file(path: Path) -> dict[str, Any]:
-    """What a `.keras` file says of itself."""
+    """The facts about a `.keras` file, from its metadata and config."""
     old_file(str(path), ".keras")
     kinds = (zipfile.BadZipFile, KeyError, ValueError, OSError, AttributeError, TypeError)
     with refusing(*kinds, before=f"{path} is not a whole .keras file: "), zipfile.ZipFile(path) as archive:
@@ -200,7 +200,7 @@ def keras_file(path: Path) -> dict[str, Any]:
 
 
 def _adapters_in(config: Any) -> list[dict[str, Any]]:
-    """The adapters that a config lists, or the configs in it; the outermost list has those of the inner ones."""
+    """The adapters listed in a config or in the configs inside it. An outer list includes the adapters of inner models."""
     if isinstance(config, list):
         return [row for each in config for row in _adapters_in(each)]
     if not isinstance(config, dict):

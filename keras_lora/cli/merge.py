@@ -1,4 +1,4 @@
-"""`keras-lora merge`: a plain model of a base and an adapter file."""
+"""`keras-lora merge`: make a plain model from a base and an adapter file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from keras_lora.merging import merge_lora
 
 
 def add(commands: Any) -> None:
-    """Say the arguments of `merge`."""
+    """Define the arguments of `merge`."""
     command = commands.add_parser(
         "merge",
-        help="add an adapter to its base model for good",
-        description="Load BASE, add the change of ADAPTER to its kernels, and save a plain Keras model as OUT. Nothing that "
-        "BASE was compiled with is kept. Classes of your own must be importable: put their folder into PYTHONPATH.",
+        help="merge an adapter into its base model",
+        description="Load BASE, add the change of ADAPTER to its kernels, and save a plain Keras model as OUT. OUT is not "
+        "compiled, even if BASE is. Your own classes must be importable: add their folder to PYTHONPATH.",
         epilog="example: keras-lora merge base.keras french.safetensors merged.keras",
     )
-    command.add_argument("base", metavar="BASE", help="the base model, plain, a .keras file")
+    command.add_argument("base", metavar="BASE", help="the plain base model, a .keras file")
     command.add_argument("adapter", metavar="ADAPTER", help="an adapter file, .safetensors")
-    command.add_argument("out", metavar="OUT", help="the .keras file to write, whole or not at all")
-    command.add_argument("--force", action="store_true", help="replace OUT where it is there already")
+    command.add_argument("out", metavar="OUT", help="the .keras file to write, completely or not at all")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
     command.set_defaults(run=run)
 
 
@@ -54,17 +54,17 @@ def run(given: argparse.Namespace) -> int:
 
 
 def plain_base(path: str) -> Path:
-    """`path`, if there is a `.keras` file of a plain model."""
+    """`path`, if it is a `.keras` file of a plain model."""
     if keras_file(Path(path))["adapters"]:
         raise Refused(
-            f"{path} is adapted already. Expected the plain base of the adapter. Merge what it has first, in Python: "
+            f"{path} is adapted already. Expected the plain base of the adapter. Merge its adapters first, in Python: "
             "`keras_lora.merge_lora(keras.saving.load_model(path))`."
         )
     return Path(path)
 
 
 def load_base(base: Path) -> Any:
-    """The model of a `.keras` file, not compiled."""
+    """The model in a `.keras` file, not compiled."""
     try:
         return keras.saving.load_model(base, compile=False)
     except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
@@ -76,7 +76,7 @@ def load_base(base: Path) -> Any:
 
 
 def _save(model: Any, out: Path) -> None:
-    """Write beside `out` and rename, so that it is never half written."""
+    """Write to a temporary folder beside `out`, then rename, so that `out` is never half written."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
         whole = Path(aside) / out.name
         model.save(whole)

@@ -22,6 +22,31 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
+def attributes_of(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Every attribute of `layer` by name; on torch Keras keeps layers in torch's `_modules`."""
+    return {**vars(layer), **vars(layer).get("_modules", {})}
+
+
+def is_bookkeeping(attribute: str) -> bool:
+    """Whether an attribute is TensorFlow's, which tracks what a layer holds a second time."""
+    return attribute.startswith("_self_")
+
+
+def stored_under(layer: keras.layers.Layer, name: str) -> str:
+    """The attribute in which `layer` stores the variable that it shows as `name`: `Dense.kernel` is a property."""
+    return f"_{name}" if isinstance(getattr(type(layer), name, None), property) else name
+
+
+def with_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
+    """The attribute of a layer that says in which dtype it computes (the public one cannot be set on a built layer)."""
+    return {"_dtype_policy": policy}
+
+
+def int4_block_size(layer: keras.layers.Layer) -> int | None:
+    """The rows in a group of an int4 layer; `None` or -1 if there is one scale for each column (Keras shows it nowhere)."""
+    return getattr(layer, "_int4_block_size", None)
+
+
 def set_past_tracking(layer: keras.layers.Layer) -> dict[str, Any]:
     """The attributes of `layer` that Keras did not track: on torch, those KerasHub gives a model before its `__init__`."""
     theirs = (cls for cls in type(layer).__mro__ if cls.__module__.partition(".")[0] == "keras_hub")

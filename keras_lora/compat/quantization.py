@@ -32,7 +32,7 @@ def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
         return ops.convert_to_tensor(stored)
     scale = getattr(layer, f"{name}_scale")
     is_table = name == "embeddings"
-    block_size = getattr(layer, "_int4_block_size", None)
+    block_size = keras_internals.int4_block_size(layer)
     if mode == "int4" and block_size not in (None, -1):
         zero = getattr(layer, f"{name}_zero")
         rows = stored if is_table else ops.reshape(stored, (ops.shape(layer.g_idx)[0], -1))

@@ -100,9 +100,9 @@ def _children(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Lay
         return
     tracked = {id(child) for child in children}
     named: dict[int, str] = {}
-    attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps layers in `_modules`
+    attributes = keras_internals.attributes_of(layer)
     for name in sorted(attributes):
-        if name not in _attributes_of_keras() and not name.startswith("_self_"):  # `_self_`: TensorFlow's bookkeeping
+        if name not in _attributes_of_keras() and not keras_internals.is_bookkeeping(name):
             for address, child in _layers_in(attributes[name], name):
                 if id(child) in tracked:
                     named.setdefault(id(child), address)

@@ -66,8 +66,7 @@ def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
 
 def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str | None:
     """The attribute of `layer` that holds `adapter`, if one does."""
-    attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps layers in `_modules`
-    return next((name for name, value in attributes.items() if value is adapter), None)
+    return next((name for name, value in keras_internals.attributes_of(layer).items() if value is adapter), None)
 
 
 def _free_slot(linear: LinearMap) -> str:
