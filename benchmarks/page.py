@@ -1,9 +1,9 @@
-"""The page `docs/benchmarks.md` and its plots in `docs/benchmarks/`, written from what `benchmarks/run.py` measured.
+"""Write the page `docs/benchmarks.md` and its plots in `docs/benchmarks/` from the results of `benchmarks/run.py`.
 
     python benchmarks/page.py         # needs matplotlib
 
-It reads `benchmarks/results/{jax,tensorflow,torch}.json`, and `gpu.json` where there is one. `BARS` holds what keras_lora is
-held to. `text` needs no matplotlib, so `tests/test_benchmark_page.py` can hold the page to the results.
+It reads `benchmarks/results/{jax,tensorflow,torch}.json`, and `gpu.json` if that exists. `BARS` lists the limits that
+keras_lora must meet. `text` needs no matplotlib, so `tests/test_benchmark_page.py` can compare the page with the results.
 """
 
 from __future__ import annotations
@@ -23,63 +23,69 @@ VARIANTS = [
     *(FULL, BASE, "base again", LIMIT, FROZEN, "enable_lora", OURS, f"{OURS} dropout", f"{OURS} DoRA", f"{OURS} merged"),
     *("PEFT", "PEFT DoRA", "loralib", f"{OURS} per example", "one by one", "PEFT mixed batch"),
 ]
-# The quantities with a table of their own; the others are in the table "Once".
+# The quantities with their own sections; the others are in the chapter "Other measurements".
 TIMES = ("step", "layers", "inference", "mixed batch")
 SIZES = {
-    "peak bytes": "Peak memory of a process of its own, beyond its imports",
-    "temp bytes": "Temporary bytes of the gradient, as XLA counts them",
-    "saved bytes": "Bytes that torch keeps for the backward pass, the weights not counted",
+    "peak bytes": "Peak memory of a separate process, beyond its imports",
+    "temp bytes": "Temporary bytes of the gradient, counted by XLA",
+    "saved bytes": "Bytes that torch keeps for the backward pass, without the weights",
     "optimizer bytes": "The optimizer's variables",
-    "checkpoint bytes": "The file with what was trained: of `keras_lora` the adapters alone, of the others all weights",
-    "trainable parameters": "Parameters that train",
-    "flops": "FLOPs of the gradient, as XLA counts them",
+    "checkpoint bytes": "File size: only the adapters for `keras_lora`, all weights for the others",
+    "trainable parameters": "Trainable parameters",
+    "flops": "FLOPs of the gradient, counted by XLA",
 }
+# Headings in that chapter, if not the quantity itself.
+HEADINGS = {"import beside Keras": "Import time, in addition to Keras", "product": "Products"}
 SWEEPS = {"depth": "layers", "ranks": "rank", "adapters": "adapters", "inactive": "inactive"}  # the case and what it varies
 
 INTRODUCTION = """# Benchmarks
 
-Nothing here is typed in: `benchmarks/page.py` wrote this page from what `benchmarks/run.py` measured, which is in
-`benchmarks/results/`.
+`benchmarks/run.py` measures the results in `benchmarks/results/`, and `benchmarks/page.py` writes this page from them. No
+number is entered by hand.
 
-Times are CPU seconds of one pinned core. What a table compares ran side by side in one run, in turns, so only ratios are
-to be read: the seconds of a shared machine say little. A ratio is of medians. Where that of minima differs from it by more
-than 10 %, the number has a †: the machine was disturbed, and the number is not to be relied on.
+Times are CPU seconds on one pinned core. The variants in a row of a table ran in one run and took turns. Compare only
+ratios: the absolute seconds of a shared machine mean little. Each ratio is a ratio of medians. † marks a noisy
+measurement, for which the ratio of the minima differs by more than 10 %. Do not rely on it.
 
 {gpu}{quick}
 
-What ran: `full` trains every weight. `frozen` is the floor, the whole forward and backward pass with next to nothing to
-train. `enable_lora` is Keras's own. `PEFT` and `loralib` hold the same weights in torch, in a bare torch loop. `limit` did
-not run: it is what a step with adapters would take by its FLOPs, at the speed of `full`. `base` has no adapters;
-`base again` is a second copy of it, and shows how far apart two copies of one model come out.
+The variants:
+
+- `full` trains every weight.
+- `frozen` is the lower reference: the whole forward and backward pass, with almost nothing to train.
+- `enable_lora` is Keras's own LoRA.
+- `PEFT` and `loralib` have the same weights in torch, in a plain torch loop.
+- `limit` was not run. It is the time that a step with adapters would take by its FLOPs, at the speed of `full`.
+- `base` has no adapters. `base again` is a second copy of it, and shows how much two copies of one model differ.
 """
-NO_GPU = "**No GPU figure has been measured.** What holds on a CPU need not hold on a GPU."
+NO_GPU = "**No GPU figure has been measured.** Results on a CPU may not carry over to a GPU."
 QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
 INFERENCE_LIMIT = """
-An adapted model runs the base product too: at one row `enable_lora` / `keras_lora` cannot exceed `enable_lora` / `base`:
-{limits}.
+An adapted model also computes the base product. So with one row, `enable_lora` / `keras_lora` cannot be larger than
+`enable_lora` / `base`: {limits}.
 """
-OF_SERVING = """64 examples with 64 adapters in one batch; "tokens" is how many rows each example has. Ratios to `base`, one
-batch without adapters. `one by one` runs each example alone through a model with one adapter, none loaded on the way;
-`PEFT mixed batch` is PEFT's `adapter_names`, which loops over the adapters in each layer."""
+OF_SERVING = """64 examples with 64 adapters in one batch. "tokens" is the number of rows in each example. The ratios are
+to `base`, which is one batch without adapters. `one by one` runs each example separately through a model with one adapter,
+and loads nothing in between. `PEFT mixed batch` is PEFT's `adapter_names`, which loops over the adapters in each layer."""
 OF_BARS = """
 ## The bars
 
-What keras_lora is held to, in stacks of Dense layers of width 1,024, at rank 8. The ratio of medians decides; that of minima
-is in brackets.
+A bar is a limit that keras_lora must meet, in stacks of Dense layers of width 1,024 at rank 8. The ratio of the medians
+decides. The ratio of the minima is in brackets.
 
 {table}
 """
 
 
 class Ratio(NamedTuple):
-    """How two variants of one run compare."""
+    """The ratio of two variants of one run."""
 
     median: float
     minimum: float
 
     @property
     def mark(self) -> str:
-        """A dagger where the median and the minimum tell different stories."""
+        """A dagger if the ratios of medians and minima differ by more than 10 %."""
         return "†" if abs(self.median / self.minimum - 1) > 0.1 else ""
 
     def __str__(self) -> str:
@@ -87,23 +93,23 @@ class Ratio(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """The least and the most that a ratio of two variants may be, by backend."""
+    """The smallest and the largest value allowed for a ratio of two variants, by backend."""
 
     over: str
     under: str
     case: str
     quantity: str
-    setting: dict[str, int]  # and any others
+    setting: dict[str, int]  # a record may have more
     limits: dict[str, tuple[float, float]]
 
 
 def at_least(*least: float) -> dict[str, tuple[float, float]]:
-    """One bar for each backend."""
+    """A lower limit for each backend."""
     return {backend: (each, math.inf) for backend, each in zip(BACKENDS, least, strict=True)}
 
 
 def at_most(*most: float) -> dict[str, tuple[float, float]]:
-    """One bar for each backend."""
+    """An upper limit for each backend."""
     return {backend: (0.0, each) for backend, each in zip(BACKENDS, most, strict=True)}
 
 
@@ -122,7 +128,7 @@ BARS = [
     Bar(f"{OURS} merged", BASE, "inference", "inference", LAYERS, dict.fromkeys(BACKENDS, (0.97, 1.03))),
 ]
 
-# What was measured.
+# The results.
 
 Record = dict[str, Any]
 Results = dict[str, dict[str, Any]]  # by the name of the file: a backend, or "gpu"
@@ -130,20 +136,20 @@ Groups = dict[str, dict[str, Record]]  # by case and setting, then by variant
 
 
 def read() -> Results:
-    """The results that are there."""
+    """The results that exist."""
     paths = {name: RESULTS / f"{name}.json" for name in (*BACKENDS, "gpu")}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def shown(results: Results) -> Results:
-    """The results without those called "gpu" that no GPU was there for."""
+    """The results, without a "gpu" file that was measured without a GPU."""
     return {
         name: each for name, each in results.items() if name != "gpu" or (each["records"] and each["machine"].get("gpu"))
     }
 
 
 def title(name: str, result: dict[str, Any]) -> str:
-    """What a table calls these results."""
+    """The name of these results in a table."""
     return BACKENDS.get(result["backend"], "GPU") + (" on a GPU" if name == "gpu" else "")
 
 
@@ -165,7 +171,7 @@ def groups(result: dict[str, Any], quantity: str) -> Groups:
 
 
 def ratio(variants: dict[str, Record], over: str, under: str) -> Ratio | None:
-    """How two variants compare; None where that was not measured."""
+    """The ratio of two variants, or `None` if it was not measured."""
     if not {over, under} <= variants.keys() or variants[under]["minimum"] <= 0:
         return None
     found = (variants[over][each] / variants[under][each] for each in ("median", "minimum"))
@@ -173,12 +179,12 @@ def ratio(variants: dict[str, Record], over: str, under: str) -> Ratio | None:
 
 
 def first(variants: dict[str, Record]) -> Record:
-    """Any of the records that ran side by side, for what they share."""
+    """One of the records that ran side by side, for the values that they share."""
     return next(iter(variants.values()))
 
 
 def ratios(result: dict[str, Any], quantity: str, to: str) -> list[tuple[dict[str, Record], dict[str, Ratio]]]:
-    """What ran side by side, and the ratio of each variant to one of them."""
+    """The records that ran side by side, and the ratio of each variant to one of them."""
     found = []
     for variants in groups(result, quantity).values():
         of = {each: ratio(variants, each, to) for each in variants}
@@ -186,11 +192,11 @@ def ratios(result: dict[str, Any], quantity: str, to: str) -> list[tuple[dict[st
     return found
 
 
-# How a number is written.
+# Formatting.
 
 
 def scaled(value: float, units: dict[float, str]) -> str:
-    """A number in the largest unit that leaves one before the point."""
+    """A number in the largest unit that leaves a digit before the point."""
     size = next((each for each in units if value >= each), min(units))
     number = value / size
     return f"{number:,.{0 if number >= 100 or number == int(number) else 1 if number >= 10 else 2}f} {units[size]}".strip()
@@ -210,7 +216,7 @@ def amount(record: Record) -> str:
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 2) -> str:
-    """A Markdown table; the columns after the first `left` are to the right."""
+    """A Markdown table; the columns after the first `left` are aligned to the right."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
@@ -224,14 +230,14 @@ def ordered(variants: Iterable[str]) -> list[str]:
 
 
 def limits(least: float, most: float) -> str:
-    """A bar, written out."""
+    """A bar as text."""
     if most == math.inf:
         return f"≥ {least:.2f}"
     return f"≤ {most:.2f}" if least == 0 else f"{least:.2f} to {most:.2f}"
 
 
 def at_the_bar(bar: Bar, result: dict[str, Any]) -> list[tuple[str, Ratio]]:
-    """The ratios that a bar is about, written out and as they are."""
+    """The ratios that a bar is about, as text and as numbers."""
     found = []
     for variants in groups(result, bar.quantity).values():
         case, setting = first(variants)["case"], first(variants)["setting"]
@@ -243,7 +249,7 @@ def at_the_bar(bar: Bar, result: dict[str, Any]) -> list[tuple[str, Ratio]]:
 
 
 def bars_section(results: Results) -> str:
-    """Which bars are met."""
+    """The table of bars, with the measured ratios and whether each bar is met."""
     rows = []
     for bar in BARS:
         what = f"{bar.quantity}, tokens {bar.setting.get('tokens', 'any')}"
@@ -259,7 +265,7 @@ def bars_section(results: Results) -> str:
 
 
 def inference_limit(results: Results) -> str:
-    """What no adapter can exceed: an adapted model runs the base too."""
+    """The sentence about the limit that no adapter can exceed, because an adapted model runs the base too."""
     bar = Bar("enable_lora", BASE, "inference", "inference", {**LAYERS, "tokens": 1}, {})
     found = {name: at_the_bar(bar, results[name]) for name in BACKENDS if name in results}
     limits = ", ".join(f"{BACKENDS[name]} {each[0][1].median:.3f}" for name, each in found.items() if each)
@@ -267,7 +273,7 @@ def inference_limit(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The ratios of the bars in short, for the README."""
+    """A short table of the ratios of the bars, for the README."""
     rows = []
     for bar in BARS:
         what = bar.quantity if bar.quantity != "layers" else "forward and backward alone"
@@ -280,16 +286,16 @@ def summary(results: Results) -> str:
 
 
 def training_section(results: Results) -> str:
-    """Every training step, as ratios to full, and the layers alone, as ratios to the floor."""
+    """Every training step, as ratios to `full`, and the layers alone, as ratios to `frozen`."""
     whole = section("A whole training step: ratios to `full`", compared(results, "step", FULL))
     layers = section("Forward and backward of the layers alone: ratios to `frozen`", compared(results, "layers", FROZEN))
-    return chapter("Training", "What the ratios are to has its median in its own column.", [whole, layers])
+    return chapter("Training", "The column of the variant that the ratios refer to shows its median.", [whole, layers])
 
 
 def inference_section(results: Results) -> str:
     """Every forward pass, as ratios to the base."""
     found = table_of(compared(results, "inference", BASE))
-    return chapter("Inference", "Ratios to `base`, whose own column has the median.", [found])
+    return chapter("Inference", "Ratios to `base`. The column of `base` shows its median.", [found])
 
 
 def serving_section(results: Results) -> str:
@@ -301,24 +307,24 @@ Rows = list[tuple[str, str, dict[str, str]]]  # a backend, a case with its setti
 
 
 def chapter(heading: str, about: str, parts: list[str]) -> str:
-    """A part of the page; nothing where nothing was measured."""
+    """A chapter of the page, or `""` if nothing was measured."""
     return "\n" + "\n\n".join([f"## {heading}", about, *filter(None, parts)]) + "\n" if any(parts) else ""
 
 
 def section(heading: str, rows: Rows) -> str:
-    """A heading and a table; nothing where there are no rows."""
+    """A heading and a table, or `""` if there are no rows."""
     return f"### {heading}\n\n{table_of(rows)}" if rows else ""
 
 
 def table_of(rows: Rows) -> str:
-    """A table with a column for each variant; nothing where there are no rows."""
+    """A table with a column for each variant, or `""` if there are no rows."""
     columns = ordered(variant for _, _, cells in rows for variant in cells)
     lines = [[backend, case, *(cells.get(each, "-") for each in columns)] for backend, case, cells in rows]
     return table(["backend", "case", *(f"`{each}`" for each in columns)], lines) if rows else ""
 
 
 def compared(results: Results, quantity: str, to: str) -> Rows:
-    """The rows of a quantity as ratios to a variant, which itself shows what was measured."""
+    """The rows of a quantity as ratios to a variant. The cell of that variant shows its median."""
     rows = []
     for name, result in results.items():
         for variants, found in ratios(result, quantity, to):
@@ -329,7 +335,7 @@ def compared(results: Results, quantity: str, to: str) -> Rows:
 
 
 def amounts(results: Results, quantity: str) -> Rows:
-    """The rows of a quantity: what was measured, and in brackets the ratio to full."""
+    """The rows of a quantity: the medians, with the ratio to `full` in brackets."""
     rows = []
     for name, result in results.items():
         for case, variants in groups(result, quantity).items():
@@ -344,11 +350,11 @@ def amounts(results: Results, quantity: str) -> Rows:
 def sizes_section(results: Results) -> str:
     """Memory, files and FLOPs."""
     tables = [section(heading, amounts(results, quantity)) for quantity, heading in SIZES.items()]
-    return chapter("Memory, files and FLOPs", "In brackets the ratio to `full`.", tables)
+    return chapter("Memory, files and FLOPs", "The ratio to `full` is in brackets.", tables)
 
 
 def once_section(results: Results) -> str:
-    """What happens once, of the cases that are no sweep."""
+    """The other quantities, without the sweeps."""
     plain = {
         name: {**each, "records": [one for one in each["records"] if one["case"] not in SWEEPS]}
         for name, each in results.items()
@@ -356,12 +362,19 @@ def once_section(results: Results) -> str:
     quantities = dict.fromkeys(one["quantity"] for each in plain.values() for one in each["records"])  # in their order
     others = [each for each in quantities if each not in {*TIMES, *SIZES}]
     return chapter(
-        "Once", "In brackets the ratio to `full`.", [section(each.capitalize(), amounts(plain, each)) for each in others]
+        "Other measurements",
+        "The ratio to `full` is in brackets.",
+        [section(heading_of(each), amounts(plain, each)) for each in others],
     )
 
 
+def heading_of(quantity: str) -> str:
+    """The heading of a quantity; the name of a function stays as it is."""
+    return HEADINGS.get(quantity, f"`{quantity}`" if "_" in quantity else quantity.capitalize())
+
+
 def sweep(result: dict[str, Any], case: str) -> dict[tuple[str, str], dict[float, Record]]:
-    """By quantity and variant of a sweep: the records by what the sweep varies."""
+    """The records of a sweep: by quantity and variant, then by the value that varies."""
     found: dict[tuple[str, str], dict[float, Record]] = {}
     for record in result["records"]:
         if record["case"] == case:
@@ -374,7 +387,7 @@ def sweep(result: dict[str, Any], case: str) -> dict[tuple[str, str], dict[float
 
 
 def sweeps_section(results: Results) -> str:
-    """What grows with the layers, the rank and the number of adapters."""
+    """The tables of the sweeps."""
     parts = []
     for case, varied in SWEEPS.items():
         lines = {
@@ -390,31 +403,32 @@ def sweeps_section(results: Results) -> str:
         if rows:
             header = ["backend", "quantity", "variant", *(f"{varied} {at}" for at in ats)]
             parts += [f"### Over {case}", table(header, rows, left=3)]
-    return chapter("Sweeps", "The median of each quantity as one thing grows.", parts)
+    return chapter("Sweeps", "The median of each quantity for different sizes.", parts)
 
 
 def machine_section(results: Results) -> str:
-    """Where and with what each run was."""
+    """The machine and the package versions of each run."""
     parts = []
     for name, result in results.items():
         facts = {"date": result["date"], "seconds": f"{result['seconds']:.0f}", "records": len(result["records"])}
         rows = [[key, str(value)] for key, value in {**facts, **result["machine"], **result["versions"]}.items()]
         parts.append(f"### {title(name, result)}\n\n{table(['', ''], rows)}")
-        if runs := result.get("runs"):  # a GPU's has none
+        if runs := result.get("runs"):  # a GPU run has none
             columns = list(next(iter(runs.values())))
             parts.append(table(["group", *columns], [[group, *map(str, each.values())] for group, each in runs.items()]))
-    return chapter("Machine and versions", "What each run was measured on, and how busy that was around each group.", parts)
+    about = "The machine and the packages of each run, and how busy the machine was before and after each group."
+    return chapter("Machine and versions", about, parts)
 
 
 def text(results: Results) -> str:
     """The whole page."""
     results = shown(results)
-    gpu = f"What is said to be on a GPU was measured on {results['gpu']['machine']['gpu']}." if "gpu" in results else NO_GPU
+    gpu = f"The GPU results were measured on {results['gpu']['machine']['gpu']}." if "gpu" in results else NO_GPU
     hasty = ", ".join(title(name, each) for name, each in results.items() if each["quick"])
     quick = QUICK.format(names=hasty) if hasty else ""
     plots = chapter(
         "Plots",
-        "Ratios of medians; the dashed line is the limit.",
+        "The plots show ratios of medians. The dashed line is `limit`.",
         [f"![{each.title}](benchmarks/{each.name}.svg)" for each in figures(results)],
     )
     sections = [
@@ -438,7 +452,7 @@ def text(results: Results) -> str:
 
 
 class Figure(NamedTuple):
-    """What a plot shows: in each panel lines by name, each of them y by x."""
+    """The data of a plot: in each panel the lines by name, each a mapping from x to y."""
 
     name: str
     title: str
@@ -449,13 +463,13 @@ class Figure(NamedTuple):
 
 
 def figures(results: Results) -> list[Figure]:
-    """The plots that these results allow."""
+    """The plots that can be drawn from these results."""
     full, base = "ratio to full", "ratio to base"
     drawn = [
         Figure("training_step", "A training step of the dense case", "", full, dense_steps(results)),
         Figure("tokens", "A training step by tokens", "tokens", full, panels(results, over_tokens)),
         Figure("ranks", "A training step by rank", "rank", full, panels(results, over_ranks)),
-        Figure("depth", "What happens once, by layers", "layers", "seconds", panels(results, over_layers), "log"),
+        Figure("depth", "One-time work, by layers", "layers", "seconds", panels(results, over_layers), "log"),
         Figure("inference", "Inference by rows of a batch", "rows", base, panels(results, over_batches)),
     ]
     return [each for each in drawn if each.panels]
@@ -500,7 +514,7 @@ def over_batches(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
 def over(
     measured: list[tuple[dict[str, Record], dict[str, Ratio]]], case: str, setting: dict[str, int], varied: str
 ) -> dict[str, dict[Any, float]]:
-    """Of each variant the ratios of a case by what varies, at this setting of the rest."""
+    """The ratios of each variant in a case, by the value that varies, with the other settings fixed."""
     found: dict[str, dict[Any, float]] = {}
     for variants, found_ratios in measured:
         record = first(variants)
@@ -511,7 +525,7 @@ def over(
 
 
 def over_layers(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
-    """The seconds of what keras_lora does once, by layers."""
+    """The seconds of the one-time work of keras_lora, by layers."""
     return {
         quantity: {at: record["median"] for at, record in line.items() if record["median"] > 0}
         for (quantity, variant), line in sweep(result, "depth").items()
@@ -520,7 +534,7 @@ def over_layers(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
 
 
 def draw(figure: Figure, path: Path) -> None:
-    """Draws a plot; the same plot is the same bytes."""
+    """Draw a plot. The same data always gives the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -542,7 +556,7 @@ def draw(figure: Figure, path: Path) -> None:
 
 
 def draw_lines(ax: Any, lines: dict[str, dict[Any, float]], figure: Figure) -> None:
-    """Lines over an axis that doubles, with a colour for each name."""
+    """Lines over a logarithmic axis, with a colour for each name."""
     names = ordered({name for each in figure.panels.values() for name in each})
     for name, line in lines.items():
         look = {"color": "black", "linestyle": "--"} if name == LIMIT else {"color": f"C{names.index(name)}", "marker": "o"}
@@ -566,7 +580,7 @@ def draw_bars(ax: Any, lines: dict[str, dict[Any, float]], figure: Figure) -> No
 
 
 def write() -> None:
-    """The page and its plots, and no plot of another day."""
+    """Write the page and its plots, and remove old plots."""
     results = read()
     (DOCS / "benchmarks.md").write_text(text(results))
     (DOCS / "benchmarks").mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
-"""The page `docs/coverage.md`: what was seen of every layer type, and of every model of KerasHub and keras.applications.
+"""Write the page `docs/coverage.md`: results for every layer type, and for every model of KerasHub and keras.applications.
 
-    KERAS_BACKEND=jax python tests/coverage_page.py law                   # enters docs/coverage/law_jax.json
+    KERAS_BACKEND=jax python tests/coverage_page.py law                   # writes docs/coverage/law_jax.json
     KERAS_BACKEND=jax python tests/sweep.py --json docs/coverage/models_jax.json
-    KERAS_OWN_TESTS_JSON=docs/coverage/keras_tests_jax.json ...           # as `keras_own_tests.py` says
+    KERAS_OWN_TESTS_JSON=docs/coverage/keras_tests_jax.json ...           # see keras_own_tests.py
     python tests/coverage_page.py                                         # writes the page from these files
 
-`test_coverage_page.py` holds the page to the files.
+`test_coverage_page.py` compares the page with the files.
 """
 
 from __future__ import annotations
@@ -23,61 +23,69 @@ BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 METHODS = {"lora": "LoRA", "dora": "DoRA", "trainable_tokens": "trainable tokens"}
 INTRODUCTION = """# Coverage
 
-What `apply_lora` was seen to do, layer type by layer type and model by model. Nothing here is typed in: the tables are
-written by `tests/coverage_page.py` from what `tests/test_law.py`, `tests/keras_own_tests.py` and `tests/sweep.py` saw.
+This page shows test results of `apply_lora` for each layer type and each model. `tests/coverage_page.py` writes the tables
+from the results of `tests/test_law.py`, `tests/keras_own_tests.py` and `tests/sweep.py`. No number is entered by hand.
 """
 OF_LAYERS = """
 ## Layer types
 
-For each layer type, every case of the law test: strides, padding, dilation, groups, data formats, masks, states, directions
-and dtypes where the layer has them. A number is the largest difference between what runs and a plain Keras layer that holds
-`W + ΔW`, over the cases and over {backends}, relative to the largest output where that exceeds one. A dash: the method
-changes rows of an embedding, and this is none.
+An adapted layer must compute the same as a plain Keras layer with the kernel `W + ΔW`. `tests/test_law.py` checks this for
+each layer type, in several cases: strides, padding, dilation, groups, data formats, masks, states, directions and dtypes, as
+far as the layer has them. Each number is the largest difference over the cases and over {backends}. It is relative to the
+largest output if that is greater than one. A dash means that the method does not apply: trainable
+tokens need an embedding.
 
 {table}
 
-Dropout of the adapter's input is refused where a kernel never sees that input alone: depthwise, separable and recurrent
-kernels, embeddings, and registered kernels. The two sides of a bfloat16 row round differently.
+Dropout on the input of the adapter is refused if the kernel never gets that input alone. This is so for depthwise, separable
+and recurrent kernels, embeddings, and registered kernels. In the bfloat16 rows, the two sides round differently.
 
 Measured with {versions}.
 """
 OF_KERAS_TESTS = """
 ## Keras's own tests
 
-The tests that Keras {keras} ships for these layers, run by `tests/keras_own_tests.py` with adapted layers, whose adapters
-add zero, in the place of Keras's. No test that ran failed. "Without an adapter" are tests that need none, such as those of
-wrong arguments; "skipped" are those that Keras skips on a backend; "with the stored kernel" are tests that assign
-`layer.kernel`, read its constraint or ask for a gradient by it, which run with the frozen kernel in the place of `W + ΔW`.
-Each cell is {order}.
+`tests/keras_own_tests.py` runs the tests that Keras {keras} has for these layers. Instead of Keras's layers it uses adapted
+layers whose adapters add zero. No test that ran failed. The counts:
+
+- "passed": all tests that passed, with the next two groups.
+- "without an adapter": tests that need no adapter, for example tests of wrong arguments.
+- "with the stored kernel": tests that assign `layer.kernel`, read its constraint or need a gradient with respect to it. They
+  run with the frozen kernel instead of `W + ΔW`.
+- "skipped": tests that Keras skips on a backend.
+- "left out": tests that are not run; the reasons are below.
+
+Each cell shows {order}.
 
 {table}
 
-Left out, with the number of tests:
+These tests are left out. Each line starts with their number:
 
 {reasons}
 """
 OF_MODELS = """
 ## Models
 
-Built from small configs without weights, given random numbers, adapted with the default targets at rank 2, and put through
-what a user does:
+Each model is built from a small config, gets random weights, is adapted with the default targets at rank 2, and goes through
+the steps of a user:
 
-- **share**: what trains of all parameters. It is large because these models are tiny; the README has a real one.
-- **forward**: the difference that `apply_lora` makes. 0 is bit for bit.
-- **training**: what one step of `fit` moved, towards outputs of no meaning. "yes" is more than half of the adapters'
+- **share**: the share of the parameters that train. It is large because these models are tiny. The README shows it for a
+  real model.
+- **forward**: how much `apply_lora` changes the outputs. 0 means bit for bit the same.
+- **training**: what one step of `fit`, towards meaningless targets, changes. "yes" means more than half of the adapters'
   weights, and nothing else.
-- **`.keras`**, **merge**: the difference after saving and loading, and after merging, once the adapters have moved. Where
-  merging exceeds 1e-4, the last bit of the input changes about as much.
+- **`.keras`**, **merge**: how much the outputs change by saving and loading, and by merging, once the adapters have moved.
+  If the number for merging is above 1e-4, a change of the last bit of the input has about the same effect.
 
-A number is the largest over the backends that the last column names, relative to the largest number of an output.
+Each number is the largest one over the backends in the last column, relative to the largest number of an output.
 
-What does not hold, and why; the table says "see" and the number:
+Some steps do not work. The table then has "see" and the number of the reason:
 
 {reasons}
 
 {table}
 
-Every backbone and task that KerasHub exports is in the table, but for {not_here}.
+The table has every backbone and task that KerasHub exports, except {not_here}.
 
 Measured with {versions}.
 """
@@ -89,13 +97,13 @@ def say(found: float) -> str:
 
 
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; the columns after the first `left` are to the right."""
+    """A Markdown table; the columns after the first `left` are aligned to the right."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
 def results(kind: str) -> dict[str, dict[str, Any]]:
-    """What was measured, by backend."""
+    """The results by backend."""
     paths = {backend: DOCS / "coverage" / f"{kind}_{backend}.json" for backend in BACKENDS}
     return {backend: json.loads(path.read_text()) for backend, path in paths.items() if path.exists()}
 
@@ -109,7 +117,7 @@ def versions(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def measure_law() -> None:
-    """Every case of the law test on this backend, into its file."""
+    """Run every case of the law test on this backend and write its file."""
     from test_law import CASES, FROZEN, PAIRS, law
 
     backend = os.environ["KERAS_BACKEND"]
@@ -172,13 +180,13 @@ def keras_tests_section() -> str:
 
 
 class Reasons:
-    """Why something does not hold: each reason once, shown in the table by its number."""
+    """The reasons for steps that do not work. Each is listed once, and the table shows its number."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def number(self, text: str) -> str:
-        """What a cell of the table says."""
+        """The text of a cell with this reason."""
         if text not in self.texts:
             self.texts.append(text)
         return f"see {self.texts.index(text) + 1}"
@@ -204,7 +212,7 @@ def models_section() -> str:
 
 
 def cells(seen: dict[str, dict[str, Any]], reasons: Reasons) -> list[str]:
-    """The cells of a model, of what was seen of it by backend."""
+    """The cells of a model, from its results by backend."""
     built = {backend: each for backend, each in seen.items() if "error" not in each}
     on = [BACKENDS[backend] for backend in built]
     on += [reasons.number(f"On {BACKENDS[backend]}: {seen[backend]['error']}") for backend in seen if backend not in built]
@@ -224,8 +232,8 @@ def number(key: str, built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
     if failing:
         plain, on = next(iter(failing.values())), ", ".join(BACKENDS[each] for each in failing)
         if isinstance(plain, str):
-            return reasons.number(f"On {on} the plain model fails as well. {plain}")
-        return reasons.number(f"On {on} the plain model comes back another as well, by {say(plain)}.")
+            return reasons.number(f"On {on}, the plain model fails too. {plain}")
+        return reasons.number(f"On {on}, the plain model also comes back different, by {say(plain)}.")
     return say(max(each[key] for each in built.values()))
 
 
@@ -235,12 +243,10 @@ def training(built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
         if each["moved"] and each["moved"] != each["plain_moved"]:
             return reasons.number(f"{BACKENDS[backend]}: {each['moved']}")
         if isinstance(each["moved"], str):
-            return reasons.number(f"The frozen plain model cannot be trained so either. {each['moved']}")
+            return reasons.number(f"The frozen plain model cannot be trained this way either. {each['moved']}")
         if each["moved"]:
             inside = ", ".join(sorted({path.split("/")[-1] for path in each["moved"]}))
-            return reasons.number(
-                f"The frozen plain model moves these by itself when it trains, and so it does here: {inside}."
-            )
+            return reasons.number(f"Training changes these in the frozen plain model too: {inside}.")
     return "yes"
 
 

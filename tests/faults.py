@@ -1,7 +1,7 @@
 """Seeded faults: small mistakes that the tests must notice. `make mutants` makes them one at a time in a copy.
 
 Each fault replaces one piece of text, which stands in its file once, by another. `tests/test_faults.py` holds the list to
-the code, so that it cannot rot; `docs/seeded_faults.md` says which test noticed each.
+the code, so that it cannot rot; `tests/seeded_faults.md` shows which test noticed each.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ FAULTS = [
         "swap/flags.py",
         'said = mark if now == mark["plan"] else {**mark, "now": now}',
         "said = mark",
-        "said = mark",
+        "test_training",
     ),
     Fault(
         "statistics of a layer that trains are not among what travels",
@@ -538,7 +538,7 @@ FAULTS = [
         "files/adapter_state.py",
         "                if address not in self.adapters:\n                    problems.append",
         "                if False:\n                    problems.append",
-        "                if False:\n                    problems.append",
+        "test_adapter_file",
     ),
     Fault(
         "a tensor that fits nothing is skipped",
@@ -552,7 +552,7 @@ FAULTS = [
         "files/adapter_state.py",
         "if self.base_weights is not None and fingerprint",
         "if False and fingerprint",
-        "if False and fingerprint",
+        "test_adapter_file",
     ),
     Fault(
         "`trainable=False` leaves the adapter training",

@@ -1,7 +1,7 @@
 """The import graph of the package: modules at the top, arrows between the parts of the house, floors, circles.
 
-    python tests/import_graph.py            # of this checkout
-    python tests/import_graph.py REVISION   # of another commit
+python tests/import_graph.py            # of this checkout
+python tests/import_graph.py REVISION   # of another commit
 """
 
 from __future__ import annotations

@@ -13,16 +13,26 @@ import pytest
 from helpers import covering
 
 import keras_lora
+from keras_lora import adapters
+from keras_lora.swap import adapted
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ["keras_lora", *(each.name for each in pkgutil.walk_packages(keras_lora.__path__, "keras_lora."))]
 
 
-@pytest.mark.parametrize(
-    "name",
-    covering(MODULES, ["keras_lora.applying", "keras_lora.layers.dense"]),
-)
+@pytest.fixture(autouse=True)
+def _what_examples_register_goes_again():
+    """Examples register layers and methods; other tests look at the tables of all there are."""
+    tables = (adapters.TABLE, adapted.ADAPTED_CLASSES)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.parametrize("name", covering(MODULES, ["keras_lora.applying", "keras_lora.layers.dense"]))
 def test_the_examples_of_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name)

@@ -125,7 +125,7 @@ def trained_on(backend, request):
     return list(ZOO)[BACKENDS.index(HERE) :: 3] if every else TRAINED_ELSEWHERE
 
 
-@pytest.mark.parametrize(("backend", "name"), pairs())
+@pytest.mark.parametrize(("backend", "name"), list(pairs()))
 def test_a_fresh_process_loads_the_same_model_and_goes_on_learning(backend, name, saved, loaded, request):
     before, after = saved[1][name], loaded(backend, name)
     if name == "made_by_hand" and HERE == "torch" and backend != "torch":

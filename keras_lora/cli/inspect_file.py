@@ -126,9 +126,7 @@ def _peft(path: Path) -> dict[str, Any]:
     _, tensors = _safetensors(file)
     ranks = sorted({row["shape"][0] for row in tensors if "lora_A" in row["tensor"] or "lora_embedding_A" in row["tensor"]})
     if not ranks:
-        raise Refused(
-            f"{file} has {len(tensors)} tensors, none of an adapter of keras_lora or a LoRA of PEFT. {_EXPECTED}"
-        )
+        raise Refused(f"{file} has {len(tensors)} tensors, none of an adapter of keras_lora or a LoRA of PEFT. {_EXPECTED}")
     config: dict[str, Any] = {}
     if config_file.is_file():
         with refusing(ValueError, OSError, before=f"{config_file} is not whole: "):

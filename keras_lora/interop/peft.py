@@ -125,12 +125,13 @@ def to_peft(
     Example:
 
     >>> import json, os, tempfile, keras_hub, keras_lora
+    >>> from pathlib import Path
     >>> from keras_lora.interop import to_peft
     >>> sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8}
     >>> model = keras_hub.models.BertBackbone(vocabulary_size=9, max_sequence_length=5, **sizes)
     >>> folder = os.path.join(tempfile.mkdtemp(), "french")
     >>> to_peft(keras_lora.apply_lora(model, rank=2, targets="query"), folder, prefix="bert.")
-    >>> json.load(open(os.path.join(folder, "adapter_config.json")))["target_modules"]
+    >>> json.loads(Path(folder, "adapter_config.json").read_text())["target_modules"]
     ['bert.encoder.layer.0.attention.self.query']
 
     Reference:
