@@ -2,6 +2,7 @@
 
     python tests/mutants.py               # all of them: writes tests/seeded_faults.md, exit code 1 where the bar is missed
     python tests/mutants.py PEFT merge    # those with one of these words in their name: prints what was seen
+    python tests/mutants.py --resume      # goes on with a run that was interrupted
 
 A fault is first looked for by the file of tests named beside it, then by the whole of `make quick`, then by the suites of
 `make test` on torch, JAX and TensorFlow; the first test that fails ends it. The bar: `make test` notices every fault, and
@@ -11,6 +12,7 @@ A fault is first looked for by the file of tests named beside it, then by the wh
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import re
 import shutil
@@ -36,6 +38,8 @@ COPIED = (
 )
 COPIED += ("pyproject.toml", "mkdocs.yml", "requirements", ".ci", ".github")
 QUICK_SHARE = 0.9
+#: What a run has seen so far.
+SEEN = ROOT / ".cache" / "mutants.json"
 
 
 def noticed(fault: Fault) -> tuple[str, str]:
@@ -104,12 +108,21 @@ def page(seen: dict[str, tuple[str, str]]) -> str:
 
 
 def main(words: list[str]) -> int:
+    resume = "--resume" in words
+    words = [word for word in words if word != "--resume"]
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     seen: dict[str, tuple[str, str]] = {}
+    if resume and SEEN.exists():
+        seen = {key: tuple(each) for key, each in json.loads(SEEN.read_text()).items() if each[0] != "none"}
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for fault, found in zip(chosen, pool.map(noticed, chosen), strict=True):
-            seen[fault.name] = found
-            print(f"{fault.name}: {found[0]} {found[1]}", flush=True)
+        running = {pool.submit(noticed, fault): fault for fault in chosen if fault.name not in seen}
+        for done in concurrent.futures.as_completed(running):
+            name = running[done].name
+            seen[name] = done.result()
+            print(f"{name}: {seen[name][0]} {seen[name][1]}", flush=True)
+            SEEN.parent.mkdir(exist_ok=True)
+            SEEN.write_text(json.dumps(seen))
+    seen = {fault.name: seen[fault.name] for fault in chosen}
     if not words:
         PAGE.write_text(page(seen))
     speeds = [speed for speed, _ in seen.values()]
