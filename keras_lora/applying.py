@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_lora import adapters, checks
+from keras_lora.checks import AnyLayer
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
@@ -25,7 +26,7 @@ BASE_DTYPES = ("bfloat16",)
 @checks.helpful
 @walking_once()
 def apply_lora(
-    model: Any,
+    model: AnyLayer,
     adapter: str | dict[str, Any] | adapters.Adapter = "lora",
     *,
     rank: int | None = None,
@@ -42,7 +43,7 @@ def apply_lora(
     base_dtype: str | None = None,
     input_shape: Any = None,
     name: str | None = None,
-) -> Any:
+) -> AnyLayer:
     """Freeze a model and add adapters to its linear layers, in place.
 
     The layers stay the same objects with the same names, and the outputs stay the same numbers until training moves them.
@@ -75,9 +76,10 @@ def apply_lora(
         blocks: Adapt only inside these of the model's repeated blocks: an index, several, or a slice of indices
             (`slice(-4, None)`, the last four) or of fractions of the depth (`slice(0.5, None)`, the upper half). Each series
             of blocks (an encoder, a decoder) is counted on its own.
-        base_dtype: `"bfloat16"` stores the float kernels of the adapted layers in it, at half the memory of float32, and
-            computes their products in it, without a float32 copy of them; the adapters stay float32. By default kernels
-            stay as they are. `remove_lora` and `merge_lora` give them their own dtype back, not the digits they lost.
+        base_dtype: `"bfloat16"` stores the float kernels of the adapted layers in bfloat16, at half the memory of float32,
+            and computes their products in it; the adapters stay float32. By default kernels stay as they are. During a
+            step, XLA on JAX and TensorFlow may widen the kernels again. `remove_lora` and `merge_lora` restore the dtype;
+            the digits that were rounded away are lost.
         input_shape: Builds an unbuilt model first.
         name: What to call the adapter, `"default"` where the model has none yet. It is in no key of any file.
 
@@ -135,7 +137,7 @@ def apply_lora(
 
 
 @walking_once()
-def remove_lora(model: Any) -> Any:
+def remove_lora(model: AnyLayer) -> AnyLayer:
     """Take every adapter out of a model, in place: classes, flags, variables and outputs are as `apply_lora` found them.
 
     Args:
@@ -214,7 +216,8 @@ def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
         seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32
         adapter = adapters.copy_of(adapter, seed=seed)
     slots.start(linear, adapter)
-    return adapter
+    made: adapters.Adapter = adapter
+    return made
 
 
 def reset_compilation(model: keras.layers.Layer, warn: bool = True) -> None:

@@ -14,6 +14,7 @@ from keras_lora import adapters, checks, reports
 from keras_lora.adapters import factors
 from keras_lora.adapters.factors import Factors
 from keras_lora.applying import inject, require_adapted, reset_compilation
+from keras_lora.compat import keras_internals
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import address_of, named_adapters, set_adapter
@@ -181,18 +182,32 @@ def compress_adapter(
     old = named_adapters(model)[name]
     made = {address: _approximated(linear, [(1.0, adapter)], rank, energy) for address, (linear, adapter) in old.items()}
     new = {address: _plain_lora(old[address][0], found) for address, (found, _) in made.items()}
-    for address, (linear, before) in old.items():
-        adapter = new[address]
+    replace(model, name, new)
+    linears = {address: linear for address, (linear, _) in old.items()}
+    return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
+
+
+def replace(model: Any, name: str, made: Mapping[str, adapters.Adapter]) -> None:
+    """Put adapters with weights in the place of those of a name. They are as active and as trainable as those were.
+
+    Args:
+        model: An adapted model.
+        name: The adapter whose parts are replaced.
+        made: The new adapters by the address of their kernel; parts at other addresses stay.
+    """
+    old = named_adapters(model)[name]
+    for address, adapter in made.items():
+        linear, before = old[address]
         adapter.strength.assign(before.strength)
         set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
         planned = any(flags.planned_variables(layer) for layer in adapters.with_sublayers(before))
         now = bool(before.trainable_variables)
-        both = (flags.Flags(each, [each] * 2) for each in (planned, now))
-        flags.mark(adapter, flags.flags_of(adapter), *both)
+        for layer in adapters.with_sublayers(adapter):
+            own = len(keras_internals.own_trainable_variables(layer))
+            both = (flags.Flags(each, [each] * own) for each in (planned, now))
+            flags.mark(layer, flags.flags_of(layer), *both)
         slots.take(linear, before)
     reset_compilation(model)
-    linears = {address: linear for address, (linear, _) in old.items()}
-    return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
 
 
 def _combined(
@@ -233,7 +248,8 @@ def _approximated(linear: LinearMap, terms: _Terms, rank: int | None, energy: fl
 
 
 def _sum(matrices: list[np.ndarray]) -> np.ndarray:
-    return np.sum(matrices, axis=0)
+    found: np.ndarray = np.sum(matrices, axis=0)
+    return found
 
 
 def _factors_of(adapter: adapters.Adapter) -> Factors:

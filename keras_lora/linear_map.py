@@ -244,11 +244,43 @@ class LinearMap:
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
         if len(x.shape) == 2 and self.kernel_axes == "io":
             return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel)
+        rows_of_y = None if in_one else ops.reshape(y, (-1, self.matrix_shape[-1]))
+        return self.from_rows(backend.low_rank_sum(self.as_rows(x), a, b, scale, strength, y=rows_of_y, kernel=kernel), x)
+
+    # For methods that act on the input, such as block rotations and gains of input units.
+
+    @property
+    def last_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of the last axes of the input and of the output that are those of the matrix, if `is_matmul`."""
         in_dim, out_dim = self.matrix_shape
-        shape = (*ops.shape(x)[:-1], out_dim) if in_one else ops.shape(y)
-        flat_y = None if in_one else ops.reshape(y, (-1, out_dim))
-        flat = backend.low_rank_sum(ops.reshape(x, (-1, in_dim)), a, b, scale, strength, y=flat_y, kernel=kernel)
-        return ops.reshape(flat, shape)
+        return (in_dim,), (out_dim,)
+
+    def as_rows(self, x: Any) -> Any:
+        """The input as rows `(n, in_dim)`, one for each time that the matrix is used.
+
+        Raises:
+            ValueError: The map is no product of rows and a matrix (a convolution, a lookup, groups).
+        """
+        self._need_rows()
+        return ops.reshape(x, (-1, self.matrix_shape[-2]))
+
+    def from_rows(self, y: Any, x: Any) -> Any:
+        """Rows `(n, out_dim)` in the layout of the layer's output for the input `x`."""
+        self._need_rows()
+        inputs, outputs = self.last_axes
+        return ops.reshape(y, (*ops.shape(x)[: len(x.shape) - len(inputs)], *outputs))
+
+    def along_inputs(self, v: Any, x: Any) -> Any:
+        """One number per input unit, `v (in_dim,)`, shaped to broadcast against the input `x`."""
+        self._need_rows()
+        return ops.reshape(v, self.last_axes[0])
+
+    def _need_rows(self) -> None:
+        if not self.is_matmul:
+            raise ValueError(
+                f"The input of layer '{self.layer.name}', a {type(self.layer).__name__}, has no rows. Expected a layer that "
+                "computes `rows @ matrix`, such as Dense. Use `linear.apply` or `linear.contract` instead."
+            )
 
     @property
     def _can_run_in_one(self) -> bool:

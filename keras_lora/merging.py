@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_lora import adapters, checks
 from keras_lora.applying import require_adapted, reset_compilation, take_out
+from keras_lora.checks import AnyLayer
 from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
@@ -32,7 +33,7 @@ class _Kept:
 
 @checks.helpful
 @walking_once()
-def merge_lora(model: Any, *, keep: bool = False) -> Any:
+def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
     """Add the change of every active adapter to its kernel, in place, and make the model a plain Keras model again.
 
     The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, needs no extra time
@@ -84,7 +85,7 @@ def merge_lora(model: Any, *, keep: bool = False) -> Any:
     return model
 
 
-def unmerge_lora(model: Any) -> Any:
+def unmerge_lora(model: AnyLayer) -> AnyLayer:
     """Undo `merge_lora(model, keep=True)`: kernels bit for bit as they were, and the same adapters, as trainable as before.
 
     Args:
@@ -139,7 +140,8 @@ def _placed(
 
 
 def _merged_kernel(linear: LinearMap, change: slots.Change) -> np.ndarray:
-    return ops.convert_to_numpy(linear.changed_kernel(change))
+    found: np.ndarray = ops.convert_to_numpy(linear.changed_kernel(change))
+    return found
 
 
 def _warn_of_inactive(model: keras.layers.Layer, keep: bool) -> None:

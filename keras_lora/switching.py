@@ -15,6 +15,7 @@ from typing import Any
 
 from keras_lora import adapters, checks
 from keras_lora.applying import require_adapted, reset_compilation, take_out
+from keras_lora.checks import AnyLayer
 from keras_lora.compat import keras_internals
 from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import AdaptedLayer, named_adapters, set_containers, set_plain
@@ -22,7 +23,7 @@ from keras_lora.swap.adapters_of_model import check_names
 from keras_lora.swap.addresses import walk
 
 
-def activate_adapters(model: Any, names: str | Iterable[str] | Mapping[str, float] | None) -> Any:
+def activate_adapters(model: AnyLayer, names: str | Iterable[str] | Mapping[str, float] | None) -> AnyLayer:
     """Choose which adapters change the model: one, several added up, or none. Nothing is compiled again.
 
     Args:
@@ -127,7 +128,7 @@ def disable_adapters(model: Any) -> Iterator[Any]:
             adapter.strength.assign(strength)
 
 
-def train_adapters(model: Any, names: str | Iterable[str]) -> Any:
+def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
     """Choose which adapters train; the others are frozen, active or not. What else was to train still does.
 
     An adapter that trains should be active: through an inactive one no gradient flows, and weight decay still shrinks it.
@@ -163,7 +164,7 @@ def train_adapters(model: Any, names: str | Iterable[str]) -> Any:
     return model
 
 
-def delete_adapter(model: Any, name: str) -> Any:
+def delete_adapter(model: AnyLayer, name: str) -> AnyLayer:
     """Take an adapter out of a model, and free its memory. Deleting the last one leaves a plain model, like `remove_lora`.
 
     Args:

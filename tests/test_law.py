@@ -434,3 +434,23 @@ def test_a_map_that_sees_no_input_refuses_dropout_and_changes_nothing(case):
         perturb(layer)
         dropped = run(lambda x: layer(x, **case.call, training=True), case)
         assert difference(value(dropped), result(layer, case)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("name", covering(CASES, HANDFUL[:2]))
+def test_the_rows_of_an_input_are_what_the_matrix_is_used_on(name):
+    case = CASES[name]
+    for linear in maps_by_address(case.built()).values():
+        if getattr(linear, "equation", "") is None:
+            continue  # it is known where the layer uses the kernel
+        x, (in_dim, out_dim) = ops.convert_to_tensor(case.x), linear.matrix_shape[-2:]
+        if not linear.is_matmul:
+            with pytest.raises(ValueError, match="has no rows"):
+                linear.as_rows(x)
+            continue
+        matrix, gain = numbers(in_dim, out_dim), numbers(in_dim)
+        wanted = value(linear.apply(x, ops.convert_to_tensor(matrix)))
+        found = linear.from_rows(ops.matmul(linear.as_rows(x), matrix), x)
+        assert found.shape == wanted.shape
+        assert difference(value(found), wanted) < 1e-5
+        scaled = linear.apply(x * linear.along_inputs(ops.convert_to_tensor(gain), x), ops.convert_to_tensor(matrix))
+        assert difference(value(scaled), value(linear.apply(x, ops.convert_to_tensor(gain[:, None] * matrix)))) < 1e-5

@@ -80,7 +80,8 @@ def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
     unknown = sorted(set(changed) - set(config))
     if unknown:
         raise ValueError(f"{type(adapter).__name__} has no argument {unknown}. Expected some of {sorted(config)}.")
-    return type(adapter).from_config({**config, **changed})
+    found: Adapter = type(adapter).from_config({**config, **changed})
+    return found
 
 
 __all__ = [

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -14,6 +14,9 @@ from keras import ops
 
 from keras_lora import checks
 from keras_lora.compat import keras_internals
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 _SKIP_INIT = contextvars.ContextVar("skip_init", default=False)
 
@@ -64,11 +67,11 @@ class Adapter(keras.layers.Layer):
             shape=(), initializer="ones", name="strength", dtype="float32", trainable=False, autocast=False
         )
 
-    def build_for(self, linear: Any) -> None:
+    def build_for(self, linear: LinearMap) -> None:
         """Create the weights for `linear` at the method's starting point, where the change is zero."""
         raise TypeError(f"{type(self).__name__} does not define `build_for(linear)`, which creates the adapter's weights.")
 
-    def create_for(self, linear: Any) -> None:
+    def create_for(self, linear: LinearMap) -> None:
         """Create the weights for `linear`, or raise if it cannot have this adapter. The library calls this."""
         if (problem := self.problem_with(linear)) is not None:
             raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
@@ -76,7 +79,7 @@ class Adapter(keras.layers.Layer):
         self.build_for(linear)
         self.built = True
 
-    def problem_with(self, linear: Any) -> str | None:
+    def problem_with(self, linear: LinearMap) -> str | None:
         """Why `linear` cannot have this adapter, with what to do, or `None`. Asked before anything changes."""
         return None
 
@@ -116,14 +119,14 @@ class Adapter(keras.layers.Layer):
         """`strength · ΔW`: what is added to the kernel."""
         return ops.multiply(self.strength, self.delta_kernel(matrix))
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         """`apply(x, W + strength · ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
 
         This default computes the definition. A method with a cheaper way overrides it; the law test holds it to this one.
         """
         return ops.add(y, linear.apply(x, ops.cast(self.change(linear.matrix), y.dtype)))
 
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+    def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
         """`adapted_output` from `x` alone, for a method that is faster when it computes the base output itself."""
         if type(self).adapted_output is Adapter.adapted_output and linear.is_plain_matmul:
             # One large product with `W + ΔW` and not two.
@@ -131,7 +134,7 @@ class Adapter(keras.layers.Layer):
             return linear.apply(x, ops.add(matrix, ops.cast(self.change(matrix), matrix.dtype)))
         return self.adapted_output(x, linear.base_output(x), linear, training=training)
 
-    def base_changed(self, linear: Any) -> None:
+    def base_changed(self, linear: LinearMap) -> None:
         """Called when other values were loaded into the kernel: bring what was computed from it up to date."""
 
     def add_factor(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.lora import LoRA
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 
 @keras.saving.register_keras_serializable("keras_lora")
@@ -65,10 +68,10 @@ class DoRA(Adapter):
         """What multiplies `A B`."""
         return self.lora.scale
 
-    def problem_with(self, linear: Any) -> str | None:
+    def problem_with(self, linear: LinearMap) -> str | None:
         return self.lora.problem_with(linear)
 
-    def build_for(self, linear: Any) -> None:
+    def build_for(self, linear: LinearMap) -> None:
         *groups, _, out_dim = linear.matrix_shape
         # Initializers, not values: in a model that is being traced the kernel has no value yet.
         self.kernel_norm_squared = self.add_factor(
@@ -78,7 +81,7 @@ class DoRA(Adapter):
         with keras.name_scope(self.name):
             self.lora.create_for(linear)
 
-    def base_changed(self, linear: Any) -> None:
+    def base_changed(self, linear: LinearMap) -> None:
         old = ops.convert_to_tensor(self.kernel_norm_squared)
         new = _norm_squared(linear)
         # The magnitude keeps its ratio to the kernel's norm: an untrained one becomes the new norm itself.
@@ -99,17 +102,17 @@ class DoRA(Adapter):
         norm = ops.stop_gradient(ops.sqrt(ops.sum(ops.square(direction), axis=-2, keepdims=True)))
         return ops.subtract(ops.multiply(ops.divide(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         if not linear.scales_outputs:  # a tied embedding in reverse sums over the units that the magnitude scales
             return super().adapted_output(x, y, linear, training)
         return self._output(x, y, linear, training)
 
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+    def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
         if not linear.scales_outputs:
             return super().output(x, linear, training)
         return self._output(x, None, linear, training)
 
-    def _output(self, x: Any, y: Any, linear: Any, training: bool | None) -> Any:
+    def _output(self, x: Any, y: Any, linear: LinearMap, training: bool | None) -> Any:
         """`W + t ΔW = c (W + (t g / c) sAB)`, with strength t, the gain g of an output unit, and `c = 1 + t (g - 1)`."""
         gain = ops.divide(self.magnitude, self.direction_norm(linear))
         more = ops.multiply(self.strength, ops.subtract(gain, 1.0))
@@ -124,7 +127,7 @@ class DoRA(Adapter):
         # Written y + (c - 1) y because c stays close to 1, where bfloat16 has only 3 digits.
         return ops.add(y, ops.multiply(y, linear.along_outputs(ops.cast(more, y.dtype), y)))
 
-    def direction_norm(self, linear: Any) -> Any:
+    def direction_norm(self, linear: LinearMap) -> Any:
         """`‖W + scale · A B‖` of each output, `(*groups, out_dim)`, from products no larger than `(rank, out_dim)`.
 
         A constant in the gradient (section 4.3 of the paper).
@@ -149,6 +152,6 @@ class DoRA(Adapter):
         return {**self.lora.get_config(), **own}
 
 
-def _norm_squared(linear: Any) -> Any:
+def _norm_squared(linear: LinearMap) -> Any:
     """`‖W_j‖²` of each output unit, in float32."""
     return ops.sum(ops.square(ops.cast(linear.matrix, "float32")), axis=-2)

@@ -136,7 +136,8 @@ def _elected(values: list[np.ndarray]) -> np.ndarray:
     """For each entry, the mean of the values that have the sign of the sum, which is 0 where the sum is."""
     stacked = np.stack(values)
     agree = np.sign(stacked) == np.sign(stacked.sum(axis=0))
-    return np.where(agree, stacked, 0.0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+    found: np.ndarray = np.where(agree, stacked, 0.0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+    return found
 
 
 def _checked(factors: Factors) -> Factors:
@@ -156,7 +157,8 @@ def _matrix(array: Any) -> np.ndarray:
     array = _float64(array)
     if array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"Expected a matrix, not empty, in the last 2 of 2 or 3 axes. Received: shape {array.shape}.")
-    return array
+    found: np.ndarray = array
+    return found
 
 
 def _same(what: str, shapes: list[Any]) -> None:
@@ -173,4 +175,5 @@ def _float64(array: Any) -> np.ndarray:
     array = np.asarray(array, np.float64)
     if not np.isfinite(array).all():
         raise ValueError(f"Expected finite numbers. Received: {np.count_nonzero(~np.isfinite(array))} that are not.")
-    return array
+    found: np.ndarray = array
+    return found

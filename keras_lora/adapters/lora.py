@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 
 @keras.saving.register_keras_serializable("keras_lora")
@@ -66,12 +69,12 @@ class LoRA(LowRank):
         self.b_initializer = keras.initializers.get(b_initializer)
         self.freeze_a = bool(freeze_a)
 
-    def problem_with(self, linear: Any) -> str | None:
+    def problem_with(self, linear: LinearMap) -> str | None:
         if self.freeze_a and linear.picks_rows and self.a_initializer is None:
             return "`freeze_a` keeps A as it starts, and for an embedding that is zero; leave it out or use freeze_a=False"
         return super().problem_with(linear)
 
-    def build_for(self, linear: Any) -> None:
+    def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         a_default = keras.initializers.RandomUniform(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim), seed=self.seed)
         b_default: Any = "zeros"
@@ -128,4 +131,5 @@ class LoRA(LowRank):
 def _with_size_of(lora: LoRA, other: LoRA) -> LoRA:
     """`other` with the rank and the scale of `lora`."""
     size = {key: lora.get_config()[key] for key in ("rank", "alpha", "rank_stabilized")}
-    return LoRA.from_config({**other.get_config(), **size})
+    found: LoRA = LoRA.from_config({**other.get_config(), **size})
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -13,6 +13,9 @@ from keras import ops
 from keras_lora import checks
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.compat import keras_internals
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 
 class LowRank(Adapter):
@@ -74,7 +77,7 @@ class LowRank(Adapter):
         """The factors as they are now."""
         return self.pair(self.saved_weights, self.matrix_shape)
 
-    def problem_with(self, linear: Any) -> str | None:
+    def problem_with(self, linear: LinearMap) -> str | None:
         if not self.dropout or linear.no_dropout is None:
             return None
         return (
@@ -92,13 +95,13 @@ class LowRank(Adapter):
         a, b = (ops.convert_to_tensor(factor) for factor in self.current_pair())
         return a, ops.multiply(ops.multiply(self.scale, self.strength), b)
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         return self.add_product(x, y, linear, training, *self.current_pair(), self.strength)
 
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+    def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
         return self.adapted_output(x, None, linear, training)
 
-    def add_product(self, x: Any, y: Any, linear: Any, training: bool | None, a: Any, b: Any, strength: Any) -> Any:
+    def add_product(self, x: Any, y: Any, linear: LinearMap, training: bool | None, a: Any, b: Any, strength: Any) -> Any:
         """`y + strength · scale · (x a) b`, with dropout before `a` in training. `y` that is `None` is the base output."""
         if self.seed_generator is None or not training:
             return linear.low_rank_sum(x, a, b, self.scale, strength, y)

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -15,6 +15,9 @@ from keras import ops
 from keras_lora import checks
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 #: The key of the index among the inputs of a model.
 INDEX = "adapter_index"
@@ -52,12 +55,12 @@ class PerExample(Adapter):
         self.rank = checks.positive_integer("rank", rank)
         self.capacity = checks.positive_integer("capacity", capacity)
 
-    def problem_with(self, linear: Any) -> str | None:
+    def problem_with(self, linear: LinearMap) -> str | None:
         if linear.no_examples is None:
             return None
         return f"its examples cannot have an adapter each, for {linear.no_examples}; leave it out of `targets`"
 
-    def build_for(self, linear: Any) -> None:
+    def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         places = self.capacity + 1
         self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", trainable=False)
@@ -76,7 +79,7 @@ class PerExample(Adapter):
             "plain model with `keras_lora.load_adapter` for that."
         )
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         index = _INDEX.get()
         if index is None:
             return y

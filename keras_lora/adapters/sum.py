@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_lora.adapters.adapter import Adapter
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 
 class Sum:
@@ -29,7 +32,7 @@ class Sum:
         first, *rest = (adapter.change(matrix) for adapter in self.adapters)
         return sum(rest, start=first)
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         """`apply(x, W + Σ strength · ΔW)`, given the input `x` and the base output `y`."""
         total = y
         for adapter in _joined(self.adapters, linear, training):
@@ -39,7 +42,7 @@ class Sum:
                 total = ops.add(total, ops.subtract(adapter.adapted_output(x, y, linear, training), y))
         return total
 
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+    def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
         """`adapted_output` from `x` alone."""
         first, *rest = _joined(self.adapters, linear, training)
         if not all(adapter.adds for adapter in (first, *rest)):
@@ -49,7 +52,7 @@ class Sum:
             y = adapter.adapted_output(x, y, linear, training)
         return y
 
-    def base_changed(self, linear: Any) -> None:
+    def base_changed(self, linear: LinearMap) -> None:
         """Bring what was computed from the kernel up to date."""
         for adapter in self.adapters:
             adapter.base_changed(linear)
@@ -63,16 +66,16 @@ class _Product:
     def __init__(self, factors: Sequence[tuple[Any, Any]]):
         self.factors = factors
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         a = ops.concatenate([a for a, _ in self.factors], axis=-1)
         b = ops.concatenate([b for _, b in self.factors], axis=-2)
         return linear.low_rank_sum(x, a, b, 1.0, ops.ones((), b.dtype), y)
 
-    def output(self, x: Any, linear: Any, training: bool | None = None) -> Any:
+    def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
         return self.adapted_output(x, None, linear, training)
 
 
-def _joined(adapters: Sequence[Adapter], linear: Any, training: bool | None) -> list[Any]:
+def _joined(adapters: Sequence[Adapter], linear: LinearMap, training: bool | None) -> list[Any]:
     """The adapters, with those that are products as one. In training, one that trains stays apart, for its gradient."""
     products, others = [], []
     for adapter in adapters:

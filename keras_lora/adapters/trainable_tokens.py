@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_lora.adapters.adapter import Adapter
+
+if TYPE_CHECKING:
+    from keras_lora.linear_map import LinearMap
 
 
 @keras.saving.register_keras_serializable("keras_lora")
@@ -47,14 +50,14 @@ class TrainableTokens(Adapter):
         if not given or self.tokens != given or min(self.tokens) < 0 or len(set(self.tokens)) < len(self.tokens):
             raise ValueError(f"`tokens` must be different non-negative integers, at least one. Received: tokens={given!r}.")
 
-    def problem_with(self, linear: Any) -> str | None:
+    def problem_with(self, linear: LinearMap) -> str | None:
         if not linear.picks_rows:
             return "`TrainableTokens` trains rows of an embedding, and this is none; name embeddings in `targets`"
         if max(self.tokens) >= linear.matrix_shape[0]:
             return f"`tokens` names row {max(self.tokens)} of an embedding with {linear.matrix_shape[0]} rows"
         return None
 
-    def build_for(self, linear: Any) -> None:
+    def build_for(self, linear: LinearMap) -> None:
         self.token_delta = self.add_factor("token_delta", (len(self.tokens), linear.matrix_shape[-1]), "zeros")
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
@@ -71,7 +74,7 @@ class TrainableTokens(Adapter):
         selection = np.asarray(ops.convert_to_numpy(self._selection(matrix_shape)), "float64")
         return selection, np.asarray(weights["token_delta"], "float64")
 
-    def adapted_output(self, x: Any, y: Any, linear: Any, training: bool | None = None) -> Any:
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         delta = ops.cast(ops.multiply(self.strength, self.token_delta), y.dtype)
         if linear.picks_rows:
             hits = ops.equal(ops.expand_dims(x, -1), ops.convert_to_tensor(self.tokens, dtype=x.dtype))

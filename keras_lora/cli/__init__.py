@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = parser().parse_args(arguments)
     try:
-        return given.run(given)
+        found: int = given.run(given)
+        return found
     except Refused as error:
         print(f"keras-lora {given.command}: {one_line(str(error))}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,10 +112,9 @@ def _to_keras(given: argparse.Namespace) -> int:
 
 def _keras_hub() -> ModuleType:
     try:
-        import keras_hub
+        return importlib.import_module("keras_hub")
     except ImportError as error:
         raise Refused(f"PEFT adapters need KerasHub ({error}). Install it: `pip install keras_lora[hub]`.") from error
-    return keras_hub
 
 
 def _loaded(base: str, causal_lm: bool) -> Any:

@@ -12,7 +12,8 @@ from keras import ops
 
 def fuses_base() -> bool:
     """Whether `low_rank_sum` is faster with the base product in it: XLA fuses what it can itself."""
-    return keras.backend.backend() == "torch"
+    found: bool = keras.backend.backend() == "torch"
+    return found
 
 
 def has_symbolic_sizes(x: Any) -> bool:
@@ -67,7 +68,8 @@ def _torch_transforms(x: Any) -> bool:
     import torch
 
     inside = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
-    traces = torch.compiler.is_compiling() or torch.jit.is_tracing()  # for an export
+    jit: Any = torch.jit
+    traces = torch.compiler.is_compiling() or jit.is_tracing()  # for an export
     return inside or traces or torch.is_autocast_enabled(x.device.type)
 
 

@@ -112,7 +112,8 @@ def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_ap
     dtype = layer.variable_dtype if stored_apart else keras.backend.standardize_dtype(variable.dtype)
     autocast = stored_apart or getattr(variable, "_autocast", True)
     casts = layer.autocast and autocast and keras.backend.is_float_dtype(dtype)
-    return layer.compute_dtype if casts else dtype
+    found: str = layer.compute_dtype if casts else dtype
+    return found
 
 
 class _DrawnSeed(keras.random.SeedGenerator):
@@ -154,7 +155,8 @@ def conv_lstm_cell() -> type[keras.layers.Layer]:
     """The class of the cells inside ConvLSTM layers, which Keras does not export."""
     from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 
-    return ConvLSTMCell
+    found: type[keras.layers.Layer] = ConvLSTMCell
+    return found
 
 
 def when_built(layer: keras.layers.Layer, then: Callable[[], None]) -> None:

@@ -208,7 +208,7 @@ class AdapterState:
         of_base = {f"{at}{_BASE}{key}": each for at, entry in self.trained.items() for key, each in entry.tensors.items()}
         return {**found, **of_base, **self.unplaced}
 
-    def put_into(self, model: Any, source: str, *, name: str | None = None, trainable: bool = True) -> Any:
+    def put_into(self, model: Any, source: str, *, name: str | None = None, trainable: bool = True) -> None:
         """Put the adapter into a model, as `keras_lora.load_adapter` does, or raise and leave the model as it was.
 
         Args:
@@ -262,7 +262,6 @@ class AdapterState:
             for address in self.trained:
                 trains = [False] * len(keras_internals.own_trainable_variables(found[address]))
                 flags.set_flags(found[address], Flags(found[address].trainable, trains))
-        return model
 
     def _warn(
         self, model: Any, source: str, kernels: dict[str, LinearMap], of_base: dict[str, keras.Variable], beside: bool
@@ -347,7 +346,7 @@ def _is_within(values: dict[str, np.ndarray], own: Adapter) -> bool:
 def _started(linear: LinearMap, address: str, entry: AdapterEntry) -> tuple[Adapter | None, list[str]]:
     """An adapter with weights for a kernel, or what stands against making one."""
     adapter, held = entry.made(), sum(tensor.size for tensor in entry.tensors.values())
-    wanted = adapter.parameter_count(linear.matrix_shape)
+    wanted = adapter.size(linear.matrix_shape)
     if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory
         return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
     with adapters.skip_init():

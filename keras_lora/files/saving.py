@@ -11,6 +11,7 @@ from typing import Any
 
 from keras_lora import checks
 from keras_lora.applying import require_adapted
+from keras_lora.checks import AnyLayer
 from keras_lora.files import huggingface, tensor_file
 from keras_lora.files.adapter_state import AdapterState
 from keras_lora.swap.addresses import walking_once
@@ -59,7 +60,9 @@ def save_adapter(
 
 @checks.helpful
 @walking_once()
-def load_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True) -> Any:
+def load_adapter(
+    model: AnyLayer, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True
+) -> AnyLayer:
     """Read an adapter file into a model, in place.
 
     A plain model is adapted as the file says. An adapted model gets the file's values into an adapter that it has, which
@@ -95,4 +98,5 @@ def load_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None =
     >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
     2
     """
-    return AdapterState.read(path).put_into(model, f"The adapter file {path}", name=name, trainable=trainable)
+    AdapterState.read(path).put_into(model, f"The adapter file {path}", name=name, trainable=trainable)
+    return model

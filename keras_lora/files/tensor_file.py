@@ -65,7 +65,8 @@ def _tensor(file: Any, key: str) -> np.ndarray:
         raise TypeError(
             f"the tensor '{key}' of dtype {part.get_dtype()} and shape {part.get_shape()} is none that is written"
         )
-    return file.get_tensor(key)
+    found: np.ndarray = file.get_tensor(key)
+    return found
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class _Asked(_Unknown):
         return (*self.place, key) == self.known
 
 
-class _Config(dict):
+class _Config(dict[str, Any]):
     """A config of which a missing entry is named."""
 
     def __missing__(self, key: Any) -> Any:

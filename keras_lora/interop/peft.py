@@ -15,6 +15,7 @@ from typing import Any
 
 from keras_lora import checks
 from keras_lora.applying import require_adapted
+from keras_lora.checks import AnyLayer
 from keras_lora.files import huggingface
 from keras_lora.files.adapter_state import AdapterState
 from keras_lora.files.misfits import raise_problems
@@ -26,14 +27,14 @@ from keras_lora.interop.peft_writing import Writer
 
 @checks.helpful
 def from_peft(
-    model: Any,
+    model: AnyLayer,
     folder: str | os.PathLike[str],
     *,
     name: str | None = None,
     trainable: bool = True,
     names: Mapping[str, str] | None = None,
     rename: Callable[[str], str] | None = None,
-) -> Any:
+) -> AnyLayer:
     """Read a PEFT adapter into a model, in place: LoRA or DoRA, and what was trained with it.
 
     The layers of a KerasHub model are found by the names that KerasHub's own converter for `transformers` checkpoints has
@@ -87,7 +88,8 @@ def from_peft(
         reader.take(module, known, modules[module])
     source = f"The PEFT adapter {folder}"
     raise_problems(source, model, reader.problems)
-    return reader.state.put_into(model, source, name=name, trainable=trainable)
+    reader.state.put_into(model, source, name=name, trainable=trainable)
+    return model
 
 
 @checks.helpful

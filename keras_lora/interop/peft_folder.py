@@ -230,7 +230,7 @@ def _are_tokens(value: Any) -> bool:
 def tensors_of(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file as NumPy arrays; bfloat16, which NumPy has not, as float32."""
     found = {}
-    for key, said in safetensors.deserialize(path.read_bytes()):
+    for key, said in safetensors.deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
         kind, shape, data = said["dtype"], said["shape"], said["data"]
         if kind not in _KINDS or 0 in shape:
             raise TypeError(f"the tensor '{key}' of dtype {kind} and shape {shape} is none that PEFT writes")

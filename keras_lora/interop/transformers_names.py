@@ -40,7 +40,8 @@ def module_names(model_type: str) -> Callable[[str], str]:
         raise ValueError(f"`transformers` has no model of the type {model_type!r}. Expected one such as 'vit' or 'llama'.")
     class_names = MODEL_MAPPING_NAMES[model_type]
     classes = [class_names] if isinstance(class_names, str) else list(class_names)
-    tables = [get_checkpoint_conversion_mapping(name) for name in (*classes, model_type)]
+    table_of: Any = get_checkpoint_conversion_mapping
+    tables = [table_of(name) for name in (*classes, model_type)]
     rules: list[Any] = next((table for table in tables if table), [])
 
     def rename(name: str) -> str:

@@ -49,7 +49,25 @@ for adapted_class in TABLE:
     enter_layer(adapted_class)
 LATE_LAYERS["keras_hub"] = "keras_lora.layers.keras_hub"
 
-__all__ = sorted(cls.__name__ for cls in TABLE if cls.__name__ != "LoRAConvLSTMCell")
+__all__ = [
+    "LoRAConv1D",
+    "LoRAConv1DTranspose",
+    "LoRAConv2D",
+    "LoRAConv2DTranspose",
+    "LoRAConv3D",
+    "LoRAConv3DTranspose",
+    "LoRADense",
+    "LoRADepthwiseConv1D",
+    "LoRADepthwiseConv2D",
+    "LoRAEinsumDense",
+    "LoRAEmbedding",
+    "LoRAGRUCell",
+    "LoRALSTMCell",
+    "LoRAReversibleEmbedding",
+    "LoRASeparableConv1D",
+    "LoRASeparableConv2D",
+    "LoRASimpleRNNCell",
+]
 
 
 def __dir__() -> list[str]:

@@ -77,7 +77,8 @@ class ConvMap(LinearMap):
 
     @property
     def _channels_last(self) -> bool:
-        return self.layer.data_format == "channels_last"
+        found: bool = self.layer.data_format == "channels_last"
+        return found
 
 
 class Conv1DMap(ConvMap):
@@ -105,7 +106,8 @@ class ConvTransposeMap(ConvMap):
 
     @property
     def kernel_axes(self) -> str:
-        return "i" * self.layer.rank + "oi"
+        found: str = "i" * self.layer.rank + "oi"
+        return found
 
 
 class Conv1DTransposeMap(ConvTransposeMap):

@@ -87,6 +87,10 @@ class EinsumMap(LinearMap):
             return None
         return "the first axis of its input is not one of examples"
 
+    @property
+    def last_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._letter_sizes(self.axes.contracted), self._letter_sizes(self.axes.free)
+
     def _letter_sizes(self, letters: str) -> tuple[int, ...]:
         sizes = dict(zip(self.axes.kernel, self.kernel_shape, strict=True))
         return tuple(sizes[axis] for axis in letters)

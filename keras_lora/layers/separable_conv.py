@@ -25,7 +25,8 @@ class DepthwiseMap(LinearMap):
 
     @property
     def kernel_axes(self) -> str:
-        return "i" * self.layer.rank + "oo"
+        found: str = "i" * self.layer.rank + "oo"
+        return found
 
 
 class DepthwiseConv1DMap(DepthwiseMap):

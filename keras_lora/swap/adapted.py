@@ -40,7 +40,8 @@ class AdaptedContainer:
     @property
     def trainable(self) -> bool:
         """Whether anything in it may train. Switched off and on, an adapted model returns to what `apply_lora` set."""
-        return super().trainable  # type: ignore[misc]
+        found: bool = super().trainable  # type: ignore[misc]
+        return found
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -86,11 +87,13 @@ class AdaptedModel(AdaptedContainer):
         super().save(*args, **kwargs)  # type: ignore[misc]
 
     def get_compile_config(self) -> dict[str, Any]:
-        return _portable(super().get_compile_config())  # type: ignore[misc]
+        found: dict[str, Any] = _portable(super().get_compile_config())  # type: ignore[misc]
+        return found
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         if not keras_internals.overrides_compile(self):
-            return super().compile_from_config(config)  # type: ignore[misc]
+            super().compile_from_config(config)  # type: ignore[misc]
+            return
         # KerasHub tasks: Keras would return with a warning here, and a resumed training would lose its optimizer.
         self.compile(**keras.saving.deserialize_keras_object(config))  # type: ignore[attr-defined]
         if self.built:  # type: ignore[attr-defined]
@@ -209,7 +212,8 @@ def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
     for map_class in cls.linear_maps:
         if isinstance(getattr(base, map_class.kernel_name, None), property):
             setattr(cls, map_class.kernel_name, _changed_kernel(map_class))
-    return _named_after(cls, base)
+    found: type[AdaptedLayer] = _named_after(cls, base)
+    return found
 
 
 def _changed_kernel(map_class: type[LinearMap]) -> property:
@@ -244,7 +248,10 @@ def container_class(base: Any) -> type:
     """The class of an owner whose own class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
     kind = next((kind for cls, kind in reversed(CONTAINER_KINDS.items()) if issubclass(base, cls)), AdaptedContainer)
-    return _named_after(types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base)
+    found: type = _named_after(
+        types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base
+    )
+    return found
 
 
 def _named_after(cls: Any, base: type) -> Any:

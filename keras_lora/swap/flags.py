@@ -122,12 +122,6 @@ def planned_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 
 
 def trained_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The own variables of `layer` that train now, or would if the model were switched on.
-
-    A layer trained in full has its other variables among them: the moving statistics of a BatchNormalization move.
-    """
-    own = keras_internals.own_trainable_variables(layer)
+    """The own variables of `layer` that train now, or would if the model were switched on."""
     planned = {id(v) for v in planned_variables(layer)}
-    trained = [v for v in own if v.trainable or id(v) in planned]
-    in_full = bool(own) and len(trained) == len(own)
-    return keras_internals.own_variables(layer) if in_full else trained
+    return [v for v in keras_internals.own_trainable_variables(layer) if v.trainable or id(v) in planned]

@@ -91,9 +91,7 @@ class TargetList(list[Target]):
     def total(self) -> str:
         """One line: how much would train."""
         trainable, everything = sum(row.trainable for row in self), sum(row.parameters for row in self)
-        everything += sum(
-            row.adapter.parameter_count(row.shape) + 1 for row in self if row.adapter and row.shape
-        )  # strength
+        everything += sum(row.adapter.size(row.shape) + 1 for row in self if row.adapter and row.shape)  # strength
         return f"trainable: {trainable:,} of {everything:,} ({100 * trainable / max(everything, 1):.3g} %)"
 
 
