@@ -1,4 +1,4 @@
-"""`apply_lora` and `remove_lora`: a plain model becomes an adapted one, in place, and a plain one again."""
+"""`apply_lora` adapts a plain model in place; `remove_lora` makes it plain again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.targets.choosing import ALREADY, Target, list_targets
 from keras_lora.targets.patterns import Pattern, Patterns
 
-#: What `base_dtype` may be: it has the range of float32, so no kernel overflows.
+#: The allowed values of `base_dtype`. bfloat16 has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
 
 
@@ -46,49 +46,49 @@ def apply_lora(
 ) -> AnyLayer:
     """Freeze a model and add adapters to its linear layers, in place.
 
-    The layers stay the same objects with the same names, and the outputs stay the same numbers until training moves them.
-    Only the adapters, and what `train` and `bias` name, are in `model.trainable_variables` afterwards. Call `compile`
-    after it, as after every change of what trains.
+    The layers stay the same objects with the same names, and the outputs stay the same until training changes them.
+    Afterwards `model.trainable_variables` has only the adapters and what `train` and `bias` select. Call `compile` after
+    it, as after every change of what trains.
 
-    An adapted model gets another adapter beside those it has, under a `name` of its own, with other targets or another
-    method if you like. The new one is then the only one that is active and that trains; `keras_lora.activate_adapters` and
-    `keras_lora.train_adapters` choose others.
+    If the model is already adapted, this adds another adapter under a new `name`. It may have other targets or another
+    method. Only the new adapter is then active and trainable. Use `keras_lora.activate_adapters` and
+    `keras_lora.train_adapters` to choose others.
 
     Args:
         model: A built Keras model or layer of any kind.
         adapter: The method: `"lora"`, `"dora"`, an instance such as `keras_lora.LoRA(rank=8, dropout=0.1)`, or a config.
-        rank, alpha: Arguments of the method where `adapter` is a name. `alpha` does not follow the rank: it is 16 unless
-            said otherwise.
+        rank, alpha: Arguments of the method, if `adapter` is a name. `alpha` does not depend on the rank: its default
+            is 16.
         targets: Which layers get an adapter: one pattern or several. A pattern is a name or path of names (of a layer, or
             of a block, meaning the layers in it), a glob over paths (`"*/query"`), a compiled regular expression that
-            matches the whole path, a layer class, a function from a layer to a bool, or a layer. A layer with several
-            kernels has one more name, the kernel's (`"lstm_cell/recurrent_kernel"`). By default all linear layers but the
-            output head, and but what `keras_lora.presets` leaves out of known models; `"all-linear"` is that without the
-            presets. Embeddings and depthwise kernels are adapted only when they are named.
-        exclude: Patterns of layers that get none.
-        head: What the default targets leave out: `"auto"` finds the head (see `keras_lora.targets.find_head`), patterns
-            name it, `None` leaves nothing out.
+            matches the whole path, a layer class, a function from a layer to a bool, or a layer. If a layer has several
+            kernels, add the kernel's name to the path (`"lstm_cell/recurrent_kernel"`). The default is every linear layer
+            except the output head and what `keras_lora.presets` excludes in known models; `"all-linear"` ignores the
+            presets. Embeddings and depthwise kernels are adapted only if you name them.
+        exclude: Patterns of layers that get no adapter.
+        head: The output head, which the default targets leave out: `"auto"` finds it (see
+            `keras_lora.targets.find_head`), patterns name it, `None` leaves nothing out.
         train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head.
         bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
-        rank_pattern, alpha_pattern: Other ranks and alphas by pattern; of several that match the first counts.
-        adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`; what
-            it names is adapted whether `targets` names it or not.
-        blocks: Adapt only inside these of the model's repeated blocks: an index, several, or a slice of indices
+        rank_pattern, alpha_pattern: Other ranks and alphas by pattern; if several match, the first wins.
+        adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`.
+            These layers are adapted even if `targets` does not name them.
+        blocks: Adapt only inside these repeated blocks of the model: an index, several, or a slice of indices
             (`slice(-4, None)`, the last four) or of fractions of the depth (`slice(0.5, None)`, the upper half). Each series
-            of blocks (an encoder, a decoder) is counted on its own.
+            of blocks (an encoder, a decoder) is counted separately.
         base_dtype: `"bfloat16"` stores the float kernels of the adapted layers in bfloat16, at half the memory of float32,
-            and computes their products in it; the adapters stay float32. By default kernels stay as they are. During a
-            step, XLA on JAX and TensorFlow may widen the kernels again. `remove_lora` and `merge_lora` restore the dtype;
-            the digits that were rounded away are lost.
-        input_shape: Builds an unbuilt model first.
-        name: What to call the adapter, `"default"` where the model has none yet. It is in no key of any file.
+            and computes their products in bfloat16; the adapters stay float32. By default kernels keep their dtype. During
+            a step, XLA on JAX and TensorFlow may widen the kernels again. `remove_lora` and `merge_lora` restore the dtype,
+            but the digits that were rounded away are lost.
+        input_shape: If the model is not built, it is built with this shape first.
+        name: The adapter's name; `"default"` if the model has no adapter yet. It never appears in a file's keys.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: Nothing to adapt, a pattern that matches nothing (with the nearest names), a model that is not built or
-            has an adapter of this name, or a layer that cannot be adapted. The model is then as it was.
+        ValueError: There is nothing to adapt, a pattern matches nothing (the message lists the nearest names), the model
+            is not built or already has an adapter of this name, or a layer cannot be adapted. The model is unchanged.
 
     Example:
 
@@ -138,7 +138,9 @@ def apply_lora(
 
 @walking_once()
 def remove_lora(model: AnyLayer) -> AnyLayer:
-    """Take every adapter out of a model, in place: classes, flags, variables and outputs are as `apply_lora` found them.
+    """Remove every adapter from a model, in place.
+
+    Classes, trainable flags, variables and outputs are again as they were before `apply_lora`.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -170,7 +172,7 @@ def inject(
     trained: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
 ) -> None:
-    """Put started adapters on kernels of a model. They are the only ones that are active and train; the rest is frozen."""
+    """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
     pairs = list(adapted)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
     for adapter in others:
@@ -184,14 +186,14 @@ def inject(
 
 
 def take_out(model: keras.layers.Layer) -> None:
-    """Make a plain model of an adapted one."""
+    """Turn an adapted model into a plain one."""
     flags.restore_found(model)
     for place in walk(model):
         set_plain(place.layer)
 
 
 def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, slots.Change]]:
-    """The adapted kernels of `model`, each with its change, by address; an error where there are none."""
+    """The adapted kernels of `model`, each with its change, by address. Raises an error if there are none."""
     found = adapted_maps(model) if isinstance(model, keras.layers.Layer) else {}
     if not found:
         name = getattr(model, "name", model)
@@ -211,7 +213,7 @@ def _refuse_quantized(targets: Iterable[Target], base_dtype: str) -> None:
 
 
 def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
-    """`adapter` with weights for a kernel, and with a stream of random numbers of its own where a seed was given."""
+    """`adapter` with weights for a kernel, and with a separate stream of random numbers if it has a seed."""
     if adapter.get_config().get("seed") is not None:
         seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32
         adapter = adapters.copy_of(adapter, seed=seed)
@@ -221,7 +223,7 @@ def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
 
 
 def reset_compilation(model: keras.layers.Layer, warn: bool = True) -> None:
-    """Drop compiled functions and the compiled state: both belong to the variables of before."""
+    """Drop compiled functions and the compiled state, which belong to the previous variables."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)
     compiled = [place.layer for place in walk(model) if getattr(place.layer, "compiled", False)]

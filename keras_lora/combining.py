@@ -1,4 +1,4 @@
-"""Combining adapters into a new one, and compressing one: arithmetic on what they learned, with the error said."""
+"""Combine adapters into a new one, or compress one. The error of the result is reported."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitud
 
 @dataclass(frozen=True)
 class CombinedKernel:
-    """What became of one kernel.
+    """The result for one kernel.
 
     Attributes:
-        layer: The names that lead to the layer, and to the kernel where it has several.
+        layer: The path of the layer, with the kernel's name if it has several.
         rank: The rank of the new adapter.
-        error: How far its change is from what was to be combined, `‖found - wanted‖ / ‖wanted‖` (Frobenius).
+        error: How far its change is from the exact one, `‖found - wanted‖ / ‖wanted‖` (Frobenius).
     """
 
     layer: str
@@ -48,7 +48,7 @@ class CombinationReport(list[CombinedKernel]):
 
     @property
     def error(self) -> float:
-        """The largest error of a kernel."""
+        """The largest error of any kernel."""
         return max(row.error for row in self)
 
     def __str__(self) -> str:
@@ -75,38 +75,40 @@ def combine_adapters(
     density: float | None = None,
     seed: int | None = None,
 ) -> CombinationReport:
-    """Make a new adapter, a plain LoRA, of several: `ΔW = Σ weight · ΔW_i` or what another method makes of them.
+    """Combine several adapters into a new one, a plain LoRA: `ΔW = Σ weight · ΔW_i`, or as another method defines.
 
-    It stands beside the others, and is then the only one that is active and trains.
+    The new adapter is added to the model; the others stay. Only the new one is then active and trainable.
 
     Args:
         model: An adapted model, or an adapted part of one.
-        names: Which adapters: names, or a mapping from names to weights. A negative weight takes away. Their strengths in
-            the model do not matter. Where an adapter does not change a kernel, it adds nothing there.
-        name: What to call the new adapter.
-        method: How:
+        names: Names of adapters, or a mapping from names to weights. A negative weight subtracts. Their strengths in the
+            model do not matter. If an adapter does not change a kernel, it adds nothing to it.
+        name: The name of the new adapter.
+        method: One of:
 
-            - `"cat"`: the exact sum; its rank is the sum of the ranks. Given `rank` or `energy`, the same as `"svd"`.
+            - `"cat"`: the exact sum; its rank is the sum of the ranks. With `rank` or `energy` it is the same as `"svd"`.
             - `"svd"`: the best approximation of the sum at a rank, or at a share of its energy.
-            - `"linear"`: the factors themselves are added, as PEFT does; for adapters that share a start. Equal ranks only.
-              It is not the sum of the changes, and the error says how far off it is.
-            - `"ties"`: of each change the largest entries, the sign elected for each entry, the mean of what has it.
-            - `"dare_linear"`, `"dare_ties"`: entries dropped at random and the rest scaled up, then summed, or elected.
-            - `"magnitude_prune"`: of each change the largest entries, then summed.
+            - `"linear"`: adds the factors themselves, as PEFT does; for adapters with the same initial weights and equal
+              ranks. This is not the sum of the changes; the error shows the difference.
+            - `"ties"`: keeps the largest entries of each change, elects a sign for each entry, and takes the mean of the
+              values with that sign.
+            - `"dare_linear"`, `"dare_ties"`: drops entries at random and scales up the rest, then sums them, or elects
+              signs.
+            - `"magnitude_prune"`: keeps the largest entries of each change, then sums them.
 
-            The last four work on the whole ΔW of one kernel at a time and need `density`, and `rank` or `energy`.
+            The last four work on the whole ΔW of one kernel at a time. They need `density`, and `rank` or `energy`.
         rank: The rank of the result.
-        energy: In its place, a number in (0, 1]: the smallest rank that keeps this share of the sum of the squared singular
-            values, for each kernel.
+        energy: Instead of `rank`, a number in (0, 1]: each kernel gets the smallest rank that keeps this share of the sum
+            of the squared singular values.
         density: The share of the entries of a change that is kept.
-        seed: For the methods that drop at random.
+        seed: For the methods that drop entries at random.
 
     Returns:
-        A row for each kernel, with its rank and error: against the sum for `"cat"`, `"svd"` and `"linear"`, against the
-        pruned matrix for the others. Call `compile` on the model before training.
+        A row for each kernel, with its rank and error. The error is relative to the sum for `"cat"`, `"svd"` and
+        `"linear"`, and to the pruned matrix for the others. Call `compile` on the model before training.
 
     Raises:
-        ValueError: A name is unknown or the new one taken, an argument is missing, out of range or without meaning for the
+        ValueError: A name is unknown, the new name is taken, an argument is missing, out of range or not used by the
             method, or ranks differ for `"linear"`. Nothing is changed then.
 
     Example:
@@ -151,17 +153,17 @@ def combine_adapters(
 def compress_adapter(
     model: Any, *, name: str | None = None, rank: int | None = None, energy: float | None = None
 ) -> CombinationReport:
-    """Put the nearest plain LoRA of a rank, or of a share of the energy, in the place of an adapter of any method.
+    """Replace an adapter with its best LoRA approximation of a given rank, or of a given share of the energy.
 
-    So an adapter gets smaller, or one of another method (DoRA, trainable tokens) becomes a LoRA. It stays as active and as
-    trainable as it was.
+    Use it to make an adapter smaller, or to turn one of another method (DoRA, trainable tokens) into a LoRA. It stays as
+    active and as trainable as before.
 
     Args:
         model: An adapted model, or an adapted part of one.
-        name: Which adapter. Needed if the model has several.
-        rank: The new rank, cut to what each kernel can have.
-        energy: In its place, a number in (0, 1]: for each kernel the smallest rank that keeps this share of the sum of the
-            squared singular values of ΔW; 1 keeps all that is not rounding.
+        name: The name of the adapter. Needed if the model has several.
+        rank: The new rank, limited to the largest that each kernel allows.
+        energy: Instead of `rank`, a number in (0, 1]: each kernel gets the smallest rank that keeps this share of the sum
+            of the squared singular values of ΔW; 1 keeps everything except rounding noise.
 
     Returns:
         A row for each kernel, with its rank and error. Call `compile` on the model before training.
@@ -188,18 +190,18 @@ def compress_adapter(
 
 
 def replace(model: Any, name: str, made: Mapping[str, adapters.Adapter]) -> None:
-    """Put adapters with weights in the place of those of a name. They are as active and as trainable as those were.
+    """Replace the parts of a named adapter. The new parts are as active and as trainable as the old ones.
 
     Args:
         model: An adapted model.
         name: The adapter whose parts are replaced.
-        made: The new adapters by the address of their kernel; parts at other addresses stay.
+        made: The new adapters, with weights, by the address of their kernel; parts at other addresses stay.
     """
     old = named_adapters(model)[name]
     for address, adapter in made.items():
         linear, before = old[address]
         adapter.strength.assign(before.strength)
-        set_adapter(linear, adapter, name)  # first, so that the kernel is never without one, and keeps its stored dtype
+        set_adapter(linear, adapter, name)  # first, so the kernel always has one and keeps its stored dtype
         planned = any(flags.planned_variables(layer) for layer in adapters.with_sublayers(before))
         now = bool(before.trainable_variables)
         for layer in adapters.with_sublayers(adapter):
@@ -241,7 +243,7 @@ def _combined(
 
 
 def _approximated(linear: LinearMap, terms: _Terms, rank: int | None, energy: float | None) -> tuple[Factors, float]:
-    """The best approximation of a weighted sum of changes; whole matrices are formed only where a method has no factors."""
+    """The best approximation of a weighted sum of changes; whole matrices are formed only if a method has no factors."""
     if all(adapter.numpy_factors() is not None for _, adapter in terms):
         return factors.truncate(factors.concatenate([(w, _factors_of(adapter)) for w, adapter in terms]), rank, energy)
     return factors.low_rank(_sum([weight * _delta(linear, adapter) for weight, adapter in terms]), rank, energy)
@@ -268,7 +270,7 @@ def _delta(linear: LinearMap, adapter: adapters.Adapter) -> np.ndarray:
 
 
 def _plain_lora(linear: LinearMap, found: Factors) -> adapters.LoRA:
-    """A LoRA with weights for a kernel, of these factors and the scale 1."""
+    """A LoRA for a kernel with these factors and the scale 1."""
     a, b = found
     adapter = adapters.LoRA(rank=a.shape[-1], alpha=a.shape[-1])
     with adapters.skip_init():

@@ -1,4 +1,4 @@
-"""What a model's adapters are: a table to print, and the same as plain data."""
+"""List a model's adapters, as a table to print or as plain data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from keras_lora.swap.addresses import walk
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One adapter of one kernel, or what else trains.
+    """One adapter of one kernel, or one layer that trains without an adapter.
 
     Attributes:
-        layer: The names that lead to the layer, and to the kernel where it has several.
+        layer: The path of the layer, with the kernel's name if it has several.
         name: The adapter's name; `None` for a layer that trains without one (a head, a bias).
         method: The class of the adapter.
-        rank: Its rank, or `None` where the method has none.
-        scale: What multiplies `A B`, before the strength, or `None`.
-        strength: What multiplies the whole change now; 0 is off.
-        trainable: How many numbers train.
-        parameters: How many numbers it has.
+        rank: Its rank, or `None` if the method has no rank.
+        scale: The factor of `A B`, before the strength, or `None`.
+        strength: The current factor of the whole change; 0 is off.
+        trainable: The number of trainable parameters.
+        parameters: The number of parameters.
         bytes: Their size in memory.
     """
 
@@ -48,19 +48,19 @@ class AdapterList(list[AdapterRow]):
 
     def __init__(self, rows: list[AdapterRow], trainable: int, parameters: int):
         super().__init__(rows)
-        #: How many numbers of the whole model train, and how many it has.
+        #: The number of trainable parameters of the whole model, and of all its parameters.
         self.trainable, self.parameters = trainable, parameters
 
     @property
     def total(self) -> str:
-        """One line: how much of the model trains."""
+        """One line that shows how much of the model trains."""
         return (
             f"trainable: {self.trainable:,} of {self.parameters:,} ({100 * self.trainable / max(self.parameters, 1):.3g} %)"
         )
 
     @property
     def adapters(self) -> dict[str, dict[str, Any]]:
-        """A line for each adapter: its columns where all layers agree, else `"irregular"`, and the sums of the sizes."""
+        """A summary of each adapter: columns on which all layers agree, else `"irregular"`, and the summed sizes."""
         lines: dict[str, dict[str, Any]] = {}
         for name in dict.fromkeys(row.name for row in self if row.name is not None):
             rows = [row for row in self if row.name == name]
@@ -71,7 +71,7 @@ class AdapterList(list[AdapterRow]):
         return lines
 
     def data(self) -> dict[str, Any]:
-        """All of it as plain data, which JSON can hold."""
+        """The whole list as plain data that JSON can store."""
         rows = [asdict(row) for row in self]
         return {"rows": rows, "adapters": self.adapters, "trainable": self.trainable, "parameters": self.parameters}
 
@@ -100,14 +100,14 @@ class AdapterList(list[AdapterRow]):
 
 
 def list_adapters(model: Any) -> AdapterList:
-    """The adapters of a model: where they are, of which method, rank and scale, which are active and train, and their sizes.
+    """List the adapters of a model: their layers, methods, ranks, scales and sizes, and which are active and trainable.
 
     Args:
         model: A model or layer, adapted or plain.
 
     Returns:
-        A list of `AdapterRow`, one for each adapter of each kernel and one for each layer that has other variables that
-        train. Printing it prints a table. `list_adapters(model).data()` is the same as plain data, `.total` is one line.
+        A list of `AdapterRow`: one for each adapter of each kernel, and one for each layer with other trainable variables.
+        Printing it prints a table. `list_adapters(model).data()` is the same as plain data; `.total` is a one-line summary.
 
     Raises:
         TypeError: `model` is not a Keras layer.
@@ -144,7 +144,7 @@ def _row(path: str, name: str, adapter: adapters.Adapter) -> AdapterRow:
 
 
 def _sizes(variables: Any) -> tuple[int, int, int]:
-    """How many numbers train, how many there are, and their bytes."""
+    """The number of trainable parameters, of all parameters, and their bytes."""
     sizes = [(v, math.prod(v.shape)) for v in variables]
     trainable = sum(size for v, size in sizes if v.trainable)
     held = sum(size * _item_bytes(v) for v, size in sizes)

@@ -1,23 +1,24 @@
-"""READ FIRST. The linear map: what an adaptable layer is, whatever the shape of its kernel.
+"""READ FIRST. The linear map: how every adaptable layer is seen, whatever the shape of its kernel.
 
-A layer type answers "how am I a linear map?" and a method (LoRA, DoRA) answers "how do I change one?". Neither knows the
-other, so there is one room per layer type in `layers/`, one room per method in `adapters/`, and no class for a pair.
+A layer type defines how the layer is a linear map. A method (LoRA, DoRA) defines how to change a linear map. Neither knows
+the other, so there is one module per layer type in `layers/`, one module per method in `adapters/`, and no class for a pair.
 
-Words, always these:
+These words are used throughout:
 
 - **kernel**: the layer's weight in the layer's own shape. **matrix**: the same numbers as `(in_dim, out_dim)`, or
-  `(groups, in_dim, out_dim)` where the kernel shares an axis with both its input and its output (grouped convolutions,
+  `(groups, in_dim, out_dim)` if the kernel shares an axis with both its input and its output (grouped convolutions,
   experts).
 - `y = apply(x, W)` is the layer's linear part: its output before bias and activation.
-- A layer with several kernels (a recurrent cell, a separable convolution) is several linear maps, each a target of its own.
+- A layer with several kernels (a recurrent cell, a separable convolution) is several linear maps, and each can be a target.
 
-**The law**, held by `tests/test_law.py` for every layer type, every method and every backend:
+**The law** is the equation that every layer type and every method must satisfy. `tests/test_law.py` checks it on every
+backend:
 
     adapter.adapted_output(x, apply(x, W)) == apply(x, W + adapter.strength · adapter.delta_kernel(W))
 
 The right side is the definition, with ΔW as in the paper. The strength is 1 unless adapters are switched (see
-`composition.py`); the changes of several adapters add up. The left side is what runs. Where a layer's code gives no place to
-add to (a recurrent cell, a depthwise convolution, a layer of the user's own), that code runs with the changed kernel.
+`composition.py`); the changes of several adapters add up. The left side is what runs. If a layer's code has no place to add
+the change (a recurrent cell, a depthwise convolution, a custom layer), that code runs with the changed kernel.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from keras import ops
 
 from keras_lora.compat import backend, keras_internals, quantization
 
-#: On a layer, the own dtypes of its kernels that `LinearMap.store_kernel` has stored in another.
+#: On a layer, the original dtypes of the kernels that `LinearMap.store_kernel` stores in another dtype.
 _STORED = "_keras_lora_stored"
 
 
 def view_of(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
-    """A shallow copy of `layer`, of class `cls`, that has `attributes` in the place of its own.
+    """A shallow copy of `layer`, of class `cls`, in which `attributes` replace those of the layer.
 
-    It shares every other attribute and every weight. Running the copy is how a layer's own code is reused with another
-    kernel or without its bias; `layer` is not written to, so this is safe across threads and traces.
+    The copy shares every other attribute and every weight. Running it reuses the layer's code with another kernel or
+    without its bias. `layer` is not written to, so this is safe across threads and traces.
     """
     view: Any = object.__new__(cls)
     vars(view).update(vars(layer), **attributes)
@@ -49,28 +50,28 @@ def view_of(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
 class LinearMap:
     """One kernel of a built layer, seen as a linear map. Each layer type has a subclass in `keras_lora/layers/`.
 
-    A subclass states `layer_class`, and overrides what differs from a layer that computes `x @ kernel` on the last axis.
+    A subclass sets `layer_class` and overrides whatever differs from a layer that computes `x @ kernel` on the last axis.
     """
 
     layer_class: type[keras.layers.Layer]
     kernel_name = "kernel"
     #: Tells the kernels of one layer apart in paths and files; `""` for a layer's only or main kernel.
     part = ""
-    #: What is left out of the layer's own `call` to get its linear part.
+    #: Attributes to replace in the layer so that its `call` computes only the linear part.
     held_out: dict[str, Any] = {"bias": None, "activation": None}
-    #: True where an input picks one row of the matrix (an embedding) and does not sum over rows.
+    #: True if an input picks one row of the matrix (an embedding) instead of summing over rows.
     picks_rows = False
-    #: Whether `apply_lora` adapts it when no targets are given.
+    #: Whether `apply_lora` adapts it by default, without `targets`.
     by_default = True
-    #: Why an adapter cannot drop entries of this map's input, or `None` where it can.
+    #: Why an adapter cannot drop entries of this map's input, or `None` if it can.
     no_dropout: str | None = None
-    #: Why each example of a batch cannot have an adapter of its own, or `None` where it can.
+    #: Why the examples of a batch cannot use different adapters, or `None` if they can.
     no_examples: str | None = None
-    #: Whether scaling an output unit is scaling entries of `y`.
+    #: Whether scaling an output unit means scaling entries of `y`.
     scales_outputs = True
-    #: Whether `apply` is `x @ matrix` once the last axes of `x` are taken for one, and `y` is laid out the same way.
+    #: Whether `apply` is `x @ matrix` once the last axes of `x` are flattened into one, with `y` laid out the same way.
     is_matmul = False
-    #: Whether the layer itself computes it so, with `ops.matmul(x, kernel)`.
+    #: Whether the layer itself computes it with `ops.matmul(x, kernel)`.
     calls_matmul = False
 
     @property
@@ -94,7 +95,7 @@ class LinearMap:
 
     @property
     def plain(self) -> Any:
-        """The layer as its own class: an adapted layer gives who reads its kernel from outside the changed one."""
+        """The layer as its original class. An adapted layer returns the changed kernel to code outside that reads it."""
         return view_of(self.layer, getattr(type(self.layer), "base_class", type(self.layer)))
 
     # The kernel.
@@ -131,17 +132,17 @@ class LinearMap:
 
     @property
     def kernel_attribute(self) -> str:
-        """Where the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
+        """The attribute from which the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
         return keras_internals.stored_under(self.layer, self.kernel_name)
 
     @property
     def base_dtype(self) -> str | None:
-        """The dtype in which `store_kernel` has stored the kernel, or `None` where it is as the layer made it."""
+        """The dtype in which `store_kernel` has stored the kernel, or `None` if the kernel has its original dtype."""
         stored = vars(self.layer).get(_STORED, {}).get(self.kernel_name)
         return None if stored is None else keras.backend.standardize_dtype(self.kernel_variable.dtype)
 
     def store_kernel(self, dtype: str | None) -> None:
-        """Store the kernel in `dtype`, or again in its own. The base product is then computed in that dtype."""
+        """Store the kernel in `dtype`, or in its original dtype if `None`. The base product is computed in that dtype."""
         own = vars(self.layer).get(_STORED, {}).get(self.kernel_name, self.kernel_variable.dtype)
         if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
             return
@@ -152,7 +153,7 @@ class LinearMap:
 
     @property
     def constraint(self) -> Any:
-        """The constraint put on the kernel, or `None`."""
+        """The constraint of the kernel, or `None`."""
         return getattr(self.kernel_variable, "constraint", None)
 
     @property
@@ -168,7 +169,7 @@ class LinearMap:
         return ops.reshape(kernel, self.matrix_shape)
 
     def as_kernel(self, matrix: Any) -> Any:
-        """From `(*groups, in_dim, k)` to the kernel's own shape; `k` may differ from `out_dim` where that is one axis."""
+        """From `(*groups, in_dim, k)` to the kernel's own shape; `k` may differ from `out_dim` if that is one axis."""
         order, sizes = self._matrix_order, list(self.kernel_shape)
         if self.kernel_axes.count("o") == 1:
             sizes[self.kernel_axes.index("o")] = matrix.shape[-1]
@@ -196,15 +197,15 @@ class LinearMap:
         return view.call(x) if quantization.mode_of(self.layer) is None else view.quantized_call(x)
 
     def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:
-        """`product(x)` in the dtype in which the kernel is stored: a copy of `x` is made, and none of the kernel."""
+        """`product(x)` in the dtype in which the kernel is stored. This copies `x` but never the kernel."""
         return ops.cast(product(ops.cast(x, self.base_dtype)), self.layer.compute_dtype)
 
     def apply(self, x: Any, matrix: Any) -> Any:
-        """The layer's linear part with `matrix` in the place of its own, in the layout of the layer's output."""
+        """The layer's linear part with `matrix` instead of its kernel, in the layout of the layer's output."""
         return self.call_with(x, self.as_kernel(matrix))
 
     def contract(self, x: Any, m: Any) -> Any:
-        """The layer's sum over its inputs, with `m (*groups, in_dim, k)` in the kernel's place: `(..., *groups, k)`."""
+        """The layer's sum over its inputs, with `m (*groups, in_dim, k)` instead of the kernel: `(..., *groups, k)`."""
         return ops.matmul(x, m)
 
     def apply_product(self, x: Any, a: Any, b: Any) -> Any:
@@ -212,15 +213,15 @@ class LinearMap:
         return self.expand(self.contract(x, a), b)
 
     def products(self, x: Any, a: Any, b: Any, index: Any) -> Any:
-        """`apply_product` for each example with factors of its own: the output of example i is `apply(x[i], a[j] b[j])`.
+        """`apply_product` with different factors for each example: the output of example i is `apply(x[i], a[j] b[j])`.
 
         Args:
             x: `(batch, ...)`.
             a, b: Factors stacked, `(places, *groups, in_dim, k)` and `(places, *groups, k, out_dim)`.
-            index: `(batch,)`, for each example the place `j` of its factors.
+            index: `(batch,)`, the place `j` of the factors for each example.
 
         Returns:
-            The changes, in the order of the layer's output, which the caller gives their shape.
+            The changes, in the order of the layer's output. The caller reshapes them.
         """
         dtype = self.layer.compute_dtype
         a, b = (ops.cast(ops.take(stacked, index, axis=0), dtype) for stacked in (a, b))
@@ -230,9 +231,9 @@ class LinearMap:
         return backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
 
     def low_rank_sum(self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None) -> Any:
-        """`y + strength · scale · apply(x, a b)`, with factors of their own dtype: how a low-rank change runs.
+        """`y + strength · scale · apply(x, a b)`, which is how a low-rank change runs. The factors keep their dtype.
 
-        Where `y`, the base output, is not given, it is computed here, together with the change where that is faster.
+        If `y`, the base output, is not given, it is computed here, together with the change if that is faster.
         """
         in_one = y is None and self._can_run_in_one
         if y is None and not in_one:
@@ -251,15 +252,15 @@ class LinearMap:
 
     @property
     def last_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Sizes of the last axes of the input and of the output that are those of the matrix, if `is_matmul`."""
+        """Sizes of the last axes of the input and of the output that correspond to the matrix, if `is_matmul`."""
         in_dim, out_dim = self.matrix_shape
         return (in_dim,), (out_dim,)
 
     def as_rows(self, x: Any) -> Any:
-        """The input as rows `(n, in_dim)`, one for each time that the matrix is used.
+        """The input as rows `(n, in_dim)`, one for each use of the matrix.
 
         Raises:
-            ValueError: The map is no product of rows and a matrix (a convolution, a lookup, groups).
+            ValueError: The map is not a product of rows and a matrix (a convolution, a lookup, groups).
         """
         self._need_rows()
         return ops.reshape(x, (-1, self.matrix_shape[-2]))
@@ -284,12 +285,12 @@ class LinearMap:
 
     @property
     def _can_run_in_one(self) -> bool:
-        """Whether the base product and the change can be computed together, with the numbers that the layer itself gives."""
+        """Whether the base product and the change can be computed together, with the same numbers as the layer itself."""
         as_stored = quantization.mode_of(self.layer) is None and self.base_dtype is None
         return self.calls_matmul and as_stored and backend.fuses_base()
 
     def expand(self, h: Any, m: Any) -> Any:
-        """From what `contract` gave, through `m (*groups, k, out_dim)`, to the layout of the layer's output."""
+        """Multiply the result of `contract` by `m (*groups, k, out_dim)`, in the layout of the layer's output."""
         if len(h.shape) <= 2 or backend.has_symbolic_sizes(h):
             return ops.matmul(h, m)
         # Flat, because XLA on CPU otherwise writes a transposed copy of the output's gradient to get the gradient of `m`.
@@ -309,7 +310,7 @@ class LinearMap:
         return y
 
     def call_with(self, x: Any, kernel: Any) -> Any:
-        """The layer's own `call` with a float `kernel` in the place of its own and nothing after the sum."""
+        """The layer's own `call` with another float `kernel` and nothing after the sum."""
         policy = keras.DTypePolicy(self.base_dtype or keras.backend.standardize_dtype(self.layer.compute_dtype))
         attributes = {**self.held_out, self.kernel_attribute: kernel, **keras_internals.with_policy(policy)}
         return view_of(self.layer, self.layer_class, **attributes).call(x)

@@ -1,4 +1,4 @@
-"""Merging: the change is added to the kernel, and a plain Keras model remains."""
+"""Merging: add the change to the kernel and leave a plain Keras model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEPT = "_keras_lora_kept"
 
 @dataclass
 class _Kept:
-    """What `unmerge_lora` needs. Not a list or dict: those are searched for layers."""
+    """What `unmerge_lora` needs. It is not a list or dict, because Keras searches those for layers."""
 
     adapters: list[tuple[str, str, str | None, adapters.Adapter]]  # address, name, slot
     kernels: dict[str, np.ndarray]
@@ -34,23 +34,23 @@ class _Kept:
 @checks.helpful
 @walking_once()
 def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
-    """Add the change of every active adapter to its kernel, in place, and make the model a plain Keras model again.
+    """Merge the active adapters into the kernels, in place, and leave a plain Keras model.
 
-    The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, needs no extra time
-    to run, and its `.keras` file loads where `keras_lora` is not installed. Of several adapters, the sum is merged that
-    `keras_lora.activate_adapters` chose; a warning names the adapters that are not active, for they are gone.
+    The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, takes no extra time
+    to run, and its `.keras` file loads without `keras_lora` installed. If the model has several adapters, the weighted sum
+    of the active ones is merged (see `keras_lora.activate_adapters`). The inactive ones are dropped, with a warning.
 
     Args:
         model: An adapted model, or an adapted part of one.
-        keep: Keep a copy of the kernels as they were, and the adapters, so that `unmerge_lora` can restore both. The copy
-            is in the memory of the host and is not saved.
+        keep: Keep the adapters and a copy of the original kernels, so that `unmerge_lora` can restore both. The copy is
+            in host memory and is not saved.
 
     Returns:
         `model` itself. Call `compile` before training it.
 
     Raises:
         ValueError: The model is not adapted, a base kernel is quantised, or a merged kernel is not finite. The model is
-            then as it was.
+            unchanged then.
 
     Example:
 
@@ -86,16 +86,18 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
 
 
 def unmerge_lora(model: AnyLayer) -> AnyLayer:
-    """Undo `merge_lora(model, keep=True)`: kernels bit for bit as they were, and the same adapters, as trainable as before.
+    """Undo `merge_lora(model, keep=True)`.
+
+    The kernels are restored bit for bit, with the same adapters, as trainable as before.
 
     Args:
-        model: The model that was merged.
+        model: The merged model.
 
     Returns:
         `model` itself. Call `compile` after it.
 
     Raises:
-        ValueError: The model was not merged with `keep=True`, or was adapted again since.
+        ValueError: The model was not merged with `keep=True`, or has been adapted again since.
 
     Example:
 
@@ -129,7 +131,7 @@ def unmerge_lora(model: AnyLayer) -> AnyLayer:
 def _placed(
     adapted: dict[str, tuple[LinearMap, slots.Change]],
 ) -> list[tuple[str, str, str | None, adapters.Adapter]]:
-    """Where every adapter is, in the order they came to their layers."""
+    """The place of every adapter, in the order in which they were added to their layers."""
     addresses = {(id(linear.layer), linear.part): address for address, (linear, _) in adapted.items()}
     layers = {id(linear.layer): linear.layer for linear, _ in adapted.values()}.values()
     return [

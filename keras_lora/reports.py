@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def text(table: Table) -> str:
-    """A table as text, of a width that does not depend on where it is printed."""
+    """A table as text, with a fixed width that does not depend on the terminal."""
     console = Console(width=160)
     with console.capture() as capture:
         console.print(table)

@@ -1,4 +1,4 @@
-"""Serving many adapters of one base in one batch."""
+"""Serve many adapters of one base in one batch."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from keras_lora.targets.patterns import Patterns
 
 @keras.saving.register_keras_serializable("keras_lora")
 class MultiAdapterModel(keras.Model):
-    """A model in which each example of a batch uses an adapter of its own, or none.
+    """A model in which each example of a batch may use a different adapter, or none.
 
-    The factors of all loaded adapters are stacked in each layer, and each example picks its own by an index, an ordinary
-    input. So a batch may mix any adapters, and loading, deleting and mixing compile nothing again. The memory is that of
-    `capacity` adapters of the rank `rank`, loaded or not.
+    Each layer stacks the factors of all loaded adapters, and each example picks one with an index, an ordinary input. So a
+    batch may mix any adapters, and loading, deleting and mixing never compile again. Memory is always used for `capacity`
+    adapters of rank `rank`, loaded or not.
 
     Args:
-        model: A plain built model. It is adapted in place, and computes what it did when it is called itself.
-        capacity: How many adapters there can be at a time.
+        model: A plain built model. It is adapted in place, but still gives its base outputs if you call it directly.
+        capacity: How many adapters can be loaded at a time.
         rank: The largest rank of an adapter.
         targets, exclude, head: Which layers an adapter may change, as for `keras_lora.apply_lora`.
-        names: The places that are taken, by name, where a saved model is made again.
-        **kwargs: `name` of a Keras model.
+        names: The places in use, by name. Only needed to rebuild a saved model.
+        **kwargs: The `name` of the Keras model.
 
     Call arguments:
-        inputs: A dict: the model's own inputs (under `"inputs"` where it takes no dict), and `"adapter_index"`, integers
-            `(batch,)`: 0 for the base, else what `load` returned. See `index_of`.
+        inputs: A dict of the model's own inputs (under `"inputs"` if it takes no dict) and `"adapter_index"`, integers
+            `(batch,)`: 0 for the base, or an index that `load` returned. See `index_of`.
 
     Raises:
-        ValueError: As `keras_lora.apply_lora`, and where a layer has no axis of examples.
+        ValueError: As `keras_lora.apply_lora`, or a layer has no axis of examples.
 
     Example:
 
@@ -99,18 +99,18 @@ class MultiAdapterModel(keras.Model):
             return self.model(rest["inputs"] if rest.keys() == {"inputs"} else rest, training=training)
 
     def load(self, path: str | os.PathLike[str], name: str) -> int:
-        """Load an adapter file into a free place, or anew into the place that `name` has.
+        """Load an adapter file into a free place, or replace the adapter that is called `name`.
 
         Args:
-            path: A file of `keras_lora.save_adapter`, or its address `hf://owner/name` on the Hugging Face Hub, of LoRA of
-                at most this model's rank, with nothing else trained.
-            name: What to call it.
+            path: A file of `keras_lora.save_adapter`, or its address `hf://owner/name` on the Hugging Face Hub. It must
+                have a LoRA of at most this model's rank, with nothing else trained.
+            name: The adapter's name.
 
         Returns:
-            Its index.
+            The adapter's index.
 
         Raises:
-            ValueError: There is no free place, or the file does not fit; nothing is changed then.
+            ValueError: There is no free place, or the file does not fit. Nothing is changed then.
             FileNotFoundError: There is no such file.
         """
         state, places = AdapterState.read(path), _places_of(self.model)
@@ -132,7 +132,7 @@ class MultiAdapterModel(keras.Model):
         return index
 
     def delete(self, name: str) -> None:
-        """Free the place of an adapter. Examples that still name its index get the base.
+        """Delete an adapter and free its place. Examples that still use its index get the base.
 
         Raises:
             ValueError: There is no adapter of that name.
@@ -143,10 +143,10 @@ class MultiAdapterModel(keras.Model):
         self.names = {each: place for each, place in self.names.items() if each != name}
 
     def index_of(self, names: Iterable[str | None]) -> np.ndarray:
-        """The input `"adapter_index"` for examples that use the named adapters, `None` for the base.
+        """Return the input `"adapter_index"` for examples that use the named adapters, `None` for the base.
 
         Raises:
-            ValueError: There is no adapter of a name.
+            ValueError: There is no adapter of a given name.
         """
         wanted = list(names)
         unknown = sorted({name for name in wanted if name is not None and name not in self.names})
@@ -155,15 +155,15 @@ class MultiAdapterModel(keras.Model):
         return np.array([0 if name is None else self.names[name] for name in wanted], "int32")
 
     def generate(self, inputs: Any, adapters: Sequence[str | None], **kwargs: Any) -> Any:
-        """`generate` of a KerasHub model, with an adapter for each prompt.
+        """Call `generate` of a KerasHub model, with an adapter for each prompt.
 
         Args:
-            inputs: A batch of prompts, as the model's own `generate` takes it.
-            adapters: The name of an adapter for each, `None` for the base.
+            inputs: A batch of prompts, as for the model's `generate`.
+            adapters: The name of an adapter for each prompt, `None` for the base.
             **kwargs: The other arguments of the model's `generate`.
 
         Raises:
-            ValueError: The model does not generate, or there is no adapter of a name.
+            ValueError: The model does not generate, or there is no adapter of a given name.
         """
         model: Any = self.model
         if not hasattr(model, "make_generate_function"):

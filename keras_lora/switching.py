@@ -1,8 +1,8 @@
-"""Named adapters: which of them are active, how strongly, which train, and how one goes away.
+"""Named adapters: choose which are active, how strongly, and which train, and delete them.
 
-Whether an adapter is active is a number, its strength, in a variable of each layer. So `fit`, `predict` and `generate` that
-were compiled before a switch give the right result after it, and nothing is traced again. An inactive adapter still costs
-its two thin products; `delete_adapter` takes it out.
+An adapter's strength is a number in a variable of each layer; 0 means inactive. So `fit`, `predict` and `generate` give the
+right result after a switch even if they were compiled before it, and nothing is traced again. An inactive adapter still
+costs its two thin products; `delete_adapter` removes it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from keras_lora.swap.addresses import walk
 
 
 def activate_adapters(model: AnyLayer, names: str | Iterable[str] | Mapping[str, float] | None) -> AnyLayer:
-    """Choose which adapters change the model: one, several added up, or none. Nothing is compiled again.
+    """Choose which adapters are active: one, several added up, or none. Nothing is compiled again.
 
     Args:
         model: An adapted model, or an adapted part of one.
         names: The name of an adapter, several names, a mapping from names to strengths (`{"french": 0.7, "formal": 0.3}`;
             a negative one takes away what the adapter learned), or `None` for none. An adapter that is not named is off.
-            With several, each layer's kernel is `W + Σ strength · ΔW`, where every ΔW is the change of `W` alone.
+            With several, each layer's kernel is `W + Σ strength · ΔW`; each ΔW is computed from `W` alone.
 
     Returns:
-        `model` itself. What trains stays as it is, see `train_adapters`.
+        `model` itself. Which adapters train does not change; see `train_adapters`.
 
     Raises:
-        ValueError: The model is not adapted, or has no adapter of a name, or a strength is not a finite number. Nothing is
-            switched then.
+        ValueError: The model is not adapted, has no adapter of a given name, or a strength is not a finite number. Nothing
+            is switched then.
 
     Example:
 
@@ -58,13 +58,13 @@ def activate_adapters(model: AnyLayer, names: str | Iterable[str] | Mapping[str,
 
 
 def active_adapters(model: Any) -> dict[str, float]:
-    """The strengths of the adapters that are active, by name.
+    """Return the strengths of the active adapters, by name.
 
     Args:
         model: An adapted model, or an adapted part of one.
 
     Returns:
-        `{name: strength}`. The strength is NaN where layers disagree, because something set them one by one.
+        `{name: strength}`. The strength is NaN if layers disagree, because their strengths were set one by one.
 
     Raises:
         ValueError: The model is not adapted.
@@ -85,10 +85,12 @@ def active_adapters(model: Any) -> dict[str, float]:
 
 @contextlib.contextmanager
 def disable_adapters(model: Any) -> Iterator[Any]:
-    """Run the base: inside this context no adapter is active; after it each is as it was. Nothing is compiled again.
+    """Context manager that runs the base model, with no adapter active. Nothing is compiled again.
 
-    It may be nested. Where biases or whole layers were trained beside the adapters, those stay as trained, so the outputs
-    are not the base's; a warning says so.
+    On exit every adapter has its previous strength.
+
+    It may be nested. If biases or whole layers were trained together with the adapters, they keep their trained values, so
+    the outputs are not those of the base. You get a warning then.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -129,9 +131,10 @@ def disable_adapters(model: Any) -> Iterator[Any]:
 
 
 def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
-    """Choose which adapters train; the others are frozen, active or not. What else was to train still does.
+    """Choose which adapters train. The others are frozen, active or not.
 
-    An adapter that trains should be active: through an inactive one no gradient flows, and weight decay still shrinks it.
+    Other trainable layers, such as a head, still train. An adapter that trains should be active: an inactive one gets no
+    gradient, but weight decay still shrinks it.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -141,7 +144,7 @@ def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
         `model` itself. Call `compile` after it.
 
     Raises:
-        ValueError: The model is not adapted, or has no adapter of a name. Nothing is changed then.
+        ValueError: The model is not adapted, or has no adapter of a given name. Nothing is changed then.
 
     Example:
 
@@ -165,14 +168,16 @@ def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
 
 
 def delete_adapter(model: AnyLayer, name: str) -> AnyLayer:
-    """Take an adapter out of a model, and free its memory. Deleting the last one leaves a plain model, like `remove_lora`.
+    """Remove an adapter from a model and free its memory.
+
+    Deleting the last adapter leaves a plain model, like `remove_lora`.
 
     Args:
         model: An adapted model, or an adapted part of one.
-        name: Which adapter.
+        name: The name of the adapter.
 
     Returns:
-        `model` itself. Call `compile` after it: the optimizer is gone with the variables it held.
+        `model` itself. Call `compile` after it, since the optimizer is dropped together with its variables.
 
     Raises:
         ValueError: The model is not adapted, or has no adapter of that name.
@@ -209,7 +214,7 @@ def _named(model: Any, function: str) -> dict[str, dict[str, tuple[Any, adapters
 
 
 def strengths_of(names: str | Iterable[str] | Mapping[str, float] | None) -> dict[str, float]:
-    """A number for each adapter that is named: the one it is mapped to, or 1."""
+    """The strength of each adapter named: the one it is mapped to, or 1."""
     if names is None:
         return {}
     if isinstance(names, Mapping):

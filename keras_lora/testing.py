@@ -1,6 +1,7 @@
-"""Checks for layers and methods of your own: they run what you registered, and raise if a result is wrong.
+"""Checks for your own layers and methods: they run what you registered and raise an error if a result is wrong.
 
-The main check is the law of `keras_lora.linear_map`: what runs equals a plain layer with the changed kernel.
+The main check is the rule that `keras_lora.linear_map` defines: the adapted layer must give the same outputs as a plain
+layer with the changed kernel.
 """
 
 from __future__ import annotations
@@ -29,23 +30,28 @@ def check_layer(
     tolerance: float = 1e-5,
     **call: Any,
 ) -> dict[str, float]:
-    """Check that a layer is the linear map it is registered as, with every method, by running it.
+    """Check, by running it, that a registered layer gives correct results with every method.
 
-    For each method: a fresh adapter changes nothing; with the adapter moved and at another strength, what runs equals the
-    plain layer with the changed kernels in the place of its own; merging gives those same numbers; removing, and a second
-    layer made from the config, give the layer as it was. The layer is as it was afterwards.
+    For each method:
+
+    - a new adapter changes nothing;
+    - with changed adapter weights and another strength, the outputs equal those of a plain layer with the changed kernels;
+    - merging gives the same outputs;
+    - removing the adapter, or a second layer made from the config, gives the original outputs.
+
+    The layer is restored afterwards.
 
     Args:
         layer: A built layer of a class that `keras_lora.register_layer` knows.
-        *inputs, **call: What it is called on.
-        methods: Which methods, each as the `adapter` of `keras_lora.apply_lora`.
-        tolerance: The largest difference allowed, relative to the largest output where that exceeds one; for float32.
+        *inputs, **call: The arguments to call it with.
+        methods: The methods to check, each as the `adapter` of `keras_lora.apply_lora`.
+        tolerance: The largest difference allowed, relative to the largest output if that exceeds one; for float32.
 
     Returns:
-        The largest difference seen, by method.
+        The largest difference measured, by method.
 
     Raises:
-        AssertionError: The layer breaks the law, with what was compared.
+        AssertionError: The layer gives a wrong result. The message names what was compared.
         ValueError: The layer is not registered, or not built.
 
     Example:
@@ -111,7 +117,7 @@ def _check_method(
         maps = maps_by_address(twin)
         for number, (address, (linear, adapter)) in enumerate(found.items()):
             _move(adapter, number)
-            # Not 1, so that a method that forgets its strength is found.
+            # Not 1, to catch a method that ignores its strength.
             adapter.strength.assign(0.75)
             changed = linear.as_kernel(ops.add(linear.matrix, 0.75 * adapter.delta_kernel(linear.matrix)))
             maps[address].kernel_variable.assign(changed)
@@ -129,21 +135,26 @@ def _check_method(
 
 
 def check_adapter(adapter: adapters.Adapter, *, tolerance: float = 1e-5) -> dict[str, float]:
-    """Check a method of your own by running it on layers of every kind that it can change.
+    """Check your own method by running it on every kind of layer that it can change.
 
-    On each layer: the checks of `check_layer`, with all saved weights moved, frozen ones too; the numbers that it counts;
-    a second adapter beside it; an adapter file and a `.keras` file, which must give the same outputs. Every layer kind that
-    `problem_with` refuses is left out; at least one must be left.
+    On each layer it checks:
+
+    - everything that `check_layer` checks, with all saved weights changed, frozen ones too;
+    - the parameter counts that the method reports;
+    - a second adapter on the same layer;
+    - an adapter file and a `.keras` file, which must give the same outputs.
+
+    Every kind of layer that `problem_with` refuses is skipped; at least one must remain.
 
     Args:
         adapter: An instance of a class that `keras_lora.register_adapter` knows.
         tolerance: The largest difference allowed, relative to the largest output if that exceeds one; for float32.
 
     Returns:
-        The largest difference seen, by kind of layer.
+        The largest difference measured, by kind of layer.
 
     Raises:
-        AssertionError: A result is wrong, with what was compared.
+        AssertionError: A result is wrong. The message names what was compared.
         ValueError: The class is not registered, or its `problem_with` refuses every kind of layer.
 
     Example:
@@ -174,7 +185,7 @@ def check_adapter(adapter: adapters.Adapter, *, tolerance: float = 1e-5) -> dict
 
 
 def _layers() -> dict[str, tuple[Any, np.ndarray, dict[str, Any]]]:
-    """A layer of each kind that a method can meet, with an input and how it is called."""
+    """A layer of each kind that a method can meet, with an input and its call arguments."""
     rng, layers = np.random.default_rng(0), keras.layers
     ids = rng.integers(0, 9, (2, 5)).astype("int32")
 
@@ -193,7 +204,7 @@ def _layers() -> dict[str, tuple[Any, np.ndarray, dict[str, Any]]]:
 
 
 def _check_counts(layer: Any, adapter: adapters.Adapter) -> None:
-    """The numbers that a method says it has are those that it has."""
+    """Check that the parameter counts that a method reports are correct."""
     apply_lora(layer, adapter, targets=lambda each: True)
     try:
         ((linear, made),) = named_adapters(layer)["default"].values()
@@ -210,7 +221,7 @@ def _check_counts(layer: Any, adapter: adapters.Adapter) -> None:
 
 
 def _check_files(layer: Any, x: np.ndarray, adapter: adapters.Adapter, tolerance: float) -> None:
-    """A model with the adapter, and a LoRA beside it, comes back from both kinds of files with the same outputs."""
+    """Check that a model with the adapter and a LoRA gives the same outputs after loading it from both kinds of file."""
     keras.utils.clear_session()
     config, weights = layer.get_config(), layer.get_weights()
 
@@ -249,7 +260,7 @@ def _check_files(layer: Any, x: np.ndarray, adapter: adapters.Adapter, tolerance
 
 
 def _move(adapter: adapters.Adapter, number: int) -> None:
-    """Move the saved weights of an adapter, frozen ones too, away from their start."""
+    """Change the saved weights of an adapter, frozen ones too, from their initial values."""
     rng = np.random.default_rng(number)
     for v in adapter.saved_weights.values():
         v.assign(ops.add(v.value, ops.convert_to_tensor(0.3 * rng.normal(size=tuple(v.shape)).astype("float32"))))

@@ -4,8 +4,8 @@
     python tests/mutants.py PEFT merge    # those with one of these words in their name: prints what was seen
     python tests/mutants.py --resume      # goes on with a run that was interrupted
 
-A fault is first looked for by the file of tests named beside it, then by the whole of `make quick`, then by the suites of
-`make test` on torch, JAX and TensorFlow; the first test that fails ends it. The bar: `make test` notices every fault, and
+A fault is first looked for by the file of tests named beside it, on torch and on the backend where it shows, then by the
+whole of `make quick`, then by the suites of `make test` on torch, JAX and TensorFlow. The first test that fails ends it. The bar: `make test` notices every fault, and
 `make quick` nine in ten.
 """
 
@@ -56,7 +56,9 @@ def noticed(fault: Fault) -> tuple[str, str]:
         text = file.read_text()
         assert text.count(fault.right) == 1, f"{fault.name}: its text stands {text.count(fault.right)} times in {fault.file}"
         file.write_text(text.replace(fault.right, fault.wrong))
-        runs = [("quick", "torch", f"tests/{fault.near}.py"), ("quick", "torch", "tests")]
+        runs = [("quick", "torch", f"tests/{fault.near}.py")]
+        runs += [("test", fault.backend, f"tests/{fault.near}.py")] if fault.backend != "torch" else []
+        runs += [("quick", "torch", "tests")]
         runs += [("test", backend, "tests") for backend in ("torch", "jax", "tensorflow")]
         for speed, backend, tests in runs:
             if failed := first_failure(copy, speed, backend, tests):
@@ -118,7 +120,10 @@ def main(words: list[str]) -> int:
         running = {pool.submit(noticed, fault): fault for fault in chosen if fault.name not in seen}
         for done in concurrent.futures.as_completed(running):
             name = running[done].name
-            seen[name] = done.result()
+            try:
+                seen[name] = done.result()
+            except RuntimeError as error:
+                seen[name] = ("none", str(error)[:300])
             print(f"{name}: {seen[name][0]} {seen[name][1]}", flush=True)
             SEEN.parent.mkdir(exist_ok=True)
             SEEN.write_text(json.dumps(seen))

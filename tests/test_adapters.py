@@ -305,3 +305,15 @@ def test_freeze_a_is_refused_where_a_is_zero():
     with pytest.raises(ValueError, match="`freeze_a` keeps A as it starts"):
         keras_lora.apply_lora(table, keras_lora.LoRA(rank=2, freeze_a=True))
     assert type(table) is layers.Embedding
+
+
+def test_an_adapted_embedding_hands_its_mask_on():
+    layer = layers.Embedding(9, 4, mask_zero=True)
+    ids = np.array([[1, 2, 0], [3, 0, 0]], "int32")
+    before = layer(ids)._keras_mask
+    keras_lora.apply_lora(layer, rank=1)
+    assert np.array_equal(keras.ops.convert_to_numpy(layer(ids)._keras_mask), keras.ops.convert_to_numpy(before))
+    reversible = layers.ReversibleEmbedding(9, 4, mask_zero=True)
+    reversible(ids)
+    keras_lora.apply_lora(reversible, rank=1)
+    assert np.array_equal(keras.ops.convert_to_numpy(reversible(ids)._keras_mask), ids != 0)

@@ -281,3 +281,21 @@ def test_blocks_that_are_not_there_are_refused():
         keras_lora.apply_lora(keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(2)]), blocks=0)
     with pytest.raises(TypeError, match="`blocks` must be an index"):
         keras_lora.apply_lora(blocks(), blocks="last")
+
+
+def test_a_name_matches_whole_names_alone():
+    names = ["dense", "dense_1", "big_dense"]
+    model = keras.Sequential([keras.Input((4,)), *(layers.Dense(4, name=name) for name in names)])
+    rows = keras_lora.list_targets(model, targets="dense", head=None)
+    assert [row.path for row in rows.of("adapt")] == ["dense"]
+
+
+def test_a_layer_that_is_used_twice_is_listed_once():
+    x, shared = keras.Input((4,)), layers.Dense(4, name="shared")
+    inner = keras.Model(x, shared(x), name="inner")
+    model = keras.Model(x, layers.Dense(2)(shared(inner(x))))
+    rows = keras_lora.list_targets(model)
+    assert [row.path for row in rows.of("adapt")] == ["inner/shared"]
+    keras_lora.apply_lora(model, rank=1)
+    assert len(keras_lora.list_adapters(model)) == 1
+    assert keras_lora.list_adapters(model).trainable == 8

@@ -1,4 +1,4 @@
-"""How is a kernel changed? One file for each method, and the table of them."""
+"""The adapter methods: how a kernel is changed. One file per method, and a table of all methods."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ TABLE: dict[str, type[Adapter]] = {
 
 
 def get(adapter: str | dict[str, Any] | Adapter, **arguments: Any) -> Adapter:
-    """An adapter from its name, its config or itself, as `keras.optimizers.get` does.
+    """Return an adapter for a name, a config or an instance, like `keras.optimizers.get`.
 
     Args:
         adapter: `"lora"`, an instance, or a config written by `keras.saving.serialize_keras_object`.
-        **arguments: Arguments of the method, such as `rank`; only beside a name. Those that are `None` are left out.
+        **arguments: Arguments of the method, such as `rank`; allowed only with a name. `None` values are ignored.
 
     Raises:
-        ValueError: The name is unknown, or arguments came beside an instance.
-        TypeError: `adapter` is none of the three.
+        ValueError: The name is unknown, or arguments were given with an instance.
+        TypeError: `adapter` is not a name, a config or an instance.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     if isinstance(adapter, str):
@@ -75,7 +75,7 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 
 def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
-    """A new adapter with the same config and no weights, `changed` in the place of the same arguments."""
+    """Return a new adapter without weights, with the same config except for the arguments in `changed`."""
     config = adapter.get_config()
     unknown = sorted(set(changed) - set(config))
     if unknown:

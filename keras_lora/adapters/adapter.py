@@ -1,4 +1,4 @@
-"""The adapter: a change of a linear map. One subclass per method, each in a file of its own beside this one."""
+"""`Adapter`, the base class of all methods: a change of a linear map. Each method is a subclass in a separate file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SKIP_INIT = contextvars.ContextVar("skip_init", default=False)
 
 @contextlib.contextmanager
 def skip_init() -> Iterator[None]:
-    """Start adapters whose values are read right after: their weights begin as zeros, and nothing random is drawn."""
+    """Create adapter weights as zeros, without random draws, because their values are loaded right after."""
     token = _SKIP_INIT.set(True)
     try:
         yield
@@ -32,47 +32,49 @@ def skip_init() -> Iterator[None]:
 
 
 class Adapter(keras.layers.Layer):
-    """What a method must say. A new method writes `build_for`, `parameter_count` and `delta_kernel`; the rest has a default
-    that is right. Whatever computes the change in another way multiplies it by `strength`.
+    """Base class of all adapter methods.
 
-    An adapter is a Keras layer, so it owns weights, seeds and a config. It never sees the layer it changes, only that
+    A new method defines `build_for`, `parameter_count` and `delta_kernel`. Every other method has a correct default. If you
+    override a method that computes the change in another way, multiply the change by `strength`.
+
+    An adapter is a Keras layer, so it has weights, seeds and a config. It does not see the layer it changes, only that
     layer as a linear map (`keras_lora.linear_map.LinearMap`, passed as `linear`).
 
-    Its weights are float32 whatever the policy of the model, and are cast to the dtype of the computation where they are
-    used: in bfloat16 an optimizer step of the usual size rounds to nothing.
+    Its weights are float32 for every dtype policy of the model, and are cast to the compute dtype when they are used. In
+    bfloat16, an optimizer step of the usual size would be lost to rounding.
     """
 
-    #: Names of weights that are computed from the base and so are not saved.
+    #: Names of weights that are computed from the base. They are not saved.
     derived: tuple[str, ...] = ()
-    #: Whether `adapted_output` adds to `y` and does not read it otherwise: so several add up, one after the other.
+    #: Whether `adapted_output` only adds to `y`. Several such adapters can then be applied one after the other.
     adds = True
-    #: The name under which a model knows it, which several layers share, and the part of the layer it changes.
+    #: The adapter's name in the model, shared by several layers, and the part of the layer it changes.
     adapter_name = "default"
     part = ""
-    #: The shape of the kernel as a matrix, once it has weights.
+    #: The shape of the kernel as a matrix, set when the weights are created.
     matrix_shape: tuple[int, ...] = ()
 
     def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
-        # A fixed name: Keras's automatic one counts up through a process, and variable paths with it.
+        # A fixed name: Keras numbers automatic names through a process, so variable paths would change.
         known = inspect.signature(type(self)).parameters
         checks.unknown_keywords(type(self).__name__, kwargs, [*known, "trainable"])
         super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)
 
     def add_strength(self) -> None:
-        """Create `strength`, the number that multiplies the whole change: 0 is off, 1 is on.
+        """Create `strength`, the number that multiplies the change: 0 is off, 1 is on.
 
-        It is a variable, so that switching and rescaling reach functions that were compiled before.
+        It is a variable, so switching and rescaling also affect functions that are already compiled.
         """
         self.strength = self.add_weight(
             shape=(), initializer="ones", name="strength", dtype="float32", trainable=False, autocast=False
         )
 
     def build_for(self, linear: LinearMap) -> None:
-        """Create the weights for `linear` at the method's starting point, where the change is zero."""
+        """Create the weights for `linear`, with initial values that make the change zero."""
         raise TypeError(f"{type(self).__name__} does not define `build_for(linear)`, which creates the adapter's weights.")
 
     def create_for(self, linear: LinearMap) -> None:
-        """Create the weights for `linear`, or raise if it cannot have this adapter. The library calls this."""
+        """Create the weights for `linear`, or raise an error if it cannot have this adapter. Called by the library."""
         if (problem := self.problem_with(linear)) is not None:
             raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
         self.matrix_shape = tuple(linear.matrix_shape)
@@ -80,25 +82,25 @@ class Adapter(keras.layers.Layer):
         self.built = True
 
     def problem_with(self, linear: LinearMap) -> str | None:
-        """Why `linear` cannot have this adapter, with what to do, or `None`. Asked before anything changes."""
+        """Return why `linear` cannot have this adapter and what to do, or `None`. Called before anything changes."""
         return None
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
-        """How many numbers train for a matrix of this shape."""
+        """Return the number of trainable parameters for a matrix of this shape."""
         raise TypeError(f"{type(self).__name__} does not define `parameter_count(matrix_shape)`.")
 
     def size(self, matrix_shape: tuple[int, ...]) -> int:
-        """How many numbers it holds for a matrix of this shape, frozen ones too, without its strength."""
+        """Return the number of all parameters for a matrix of this shape, frozen ones included, without the strength."""
         return self.parameter_count(matrix_shape)
 
     def delta_kernel(self, matrix: Any) -> Any:
-        """ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
+        """Return ΔW as the paper defines it, shaped like `matrix (*groups, in_dim, out_dim)`, in float32 or wider."""
         raise TypeError(f"{type(self).__name__} does not define `delta_kernel(matrix)`, the method's definition.")
 
     def factors_of(
         self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """ΔW as an exact product, if it is one: `(*groups, in_dim, k)` and `(*groups, k, out_dim)` in float64.
+        """Return exact factors of ΔW, `(*groups, in_dim, k)` and `(*groups, k, out_dim)` in float64, or `None`.
 
         Args:
             weights: Saved weights by key, as NumPy arrays.
@@ -107,35 +109,35 @@ class Adapter(keras.layers.Layer):
         return None
 
     def numpy_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """`factors_of` the weights as they are now."""
+        """Return `factors_of` for the current weights."""
         weights = {key: np.asarray(ops.convert_to_numpy(v.value)) for key, v in self.saved_weights.items()}
         return self.factors_of(weights, self.matrix_shape)
 
     def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
-        """Tensors `a` and `b` of which `strength · ΔW` is the product as it runs now, where it is one."""
+        """Return tensors `a` and `b` whose product is the current `strength · ΔW`, or `None` if it is not a product."""
         return None
 
     def change(self, matrix: Any) -> Any:
-        """`strength · ΔW`: what is added to the kernel."""
+        """Return `strength · ΔW`, which is added to the kernel."""
         return ops.multiply(self.strength, self.delta_kernel(matrix))
 
     def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
-        """`apply(x, W + strength · ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
+        """Return `apply(x, W + strength · ΔW)`, given the input `x` and the base output `y = apply(x, W)`.
 
-        This default computes the definition. A method with a cheaper way overrides it; the law test holds it to this one.
+        This default computes the definition. A method with a cheaper way overrides it; `tests/test_law.py` compares the two.
         """
         return ops.add(y, linear.apply(x, ops.cast(self.change(linear.matrix), y.dtype)))
 
     def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
-        """`adapted_output` from `x` alone, for a method that is faster when it computes the base output itself."""
+        """Return `adapted_output` from `x` alone, for methods that are faster if they compute the base output too."""
         if type(self).adapted_output is Adapter.adapted_output and linear.is_plain_matmul:
-            # One large product with `W + ΔW` and not two.
+            # One large product with `W + ΔW` instead of two.
             matrix = linear.matrix
             return linear.apply(x, ops.add(matrix, ops.cast(self.change(matrix), matrix.dtype)))
         return self.adapted_output(x, linear.base_output(x), linear, training=training)
 
     def base_changed(self, linear: LinearMap) -> None:
-        """Called when other values were loaded into the kernel: bring what was computed from it up to date."""
+        """Update what was computed from the kernel. Called after other values were loaded into it."""
 
     def add_factor(
         self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True, regularizer: Any = None
@@ -154,18 +156,18 @@ class Adapter(keras.layers.Layer):
         )
 
     def misfit_with(self, other: Adapter) -> str | None:
-        """Why this adapter cannot take the values of `other`, or `None`. Asked before anything changes."""
+        """Return why this adapter cannot take the values of `other`, or `None`. Called before anything changes."""
         if type(self) is type(other) and method_of(self) == method_of(other):
             return None
         return f"this one is {_words(self)}, the other {_words(other)}"
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
-        """`values`, NumPy arrays by key of an adapter configured like `other`, as this adapter would hold them."""
+        """Convert `values`, NumPy arrays by key of an adapter configured like `other`, to values for this adapter."""
         return values
 
     @property
     def saved_weights(self) -> dict[str, keras.Variable]:
-        """The weights that a file holds, by key, those of adapters inside this one included."""
+        """The weights that are saved in a file, by key, including those of adapters inside this one."""
         return {v.name: v for v in self.weights if v.name not in (*self.derived, "strength")}
 
     @property
@@ -178,7 +180,7 @@ class Adapter(keras.layers.Layer):
             store[key] = variable
 
     def load_own_variables(self, store: Any) -> None:
-        if not store.keys():  # a file of the base alone: the adapter keeps its values
+        if not store.keys():  # a file with only the base: the adapter keeps its values
             return
         weights = self._own_saved_weights
         missing = sorted(set(weights) - set(store.keys()))
@@ -193,21 +195,21 @@ class Adapter(keras.layers.Layer):
 
 
 def with_sublayers(adapter: Adapter) -> list[keras.layers.Layer]:
-    """An adapter and the layers inside it."""
+    """Return the adapter and the layers inside it."""
     return [adapter, *(each for each in keras_internals.sublayers(adapter))]
 
 
 def strength_of(adapter: Adapter) -> float:
-    """The number that multiplies the adapter's change now."""
+    """Return the number that currently multiplies the adapter's change."""
     return float(keras.ops.convert_to_numpy(adapter.strength))
 
 
-#: The starting point and the Keras layer's own arguments say nothing about trained values.
+#: Arguments that do not affect trained values: the initial values, and the arguments of every Keras layer.
 INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
 
 
 def method_of(adapter: Adapter) -> dict[str, Any]:
-    """The arguments of a method that say what its values mean: its config without its starting point."""
+    """Return the arguments that define what the values mean: the config without those that set initial values."""
     return {key: value for key, value in adapter.get_config().items() if key not in INIT_ARGUMENTS}
 
 

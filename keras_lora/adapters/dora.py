@@ -1,4 +1,4 @@
-"""DoRA: a low-rank change of the kernel's direction, and a trained magnitude for each output."""
+"""DoRA: a low-rank change of the kernel's direction, and a trainable magnitude for each output."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class DoRA(Adapter):
     """Weight-decomposed low-rank adaptation: `W' = m (W + scale · A B) / ‖W + scale · A B‖`.
 
-    The norm is taken over the inputs of each output unit and is not differentiated (section 4.3 of the paper). Nothing of
-    the kernel's size is formed: `‖W + sAB‖² = ‖W‖² + 2 s b·(AᵀW) + s² b·(AᵀA) b` for each output, with `‖W‖²` computed once.
-    It trains closer to full fine-tuning than LoRA at low rank, for one more pass over the output.
+    The norm is taken over the inputs of each output unit and is not differentiated (section 4.3 of the paper). No
+    array of the kernel's size is formed: `‖W + sAB‖² = ‖W‖² + 2 s b·(AᵀW) + s² b·(AᵀA) b` for each output, and `‖W‖²` is
+    computed once.
+    It trains closer to full fine-tuning than LoRA at low rank, at the cost of one more pass over the output.
 
     Args:
         rank, alpha, dropout, rank_stabilized, a_initializer, b_initializer, seed, freeze_a: As for `keras_lora.LoRA`.
@@ -60,12 +61,12 @@ class DoRA(Adapter):
 
     @property
     def rank(self) -> int:
-        """The rank of the change of direction."""
+        """The rank of the change in direction."""
         return self.lora.rank
 
     @property
     def scale(self) -> float:
-        """What multiplies `A B`."""
+        """The factor that multiplies `A B`."""
         return self.lora.scale
 
     def problem_with(self, linear: LinearMap) -> str | None:
@@ -73,7 +74,7 @@ class DoRA(Adapter):
 
     def build_for(self, linear: LinearMap) -> None:
         *groups, _, out_dim = linear.matrix_shape
-        # Initializers, not values: in a model that is being traced the kernel has no value yet.
+        # Initializers instead of values: while a model is traced, the kernel has no value yet.
         self.kernel_norm_squared = self.add_factor(
             "kernel_norm_squared", (*groups, out_dim), lambda *_, **__: _norm_squared(linear), trainable=False
         )
@@ -116,7 +117,7 @@ class DoRA(Adapter):
         """`W + t ΔW = c (W + (t g / c) sAB)`, with strength t, the gain g of an output unit, and `c = 1 + t (g - 1)`."""
         gain = ops.divide(self.magnitude, self.direction_norm(linear))
         more = ops.multiply(self.strength, ops.subtract(gain, 1.0))
-        # Where c is 0 the base vanishes: a tiny c leaves of it less than can be seen.
+        # If c is 0 the base vanishes; a tiny c avoids the division by zero and leaves a negligible part of the base.
         c = ops.add(more, 1.0)
         c = ops.where(ops.abs(c) < 1e-12, 1e-12, c)
         a, b = self.lora.current_pair()
@@ -124,13 +125,13 @@ class DoRA(Adapter):
         y = self.lora.add_product(x, y, linear, training, a, b, self.strength)
         if keras.backend.standardize_dtype(y.dtype) == "float32":
             return ops.multiply(y, linear.along_outputs(c, y))
-        # Written y + (c - 1) y because c stays close to 1, where bfloat16 has only 3 digits.
+        # Written as y + (c - 1) y because c stays close to 1, and bfloat16 has only 3 digits there.
         return ops.add(y, ops.multiply(y, linear.along_outputs(ops.cast(more, y.dtype), y)))
 
     def direction_norm(self, linear: LinearMap) -> Any:
-        """`‖W + scale · A B‖` of each output, `(*groups, out_dim)`, from products no larger than `(rank, out_dim)`.
+        """Return `‖W + scale · A B‖` of each output, `(*groups, out_dim)`, from products no larger than `(rank, out_dim)`.
 
-        A constant in the gradient (section 4.3 of the paper).
+        It is a constant in the gradient (section 4.3 of the paper).
         """
         a, b = (ops.stop_gradient(ops.convert_to_tensor(factor)) for factor in self.lora.current_pair())
         b = self.lora.scale * b
@@ -153,5 +154,5 @@ class DoRA(Adapter):
 
 
 def _norm_squared(linear: LinearMap) -> Any:
-    """`‖W_j‖²` of each output unit, in float32."""
+    """Return `‖W_j‖²` of each output unit, in float32."""
     return ops.sum(ops.square(ops.cast(linear.matrix, "float32")), axis=-2)

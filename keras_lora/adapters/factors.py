@@ -2,7 +2,7 @@
 
 A pair `(a, b)` stands for the change `a @ b`: `a` is `(*groups, in_dim, rank)`, `b` is `(*groups, rank, out_dim)`, with any
 scale already in `b`. A dense change is `(*groups, in_dim, out_dim)`. `groups` is empty or one axis. A term is a weight and a
-change. NumPy alone; all is computed and returned in float64.
+change. This file uses only NumPy; everything is computed and returned in float64.
 """
 
 from __future__ import annotations
@@ -18,51 +18,53 @@ Terms = Sequence[tuple[float, Factors]]
 DenseTerms = Sequence[tuple[float, np.ndarray]]
 
 #: A singular value is rounding noise below this share of what the change was computed from. QR, product and SVD leave about
-#: 4 units of rounding where terms cancel, whatever the sizes.
+#: 4 units of rounding if terms cancel, for any sizes.
 _NOISE = 16 * np.finfo(np.float64).eps
 
 
 def product(factors: Factors) -> np.ndarray:
-    """The change itself, `a @ b`, as `(*groups, in_dim, out_dim)`."""
+    """Return the change `a @ b`, as `(*groups, in_dim, out_dim)`."""
     a, b = _checked(factors)
     return a @ b
 
 
 def concatenate(terms: Terms) -> Factors:
-    """The exact weighted sum of the products: `[a₁ a₂ …] [w₁ b₁; w₂ b₂; …]`. Its rank is the sum of the ranks."""
+    """Return the exact weighted sum of the products: `[a₁ a₂ …] [w₁ b₁; w₂ b₂; …]`. Its rank is the sum of the ranks."""
     checked = [(_float64(weight), *_checked(factors)) for weight, factors in terms]
     _same("changes", [(*a.shape[:-1], b.shape[-1]) for _, a, b in checked])
     return np.concatenate([a for _, a, _ in checked], axis=-1), np.concatenate([w * b for w, _, b in checked], axis=-2)
 
 
 def truncate(factors: Factors, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
-    """The best approximation of `a @ b`, and its relative error (Frobenius). Nothing of size `in_dim × out_dim` is formed.
+    """Return the best low-rank approximation of `a @ b`, and its relative error (Frobenius).
+
+    No array of size `in_dim × out_dim` is formed.
 
     Args:
-        factors: The pair to approximate. Its new factors have the square roots of the singular values each.
-        rank: Positive integer, cut to the most that the product can have.
-        energy: Number in `(0, 1]`, in the place of `rank`: the smallest rank that keeps this share of the sum of squared
-            singular values in every group. 1 keeps all that is not rounding noise; a zero change gets rank 1.
+        factors: The pair to approximate. Both new factors contain the square roots of the singular values.
+        rank: Positive integer, reduced to the largest rank that the product can have.
+        energy: Number in `(0, 1]`, instead of `rank`: use the smallest rank that keeps this share of the sum of squared
+            singular values in every group. 1 keeps everything except rounding noise; a zero change gets rank 1.
     """
     a, b = _checked(factors)
     q_a, r_a = np.linalg.qr(a)
     q_b, r_b = np.linalg.qr(np.swapaxes(b, -1, -2))
-    # Each column of `a` and row of `b` leaves noise in proportion to its own length, also where their products cancel.
+    # Each column of `a` and row of `b` leaves noise in proportion to its length, even if their products cancel.
     lengths = np.linalg.norm(a, axis=-2) * np.linalg.norm(b, axis=-1)
     (left, right), error = _best(r_a @ np.swapaxes(r_b, -1, -2), np.linalg.norm(lengths, axis=-1), rank, energy)
     return (q_a @ left, right @ np.swapaxes(q_b, -1, -2)), error
 
 
 def low_rank(matrix: np.ndarray, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
-    """The best approximation of a dense change, as `truncate` has it."""
+    """Return the best low-rank approximation of a dense change, with the arguments of `truncate`."""
     matrix = _matrix(matrix)
     return _best(matrix, np.linalg.norm(matrix, axis=(-2, -1)), rank, energy)
 
 
 def linear(terms: Terms) -> Factors:
-    """The sum of the factors, each times `sqrt(|weight|)`, with the weight's sign on `b`: PEFT's `"linear"`.
+    """Return the sum of the factors, each times `sqrt(|weight|)`, with the weight's sign on `b`: PEFT's `"linear"`.
 
-    It keeps the rank. It is not the sum of the products: it adds `aᵢ bⱼ` for every two terms. It is exact for one term.
+    It keeps the rank. It is not the sum of the products: it adds `aᵢ bⱼ` for every pair of terms. It is exact for one term.
     """
     checked = [(_float64(weight), *_checked(factors)) for weight, factors in terms]
     _same("pairs of factors", [(a.shape, b.shape) for _, a, b in checked])
@@ -71,7 +73,10 @@ def linear(terms: Terms) -> Factors:
 
 
 def keep_largest(matrix: np.ndarray, density: float) -> np.ndarray:
-    """The share `density` of the entries, at least one, of the largest absolute values (of equals the first); else 0."""
+    """Keep the share `density` of the entries with the largest absolute values, at least one; set the others to 0.
+
+    If several entries are equal, the first are kept.
+    """
     _share("density", density)
     matrix = _matrix(matrix)
     magnitude = np.abs(matrix).ravel()
@@ -83,9 +88,9 @@ def keep_largest(matrix: np.ndarray, density: float) -> np.ndarray:
 
 
 def ties(terms: DenseTerms, density: float) -> np.ndarray:
-    """TIES of dense changes: trim each with `keep_largest`, elect a sign for each entry, average what has that sign.
+    """TIES of dense changes: trim each with `keep_largest`, elect a sign per entry, and average the values with that sign.
 
-    The sign is that of the weighted sum; the average is over the weighted values that have it, and 0 where none has.
+    The sign is that of the weighted sum. The average is over the weighted values with this sign, or 0 if there are none.
     [Yadav et al., 2023](https://arxiv.org/abs/2306.01708).
     """
     return _elected([weight * keep_largest(matrix, density) for weight, matrix in _dense(terms)])
@@ -94,8 +99,8 @@ def ties(terms: DenseTerms, density: float) -> np.ndarray:
 def dare(terms: DenseTerms, density: float, rng: np.random.Generator, ties: bool = False) -> np.ndarray:
     """DARE of dense changes: drop each entry with probability `1 - density`, divide the rest by `density`, then combine.
 
-    The result is their weighted sum, right on average; or, if `ties`, the elected average as in `ties()`. Each term in turn
-    draws one number for each entry from `rng`. [Yu et al., 2023](https://arxiv.org/abs/2311.03099).
+    The result is the weighted sum, which is unbiased, or with `ties` the elected average as in `ties()`. Each term in turn
+    draws one number per entry from `rng`. [Yu et al., 2023](https://arxiv.org/abs/2311.03099).
     """
     _share("density", density)
     left = [w * np.where(rng.random(matrix.shape) < density, matrix / density, 0.0) for w, matrix in _dense(terms)]
@@ -103,7 +108,7 @@ def dare(terms: DenseTerms, density: float, rng: np.random.Generator, ties: bool
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """`‖found - expected‖ / ‖expected‖` (Frobenius): 0 where both are zero, infinite where `expected` alone is."""
+    """Return `‖found - expected‖ / ‖expected‖` (Frobenius): 0 if both are zero, infinite if only `expected` is."""
     found, expected = _float64(found), _float64(expected)
     _same("arrays", [found.shape, expected.shape])
     off, whole = float(np.linalg.norm(found - expected)), float(np.linalg.norm(expected))
@@ -111,7 +116,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _best(matrix: np.ndarray, size: np.ndarray, rank: int | None, energy: float | None) -> tuple[Factors, float]:
-    """The best approximation of `matrix`, by Eckart and Young its cut SVD. `size`, one for each group, scales the noise."""
+    """The truncated SVD of `matrix`, its best approximation (Eckart and Young). `size`, one per group, scales the noise."""
     if (rank is None) == (energy is None):
         raise ValueError(f"Expected one of `rank` and `energy`. Received: rank={rank!r}, energy={energy!r}.")
     if energy is not None:
@@ -121,9 +126,9 @@ def _best(matrix: np.ndarray, size: np.ndarray, rank: int | None, energy: float 
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s = np.where(s > _NOISE * size[..., None], s, 0.0)
     if energy is not None:
-        # What each rank, from 0 on, drops: small numbers are summed first, so that none is lost beside a large one.
+        # What each rank, from 0 on, drops. Small numbers are summed first, so that none is lost to rounding.
         dropped = np.cumsum(s[..., ::-1] ** 2, axis=-1)[..., ::-1]
-        # A hair more may be dropped, or rounding would decide whether a share such as 0.9 is met.
+        # Allow slightly more to be dropped; otherwise rounding would decide whether a share such as 0.9 is met.
         allowed = (1 - energy) * (1 + 1e-9) * dropped[..., :1]
         rank = max(1, int((dropped > allowed).sum(axis=-1).max()))
     whole = float(np.linalg.norm(s))
@@ -133,7 +138,7 @@ def _best(matrix: np.ndarray, size: np.ndarray, rank: int | None, energy: float 
 
 
 def _elected(values: list[np.ndarray]) -> np.ndarray:
-    """For each entry, the mean of the values that have the sign of the sum, which is 0 where the sum is."""
+    """For each entry, the mean of the values that have the sign of the sum, or 0 if the sum is 0."""
     stacked = np.stack(values)
     agree = np.sign(stacked) == np.sign(stacked.sum(axis=0))
     found: np.ndarray = np.where(agree, stacked, 0.0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)

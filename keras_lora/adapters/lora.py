@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 class LoRA(LowRank):
     """Low-rank adaptation: `W' = W + scale · A B`.
 
-    `A` is `(in_dim, rank)`, `B` is `(rank, out_dim)`; a kernel with groups has one pair for each group. `ΔW` is never
-    formed in training or inference: the output is `y + (x A)(scale · B)`.
+    `A` is `(in_dim, rank)`, `B` is `(rank, out_dim)`; a kernel with groups has one pair per group. `ΔW` is never
+    formed in training or inference; the output is `y + (x A)(scale · B)`.
 
     Args:
         rank: Positive integer. 8 is a good start; 1 is often enough.
-        alpha: Positive number. The scale is `alpha / rank`, so that the best learning rate changes little with the rank.
+        alpha: Positive number. The scale is `alpha / rank`, so the best learning rate changes little with the rank.
         dropout: Number in `[0, 1)`, the share of the entries of `x` dropped on the way to `A` in training.
         rank_stabilized: Use the scale `alpha / sqrt(rank)`, for ranks of 64 and more.
-        a_initializer, b_initializer: Keras initializers. By default `A ~ U(±1/sqrt(in_dim))` and `B = 0`, as PEFT has
-            it. For an embedding, whose inputs pick one row of `A`, `A = 0` and `B ~ N(0, 1)`.
-        seed: Integer, for the initial values and the dropout. Each layer is given its own stream of it.
-        freeze_a: Train `B` alone (LoRA-FA). The layer's input is then not kept for the backward pass, only `tokens · rank`
-            numbers. `A` must not be zero, so an embedding is refused.
+        a_initializer, b_initializer: Keras initializers. By default `A ~ U(±1/sqrt(in_dim))` and `B = 0`, as in
+            PEFT. For an embedding, whose inputs select one row of `A`, `A = 0` and `B ~ N(0, 1)`.
+        seed: Integer, for the initial values and the dropout. Each layer uses a separate random stream.
+        freeze_a: Train only `B` (LoRA-FA). The layer's input is then not kept for the backward pass, only `tokens · rank`
+            numbers. `A` must not be zero, so embeddings are refused.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Raises:
@@ -105,7 +105,7 @@ class LoRA(LowRank):
         return math.prod(groups) * self.rank * (in_dim + out_dim)
 
     def misfit_with(self, other: Adapter) -> str | None:
-        """A LoRA takes the values of another of equal or smaller rank, whatever its scale."""
+        """Return `None` if `other` is a LoRA of equal or smaller rank, with any scale."""
         if not isinstance(other, LoRA) or other.rank > self.rank:
             return super().misfit_with(other)
         return super().misfit_with(_with_size_of(self, other))
@@ -129,7 +129,7 @@ class LoRA(LowRank):
 
 
 def _with_size_of(lora: LoRA, other: LoRA) -> LoRA:
-    """`other` with the rank and the scale of `lora`."""
+    """Return a copy of `other` with the rank and scale of `lora`."""
     size = {key: lora.get_config()[key] for key in ("rank", "alpha", "rank_stabilized")}
     found: LoRA = LoRA.from_config({**other.get_config(), **size})
     return found

@@ -1,4 +1,4 @@
-"""What methods share whose change is a product of thin factors: `ΔW = scale · A B`."""
+"""`LowRank`, the base class of methods whose change is a product of thin factors: `ΔW = scale · A B`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 
 class LowRank(Adapter):
-    """A change `ΔW = scale · A B`. A subclass adds weights in `build_for` and says in `pair` which factors they make.
+    """Base class for a change `ΔW = scale · A B`.
 
-    From `pair` come the definition, the fast path with its dropout, sums with other adapters, exact combinations, serving
-    with an adapter for each example, and the exact LoRA that a PEFT file holds.
+    A subclass adds weights in `build_for` and returns their factors from `pair`. The library derives the rest from `pair`:
+    the definition, the fast path with dropout, sums with other adapters, exact combinations, serving with one adapter per
+    example, and the export to an exact LoRA in a PEFT file.
 
     Args:
         rank: Positive integer.
         alpha: Positive number. The scale is `alpha / rank`.
         dropout: Number in `[0, 1)`, the share of the entries of the input dropped on the way to `A` in training.
         rank_stabilized: Use the scale `alpha / sqrt(rank)`.
-        seed: Integer, for the initial values and the dropout. Each layer gets a stream of its own.
+        seed: Integer, for the initial values and the dropout. Each layer uses a separate random stream.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Raises:
@@ -55,11 +56,11 @@ class LowRank(Adapter):
 
     @property
     def scale(self) -> float:
-        """What multiplies `A B`."""
+        """The factor that multiplies `A B`."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
-        """The factors `A (*groups, in_dim, k)` and `B (*groups, k, out_dim)` that `weights` make; the scale is in neither.
+        """Return the factors `A (*groups, in_dim, k)` and `B (*groups, k, out_dim)` made from `weights`, without the scale.
 
         Args:
             weights: The weights by key: variables of this adapter, or NumPy arrays from a file.
@@ -74,7 +75,7 @@ class LowRank(Adapter):
         return a, self.scale * b
 
     def current_pair(self) -> tuple[Any, Any]:
-        """The factors as they are now."""
+        """Return the current factors."""
         return self.pair(self.saved_weights, self.matrix_shape)
 
     def problem_with(self, linear: LinearMap) -> str | None:
@@ -102,12 +103,12 @@ class LowRank(Adapter):
         return self.adapted_output(x, None, linear, training)
 
     def add_product(self, x: Any, y: Any, linear: LinearMap, training: bool | None, a: Any, b: Any, strength: Any) -> Any:
-        """`y + strength · scale · (x a) b`, with dropout before `a` in training. `y` that is `None` is the base output."""
+        """Return `y + strength · scale · (x a) b`, with dropout before `a` in training; `y=None` is the base output."""
         if self.seed_generator is None or not training:
             return linear.low_rank_sum(x, a, b, self.scale, strength, y)
         y = linear.base_output(x) if y is None else y
 
-        # The dropped input is not kept for the backward pass: it is made again there, from the same seed.
+        # The dropped input is not kept for the backward pass; it is recomputed there from the same seed.
         def dropped(x: Any, a: Any, drawn: Any) -> Any:
             seed = keras_internals.drawn_seed(self.seed_generator, drawn)
             return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)

@@ -1,4 +1,4 @@
-"""An adapter for each example of a batch: many LoRAs stacked, and an index that picks one for each."""
+"""A different adapter for each example of a batch: many LoRAs stacked, and an index that selects one per example."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _INDEX: contextvars.ContextVar[Any] = contextvars.ContextVar(INDEX, default=None
 
 @contextlib.contextmanager
 def using(index: Any) -> Iterator[None]:
-    """Let each example of what is called inside use the adapter that `index (batch,)` names for it; `None` for the base."""
+    """Use the adapter `index[i]` for example i of calls inside this context; with `index=None` use the base."""
     token = _INDEX.set(index)
     try:
         yield
@@ -37,13 +37,13 @@ def using(index: Any) -> Iterator[None]:
 
 @keras.saving.register_keras_serializable("keras_lora")
 class PerExample(Adapter):
-    """Places for `capacity` LoRAs of up to `rank`, for `keras_lora.MultiAdapterModel`: `y + (x A[i]) B[i]` for example i.
+    """Slots for `capacity` LoRAs of up to `rank`, for `keras_lora.MultiAdapterModel`: `y + (x A[i]) B[i]` for example i.
 
-    Place 0 is the base: its factors are zero and stay so. The scale of each LoRA is in its `B`.
+    Slot 0 is the base: its factors are always zero. The scale of each LoRA is included in its `B`.
 
     Args:
         rank: Positive integer, the largest rank of a LoRA.
-        capacity: Positive integer, how many there can be.
+        capacity: Positive integer, the largest number of LoRAs.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Reference:
@@ -111,7 +111,7 @@ class PerExample(Adapter):
         return {"lora_a": a, "lora_b": b}
 
     def put(self, place: int, values: dict[str, np.ndarray] | None) -> None:
-        """Fill a place with what `values_from` gave, or with zeros."""
+        """Fill a slot with the result of `values_from`, or with zeros."""
         for variable, key in ((self.lora_a, "lora_a"), (self.lora_b, "lora_b")):
             row = np.zeros(variable.shape[1:]) if values is None else values[key]
             row = ops.convert_to_tensor(row[None].astype("float32"))

@@ -1,4 +1,4 @@
-"""`register_adapter`: a method of your own gets a name, and is checked when it gets it."""
+"""`register_adapter`: register your own method under a name and check that it is complete."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from keras_lora.adapters.low_rank import LowRank
 
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
-#: Arguments of every Keras layer, which say nothing about the method.
+#: Arguments of every Keras layer, which do not belong to the method.
 _OF_KERAS = {"name", "dtype", "trainable"}
 
 
 def register_adapter(name: str) -> Callable[[AdapterClass], AdapterClass]:
-    """Give a method of your own a name: a decorator for its class.
+    """Register your own adapter method under a name. Use it as a class decorator.
 
-    The method can then be used by that name (`apply_lora(model, "name")`), and adapter files can hold it. Do it where the
-    class is defined: the process that loads a file needs it too. Then call `keras_lora.testing.check_adapter`, which runs
-    the method on layers of every kind.
+    You can then use the method by that name (`apply_lora(model, "name")`) and save it in adapter files. Register it next to
+    the class definition, because the process that loads a file needs it too. Then call
+    `keras_lora.testing.check_adapter`, which runs the method on every kind of layer.
 
     Args:
-        name: A lower-case word, which files name the method by.
+        name: A lower-case word that identifies the method in files.
 
     Returns:
         A decorator that returns the class itself.
 
     Raises:
-        TypeError: The class is no subclass of `keras_lora.Adapter`.
-        ValueError: The name is taken or no lower-case word, or the class lacks a part: `build_for`, `parameter_count`, and
-            `delta_kernel` (of a `LowRank`, `pair`), or a `get_config` with every argument of its constructor.
+        TypeError: The class is not a subclass of `keras_lora.Adapter`.
+        ValueError: The name is taken or is not a lower-case word, or the class lacks a part: `build_for`, `parameter_count`,
+            and `delta_kernel` (of a `LowRank`, `pair`), or a `get_config` with every argument of its constructor.
 
     Example:
 
@@ -74,7 +74,7 @@ def register_adapter(name: str) -> Callable[[AdapterClass], AdapterClass]:
 
 
 def _check(cls: Any) -> None:
-    """Raise unless `cls` has every part that a method needs."""
+    """Raise an error unless `cls` has every part that a method needs."""
     if not (isinstance(cls, type) and issubclass(cls, Adapter)):
         raise TypeError(f"A method must be a subclass of `keras_lora.Adapter`. Received: {cls!r}.")
     if cls in TABLE.values():

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 class Sum:
-    """`W + Σ strength · ΔW`: each change is that of the base kernel, so their order does not matter.
+    """Several adapters as one: `W + Σ strength · ΔW`.
 
-    What a layer asks of its adapter, it can ask of this.
+    Each change is computed from the base kernel, so the order does not matter.
+
+    It has the methods that a layer calls on an adapter.
     """
 
     def __init__(self, adapters: Sequence[Adapter]):
@@ -24,16 +26,16 @@ class Sum:
 
     @property
     def built(self) -> bool:
-        """Whether all of them have weights."""
+        """Whether all adapters have weights."""
         return all(adapter.built for adapter in self.adapters)
 
     def change(self, matrix: Any) -> Any:
-        """What is added to the kernel."""
+        """Return the sum of the changes, which is added to the kernel."""
         first, *rest = (adapter.change(matrix) for adapter in self.adapters)
         return sum(rest, start=first)
 
     def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
-        """`apply(x, W + Σ strength · ΔW)`, given the input `x` and the base output `y`."""
+        """Return `apply(x, W + Σ strength · ΔW)`, given the input `x` and the base output `y`."""
         total = y
         for adapter in _joined(self.adapters, linear, training):
             if adapter.adds:
@@ -43,7 +45,7 @@ class Sum:
         return total
 
     def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
-        """`adapted_output` from `x` alone."""
+        """Return `adapted_output` from `x` alone."""
         first, *rest = _joined(self.adapters, linear, training)
         if not all(adapter.adds for adapter in (first, *rest)):
             return self.adapted_output(x, linear.base_output(x), linear, training)
@@ -53,13 +55,13 @@ class Sum:
         return y
 
     def base_changed(self, linear: LinearMap) -> None:
-        """Bring what was computed from the kernel up to date."""
+        """Update what was computed from the kernel."""
         for adapter in self.adapters:
             adapter.base_changed(linear)
 
 
 class _Product:
-    """Adapters that are products of thin factors, as one: `x [A₁ A₂ …] [B₁; B₂; …]` is two products for all of them."""
+    """Several low-rank adapters as one: `x [A₁ A₂ …] [B₁; B₂; …]` takes two products for all of them."""
 
     adds = True
 
@@ -76,7 +78,7 @@ class _Product:
 
 
 def _joined(adapters: Sequence[Adapter], linear: LinearMap, training: bool | None) -> list[Any]:
-    """The adapters, with those that are products as one. In training, one that trains stays apart, for its gradient."""
+    """Join the low-rank adapters into one. In training, an adapter that trains stays separate, so it gets a gradient."""
     products, others = [], []
     for adapter in adapters:
         apart = not linear.is_matmul or (training and adapter.trainable_variables)

@@ -1,4 +1,4 @@
-"""Trainable tokens: chosen rows of an embedding train, and nothing else of it."""
+"""Trainable tokens: train chosen rows of an embedding and freeze the others."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @keras.saving.register_keras_serializable("keras_lora")
 class TrainableTokens(Adapter):
-    """A change of chosen rows of an embedding: `W'[token] = W[token] + token_delta`. All other rows stay as they are.
+    """Train chosen rows of an embedding: `W'[token] = W[token] + token_delta`. All other rows stay unchanged.
 
-    For new or rare tokens: the parameters are `len(tokens) · dim`, whatever the vocabulary. Of a tied embedding the same
-    rows change on the way out.
+    Use it for new or rare tokens: it has `len(tokens) · dim` parameters for any size of vocabulary. In a tied embedding,
+    the same rows also change in the output projection.
 
     Args:
-        tokens: Ids of the rows, different non-negative integers.
+        tokens: Ids of the rows, a list of distinct non-negative integers.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Raises:
-        ValueError: `tokens` is empty, or holds a negative number or one twice.
+        ValueError: `tokens` is empty, or contains a negative number or a duplicate.
 
     Example:
 
@@ -82,7 +82,7 @@ class TrainableTokens(Adapter):
         return ops.add(y, linear.apply_product(x, ops.cast(self._selection(self.matrix_shape), y.dtype), delta))
 
     def _selection(self, matrix_shape: tuple[int, ...]) -> Any:
-        """`(rows, tokens)`, with a one where a row is a token."""
+        """`(rows, tokens)`, with a one if the row is the token, else zero."""
         return ops.transpose(ops.one_hot(self.tokens, matrix_shape[0], dtype="float32"))
 
     def get_config(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What do Keras and the backends hide? Every private name of Keras, every use of a backend, every quantisation mode."""
+"""All code that depends on private Keras names, on a backend, or on a quantisation mode."""

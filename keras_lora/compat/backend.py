@@ -1,4 +1,4 @@
-"""The only file that may name a backend: what Keras's own operations cannot say, or say slowly."""
+"""Backend-specific code: what Keras's operations cannot do, or do slowly. Only this file may name a backend."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from keras import ops
 
 
 def fuses_base() -> bool:
-    """Whether `low_rank_sum` is faster with the base product in it: XLA fuses what it can itself."""
+    """Whether `low_rank_sum` is faster with the base product in it: XLA fuses the operations without help."""
     found: bool = keras.backend.backend() == "torch"
     return found
 
 
 def has_symbolic_sizes(x: Any) -> bool:
-    """Whether JAX traces for an export, where an axis without a number cannot be made one with another and parted again."""
+    """Whether JAX traces for an export; an axis of unknown size then cannot be merged with another and split again."""
     return keras.backend.backend() == "jax" and not all(isinstance(size, int) for size in x.shape)
 
 
 def each_example(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function` of each example of the arrays, along their first axis, in one go where the backend can."""
-    if keras.backend.backend() == "torch":  # whose `vmap` has no convolution with channels last
+    """Apply `function` to each example (first axis) of the arrays, in one call if the backend can."""
+    if keras.backend.backend() == "torch":  # its `vmap` does not support convolution with channels last
         return ops.stack([function(*each) for each in zip(*(ops.unstack(array) for array in arrays), strict=True)])
     return ops.vectorized_map(lambda each: function(*each), arrays)
 
 
 def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:
-    """`strength · scale · (x a) b`, added to `y` or to `x kernel`, one of which is given.
+    """Return `strength · scale · (x a) b`, added to `y` or to `x kernel`, whichever is given.
 
     Args:
-        x: `(n, in)`, of the dtype of the computation.
-        a, b: The factors `(in, rank)` and `(rank, out)`, in their own dtype.
+        x: `(n, in)`, in the compute dtype.
+        a, b: The factors `(in, rank)` and `(rank, out)`, in their stored dtype.
         scale: A number.
-        strength: A tensor of one number, which does not train.
+        strength: A scalar tensor, which does not train.
         y: `(n, out)`.
         kernel: `(in, out)`.
 
-    How it is written decides how fast it is. The gradient of `a` is `xᵀ dh`, a product with few columns, and that shape is
-    slow: on one CPU core it takes several times as long as its transpose `dhᵀ x` (`benchmarks/products.py`). So both
-    branches ask for the transpose.
+    Its speed depends on how it is written. The gradient of `a` is `xᵀ dh`, a product with few columns, and that shape is
+    slow: on one CPU core, it takes several times as long as its transpose `dhᵀ x` (`benchmarks/products.py`). So both
+    branches compute the transpose.
     """
     if keras.backend.backend() == "torch":
         dtype = x.dtype
         factors = ops.cast(a, dtype), ops.cast(b, dtype)
         return _torch_low_rank_sum(x, *factors, scale, ops.convert_to_tensor(strength), y, kernel)
-    # XLA would exchange the factors of `dhᵀ x` again to save the transposition, were there no multiplication between them.
+    # Without a multiplication between them, XLA would swap the factors of `dhᵀ x` back to save the transposition.
     a = ops.cast(ops.transpose(ops.multiply(ops.multiply(scale, strength), ops.transpose(a))), x.dtype)
     base = ops.matmul(x, kernel) if y is None else y
     return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(b, x.dtype)))
 
 
 def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any) -> Any:
-    """The same for torch, which adds a product to an array in place; there each new array costs more than its numbers."""
+    """`low_rank_sum` for torch, which can add a product to an array in place. Allocating arrays is the main cost there."""
     import torch
 
     if torch.is_grad_enabled() and not _torch_transforms(x):
@@ -64,7 +64,7 @@ def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, y: 
 
 
 def _torch_transforms(x: Any) -> bool:
-    """Whether torch compiles, traces, casts, vectorises or differentiates forward: it knows its own operations only."""
+    """Whether torch compiles, traces, autocasts, vectorises or differentiates forward; these need torch's operations."""
     import torch
 
     inside = torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
@@ -75,10 +75,10 @@ def _torch_transforms(x: Any) -> bool:
 
 @functools.cache
 def _torch_function() -> Any:
-    """`low_rank_sum` with its gradient written out: two large arrays made where torch's own makes six.
+    """Return `low_rank_sum` with a written-out gradient, which makes two large arrays instead of torch's six.
 
-    It keeps `x` only where `a` (or the kernel) trains, and `x a` only where `b` does. `(x a)ᵀ` is an output too, so that
-    the gradient of the gradient is right: torch differentiates `backward` itself.
+    It keeps `x` only if `a` (or the kernel) trains, and `x a` only if `b` trains. `(x a)ᵀ` is an output too, so that the
+    second derivative is correct: torch differentiates `backward`.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The float kernel of a quantised layer. The only file that names a quantisation mode."""
+"""Read the float kernel of a quantised layer. Only this file names quantisation modes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from keras import ops
 from keras_lora.compat import keras_internals
 
 SUPPORTED_MODES = (None, "int8", "int4")
-#: Modes in which a kernel that Keras does not unpack for us can be read.
+#: Modes whose kernels we can read if Keras does not unpack them.
 UNPACKED_MODES = ("int8",)
 
 
 def mode_of(layer: keras.layers.Layer) -> str | None:
-    """`None` for a float layer, else the name of its quantisation mode."""
+    """Return the name of the quantisation mode of a layer, or `None` for a float layer."""
     return getattr(layer, "quantization_mode", None)
 
 
 def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
-    """The kernel of `layer` as a float tensor in the kernel's own shape.
+    """Return the kernel of `layer` as a float tensor, in the shape of the kernel.
 
     Args:
         layer: A built Dense, EinsumDense, Embedding or convolution.
-        name: The attribute that holds the kernel: `"kernel"` or `"embeddings"`.
+        name: The attribute with the kernel: `"kernel"` or `"embeddings"`.
     """
     mode = mode_of(layer)
     stored = getattr(layer, name)  # Keras unpacks int4 here
@@ -44,7 +44,7 @@ def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
     if is_table:
         return ops.divide(values, ops.expand_dims(scale, -1))
     if isinstance(layer, keras.layers.EinsumDense):
-        if mode == "int4":  # one scale for each column of the packed (rows, columns) matrix
+        if mode == "int4":  # one scale per column of the packed (rows, columns) matrix
             columns = ops.shape(scale)[-1]
             return ops.reshape(ops.divide(ops.reshape(values, (-1, columns)), scale), ops.shape(stored))
         scale = keras_internals.scale_in_kernel_layout(layer, scale)
@@ -52,7 +52,7 @@ def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
 
 
 def describe(layer: keras.layers.Layer) -> dict[str, Any] | None:
-    """What `quantize_again` needs, as plain data; `None` for a float layer."""
+    """Return the arguments for `quantize_again` as plain data, or `None` for a float layer."""
     if mode_of(layer) is None:
         return None
     return {

@@ -1,1 +1,1 @@
-"""What is in a file? An adapter as plain data, the bytes of its file, and the Hugging Face Hub."""
+"""Adapter files: an adapter as plain data, the bytes of its file, and the Hugging Face Hub."""

@@ -1,10 +1,10 @@
 """An adapter as plain data: extracted from a model, read from a file, and put into a model.
 
-This is what an adapter file holds; `docs/adapter_file.md` says what each part means. An address leads from the model to a
+This is the content of an adapter file; `docs/adapter_file.md` documents each part. An address leads from the model to a
 layer by attributes and indices (`transformer_layers/0/_feedforward_intermediate_dense`), and to one of its kernels if it
 has several (`cell/recurrent_kernel`), so it is the same in every process and on every backend.
 
-Nothing is ever unpickled, imported or called by a name that a file gives.
+Nothing is ever unpickled, imported or called by a name from a file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from keras_lora.swap.adapters_of_model import new_name, only_name
 from keras_lora.swap.addresses import by_address, walk
 from keras_lora.swap.flags import Flags
 
-#: What stands between the address of a layer and a variable of the base in the key of a tensor.
+#: In the key of a tensor, the separator between the address of a layer and a variable of the base.
 _BASE = ":base."
 
 
@@ -44,8 +44,8 @@ class AdapterEntry:
         layer_class: The name of the layer's class.
         kernel_shape: The shape of the float kernel.
         method: The name of the method in the table of methods.
-        config: The arguments of the method that say what its values mean.
-        scale: What multiplies the product of its factors; `None` in a file of format version 1.
+        config: The arguments of the method that are needed to interpret its weights.
+        scale: The scale of the product of its factors; `None` in a file of format version 1.
         tensors: Its weights by key.
     """
 
@@ -58,7 +58,7 @@ class AdapterEntry:
 
     @classmethod
     def of(cls, linear: LinearMap, adapter: Adapter, tensors: dict[str, np.ndarray] | None = None) -> AdapterEntry:
-        """The entry of an adapter for a kernel. The method is in plain words: no class path that a reader must import."""
+        """The entry of an adapter for a kernel. It stores a method name, not a class path that a reader must import."""
         names = {cls: name for name, cls in adapters.TABLE.items()}
         if type(adapter) not in names:
             raise ValueError(
@@ -70,14 +70,14 @@ class AdapterEntry:
         return cls(layer, list(linear.kernel_shape), names[type(adapter)], config, scale_of(adapter), tensors or {})
 
     def made(self) -> Adapter:
-        """The adapter that this describes, without weights; an error if no adapter is ever described so."""
+        """The adapter that this entry describes, without weights. Raises an error if the description is not valid."""
         method, config = adapters.TABLE[self.method], self.config
         yes_or_no = [key for key, each in inspect.signature(method).parameters.items() if isinstance(each.default, bool)]
         wrong = [key for key in yes_or_no if not isinstance(config.get(key, False), bool)]
-        wrong += config.keys() & set(adapters.INIT_ARGUMENTS)  # these could name an object to be made
+        wrong += config.keys() & set(adapters.INIT_ARGUMENTS)  # these could name an object to create
         if not wrong:
             adapter = method(**config)
-            said = adapters.method_of(adapter)  # in which an argument is of its own kind: true is no 1
+            said = adapters.method_of(adapter)  # compared as JSON, where `true` is not 1
             wrong = [key for key in config if key not in said or _as_json(config[key]) != _as_json(said[key])]
         if wrong:
             raise ValueError(f"its config has a wrong {', '.join(sorted(wrong))}")
@@ -87,19 +87,19 @@ class AdapterEntry:
         return adapter
 
     def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Its change as an exact product, scale included, if that is known without the base; an error if damaged."""
+        """The change as an exact product, scale included, if known without the base. Raises an error if damaged."""
         return self.made().factors_of(self.tensors, None)
 
 
 @dataclass
 class TrainedEntry:
-    """What trains of the base in one layer, beside the adapters: a head, biases.
+    """The base variables that train in one layer besides the adapters, such as a head or biases.
 
     Attributes:
         layer_class: The name of the layer's class.
-        shapes: The shapes of all its own variables.
+        shapes: The shapes of all variables of the layer itself.
         flags: Which of them train.
-        tensors: The values of those, by place and name: `"0.kernel"`.
+        tensors: The values of the trained variables, by place and name: `"0.kernel"`.
     """
 
     layer_class: str
@@ -109,7 +109,7 @@ class TrainedEntry:
 
     @classmethod
     def of(cls, layer: Any) -> TrainedEntry:
-        """The entry of a layer of which nothing is chosen yet."""
+        """The entry of a layer with no variable chosen yet."""
         trains = [False] * len(keras_internals.own_trainable_variables(layer))
         shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
         return cls(type(layer).__name__, shapes, Flags(True, trains))
@@ -117,13 +117,13 @@ class TrainedEntry:
 
 @dataclass
 class AdapterState:
-    """An adapter, and what else was trained with it, as plain data.
+    """An adapter, and everything that was trained with it, as plain data.
 
     Attributes:
         adapters: The adapters by the address of their kernel.
-        trained: What else was trained, by the address of the layer.
+        trained: The base variables that were trained, by the address of the layer.
         base_structure, base_weights: Fingerprints of the base, if known.
-        unplaced: Tensors of a file that belong to neither, by their whole key.
+        unplaced: Tensors of a file that belong to neither, by their full key.
         version: The version of the file format.
     """
 
@@ -134,11 +134,11 @@ class AdapterState:
     unplaced: dict[str, np.ndarray] = field(default_factory=dict)
     version: int = tensor_file.VERSION
 
-    # From a model, from a file, and into one.
+    # From a model or a file, and into a model or a file.
 
     @classmethod
     def of(cls, model: Any, name: str | None = None, *, fingerprint_weights: bool = False) -> AdapterState:
-        """The state of an adapter of a model, and of what else was trained with it."""
+        """The state of an adapter of a model, and of everything that was trained with it."""
         adapted = named_adapters(model)[only_name(model, name)]
         state = cls(base_structure=fingerprint.structure(model))
         for address, (linear, adapter) in adapted.items():
@@ -158,17 +158,17 @@ class AdapterState:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> AdapterState:
-        """The state in an adapter file, on the disk or on the Hugging Face Hub."""
+        """The state in an adapter file, on disk or on the Hugging Face Hub."""
         file = huggingface.adapter_file(path) if huggingface.is_address(path) else tensor_file.checked_path(path)
         return cls.parse(*tensor_file.read(file))
 
     def write(self, path: Path) -> None:
-        """Write an adapter file, whole or not at all."""
+        """Write an adapter file atomically."""
         tensor_file.write(path, self.header, self.tensors)
 
     @classmethod
     def parse(cls, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> AdapterState:
-        """The state that a checked header and the tensors of a file say."""
+        """The state that a checked header and the tensors of a file describe."""
         state = cls(
             base_structure=header.get("base_structure"), base_weights=header.get("base_weights"), version=header["version"]
         )
@@ -213,7 +213,7 @@ class AdapterState:
 
         Args:
             model: The base model, plain or adapted.
-            source: Where it comes from, for messages: `"The adapter file french.safetensors"`.
+            source: Its origin, for messages: `"The adapter file french.safetensors"`.
             name, trainable: As for `keras_lora.load_adapter`.
         """
         named = named_adapters(model)
@@ -252,7 +252,7 @@ class AdapterState:
             reset_compilation(model)
         _assign(of_base, tensors)
         for address in self.trained if of_base else ():
-            for linear in maps_of(found[address]):  # first, so that what an adapter computes from the kernel is up to date
+            for linear in maps_of(found[address]):  # first, so that values computed from the kernel are up to date
                 for adapter in slots.adapters_of(linear):
                     adapter.base_changed(linear)
         _assign(of_adapters, tensors)
@@ -266,7 +266,7 @@ class AdapterState:
     def _warn(
         self, model: Any, source: str, kernels: dict[str, LinearMap], of_base: dict[str, keras.Variable], beside: bool
     ) -> None:
-        """Warn if the base has other weights, or if what else was trained is shared with other adapters."""
+        """Warn if the base has other weights, or if other adapters share trained base variables."""
         if self.base_weights is not None and fingerprint.weights(kernels, of_base.values()) != self.base_weights:
             checks.warn(
                 f"{source} was made from other weights than '{model.name}' has in the kernels that the adapter changes, or "
@@ -279,12 +279,12 @@ class AdapterState:
                 "(`head=None`) is its own."
             )
 
-    # What does not fit.
+    # Problems.
 
     def misfits(self, model: Any, own: dict[str, Adapter], partly: bool = False) -> list[str]:
-        """What stands against loading into the adapters `own`, or, if there are none, into a model without that adapter.
+        """The problems with loading into the adapters `own`, or, if there are none, into a model without that adapter.
 
-        With `partly` the file need not have all that the model has.
+        With `partly` the file need not have everything that the model has.
         """
         layers = {at: layer for at, layer in by_address(model).items() if not isinstance(layer, adapters.Adapter)}
         maps, problems = maps_by_address(model), []
@@ -312,7 +312,7 @@ class AdapterState:
 
 
 def scale_of(adapter: Adapter) -> float:
-    """What multiplies the product of an adapter's factors."""
+    """The scale of the product of an adapter's factors."""
     return float(getattr(adapter, "scale", 1.0))
 
 
@@ -320,31 +320,31 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-# What the model has.
+# The model's variables and adapters.
 
 
 def _chosen_variables(layer: keras.layers.Layer, chosen: Flags) -> dict[str, keras.Variable]:
-    """The own variables of a layer that the flags choose, by place and name; all of one that trains in full."""
+    """The layer's variables that the flags choose, by place and name; all of them if the layer trains in full."""
     own, trains = keras_internals.own_variables(layer), chosen.variables
-    in_full = all(trains)  # then its statistics are there too
+    in_full = all(trains)  # then its statistics are included too
     return {f"{i}.{v.name}": v for i, v in enumerate(own) if in_full or (i < len(trains) and trains[i])}
 
 
 def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
-    """The layers of which base variables train, by address."""
+    """The layers with trained base variables, by address."""
     places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
     return {place.address: place.layer for place in places if flags.trained_variables(place.layer)}
 
 
 def _is_within(values: dict[str, np.ndarray], own: Adapter) -> bool:
-    """Whether filling `values` up to the size of `own` takes no more memory than `own` has."""
+    """Whether padding `values` to the size of `own` takes no more memory than `own`."""
     most = {key: tuple(v.shape) for key, v in own.saved_weights.items()}
     pairs = [(value.shape, most[key]) for key, value in values.items() if key in most]
     return all(len(found) == len(each) and all(map(int.__le__, found, each)) for found, each in pairs)
 
 
 def _started(linear: LinearMap, address: str, entry: AdapterEntry) -> tuple[Adapter | None, list[str]]:
-    """An adapter with weights for a kernel, or what stands against making one."""
+    """An adapter with weights for a kernel, or the reasons why it cannot be made."""
     adapter, held = entry.made(), sum(tensor.size for tensor in entry.tensors.values())
     wanted = adapter.size(linear.matrix_shape)
     if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory

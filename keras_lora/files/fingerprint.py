@@ -1,4 +1,4 @@
-"""Fingerprints of a base: what an adapter file says of the model it was made from."""
+"""Fingerprints of a base: they identify the model that an adapter file was made from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keras_lora.swap.addresses import walk
 
 
 def structure(model: keras.layers.Layer) -> str:
-    """Of the addresses, classes and shapes of the base: equal on every backend, in every process and dtype."""
+    """The fingerprint of the base's addresses, classes and shapes: equal on every backend, in every process and dtype."""
     rows, inside = [], set()
     for place in walk(model):
         if isinstance(place.layer, adapters.Adapter) or id(place.holder) in inside:
@@ -38,7 +38,7 @@ def _shapes(layer: keras.layers.Layer) -> list[list[int]]:
 
 
 def weights(kernels: Mapping[str, LinearMap], trained: Iterable[Any] = ()) -> str:
-    """Of the kernels as they are stored, but for variables that were trained themselves: one kernel is read at a time."""
+    """The fingerprint of the stored kernels, except those that were trained. One kernel is read at a time."""
     found, left_out = hashlib.sha256(), {id(v) for v in trained}
     for address in sorted(kernels):
         stored = kernels[address].kernel_variable
@@ -51,6 +51,6 @@ def weights(kernels: Mapping[str, LinearMap], trained: Iterable[Any] = ()) -> st
 
 
 def to_numpy(variable: Any) -> np.ndarray:
-    """A variable or tensor as a file holds it."""
+    """A variable or tensor as a file stores it."""
     array = np.ascontiguousarray(keras.ops.convert_to_numpy(getattr(variable, "value", variable)))
     return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact

@@ -1,8 +1,8 @@
-"""Files from and to repositories on the Hugging Face Hub. Only here, and only when asked, is `huggingface_hub` imported.
+"""Download files from and upload them to repositories on the Hugging Face Hub.
 
-An address is `hf://owner/name`, with `@revision` behind it for another than the newest, and `/folder/file` at the end for
-one file of several. What is downloaded lies in the cache of `huggingface_hub`, and is taken from there when the Hub cannot
-be reached.
+An address is `hf://owner/name`. Add `@revision` for a revision other than the newest, and `/folder/file` for one file of
+several. Downloaded files are in the cache of `huggingface_hub`, and are read from there if the Hub cannot be reached.
+`huggingface_hub` is imported only in this module, and only when it is needed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-#: The file of an address that names none.
+#: The file if an address names none.
 FILE = "adapter.safetensors"
 CARD = "README.md"
 
 _REPOSITORY = r"(?a:[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})"
 _REVISION = r"(?a:refs/pr/\d+|refs/convert/[\w.-]+|[\w.+-]+)"
 _ADDRESS = re.compile(rf"hf://(?P<repository>{_REPOSITORY})(?:@(?P<revision>{_REVISION}))?(?P<inside>(?:/[\w.+=-]+)*)")
-#: What the Hub does not take, or takes for something else than the repository of a model.
+#: What the Hub refuses, or takes for something other than a model repository.
 _REFUSED = re.compile(r"hf://(api|buckets|datasets|kernels|models|spaces)/|\.\.|/\.(/|$)|[.-](/|@|$)|\.git(/|@|$)")
 
 
@@ -35,8 +35,8 @@ class Address:
 
     Attributes:
         repository: `"owner/name"`.
-        revision: A branch, a tag or a commit; `None` is the newest of the main branch.
-        inside: The path of a file or folder in the repository, `""` where none was named.
+        revision: A branch, a tag or a commit; `None` is the newest commit of the main branch.
+        inside: The path of a file or folder in the repository, `""` if none was named.
     """
 
     repository: str
@@ -49,15 +49,15 @@ class Address:
 
 
 def is_address(path: Any) -> bool:
-    """Whether `path` is meant for the Hub, also where it is malformed."""
+    """Whether `path` is meant for the Hub, even if it is malformed."""
     return isinstance(path, (str, os.PathLike)) and str(path).startswith("hf:/")
 
 
 def parsed(address: str | os.PathLike[str]) -> Address:
-    """The parts of an address.
+    """Split an address into its parts.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a valid address.
 
     Example:
 
@@ -80,13 +80,13 @@ def parsed(address: str | os.PathLike[str]) -> Address:
 
 
 def adapter_file(address: str | os.PathLike[str]) -> Path:
-    """Where the adapter file of an address lies on the disk, once it is downloaded.
+    """Download the adapter file of an address, and return its path on disk.
 
     Raises:
-        ValueError: The address is malformed, or names something else than a `.safetensors` file.
+        ValueError: The address is malformed, or names something other than a `.safetensors` file.
         ImportError: `huggingface_hub` is not installed.
         FileNotFoundError: The Hub has no such repository, revision or file.
-        PermissionError: The Hub asks for a token, or for one that may do more.
+        PermissionError: The Hub asks for a token, or for one with more rights.
         ConnectionError: The Hub cannot be reached, and the file is not in the cache.
     """
     place = parsed(address)
@@ -96,15 +96,15 @@ def adapter_file(address: str | os.PathLike[str]) -> Path:
 
 
 def local_folder(address: str | os.PathLike[str], files: Sequence[str]) -> Path:
-    """Where a repository, or a folder in one, lies on the disk, once some of its files are downloaded.
+    """Download files of a repository, or of a folder in it, and return the folder on disk.
 
     Args:
         address: The repository or the folder.
-        files: Their names in that folder, or patterns such as `"*.json"`. Those that the Hub has not are left out.
+        files: Their names in that folder, or patterns such as `"*.json"`. Files that the Hub does not have are skipped.
 
     Raises:
         FileNotFoundError: The Hub has none of these files, or no such repository or revision.
-        ValueError, ImportError, PermissionError, ConnectionError: As `adapter_file`.
+        ValueError, ImportError, PermissionError, ConnectionError: As for `adapter_file`.
     """
     place = parsed(address)
     patterns = [f"{place.inside}/{each}".removeprefix("/") for each in files]
@@ -124,14 +124,14 @@ def local_folder(address: str | os.PathLike[str], files: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def uploading(address: str | os.PathLike[str], base: str) -> Iterator[Path]:
-    """A path for an adapter file, which is uploaded when it has been written there.
+    """Context manager that gives a path for an adapter file, and uploads the file written there.
 
     Args:
         address: The repository, or the file in it.
-        base: What the base is called, for the model card.
+        base: The name of the base, for the model card.
 
     Raises:
-        ValueError, ImportError, FileNotFoundError, PermissionError, ConnectionError: As `upload_folder_to`.
+        ValueError, ImportError, FileNotFoundError, PermissionError, ConnectionError: As for `upload_folder_to`.
     """
     place = parsed(address)
     file = _adapter_in(place)
@@ -145,20 +145,20 @@ def uploading(address: str | os.PathLike[str], base: str) -> Iterator[Path]:
 
 
 def upload_folder_to(address: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Upload what is in a folder to a repository, or to a folder in one, as one commit.
+    """Upload the content of a folder to a repository, or to a folder in it, as one commit.
 
-    The repository is created where there is none, public unless the account says otherwise. Files of the same names are
-    replaced, except a model card `README.md`, which people edit: that of `folder` is uploaded only where there is none.
+    The repository is created if it does not exist, public unless the account settings say otherwise. Files with the same
+    names are replaced, except a model card `README.md`, which people edit: it is uploaded only if there is none yet.
 
     Args:
-        address: The repository, or the folder in it. A revision is a branch that is there.
-        folder: A folder on the disk.
+        address: The repository, or the folder in it. A revision must be an existing branch.
+        folder: A folder on disk.
 
     Raises:
         ValueError: The address is malformed.
         ImportError: `huggingface_hub` is not installed.
         FileNotFoundError: There is no such branch, or no such folder.
-        PermissionError: The Hub asks for a token, or for one that may write there.
+        PermissionError: The Hub asks for a token, or for one with write access.
         ConnectionError: The Hub cannot be reached.
     """
     place = parsed(address)
@@ -171,10 +171,10 @@ def model_card(address: str | Address, base: str, library: str = "keras_lora", b
     """A short model card.
 
     Args:
-        address: The repository that it is for.
+        address: The repository of the card.
         base: What the adapter changes, in words.
-        library: What reads it, `"peft"` say.
-        base_model: The name of the base on the Hub, where it is known.
+        library: The library that reads it, for example `"peft"`.
+        base_model: The name of the base on the Hub, if known.
 
     Example:
 
@@ -201,7 +201,7 @@ def model_card(address: str | Address, base: str, library: str = "keras_lora", b
     <BLANKLINE>
     """
     place = parsed(str(address))
-    known = [] if base_model is None else [f"base_model: {json.dumps(base_model)}"]  # quoted as YAML has it too
+    known = [] if base_model is None else [f"base_model: {json.dumps(base_model)}"]  # also valid as a quoted YAML string
     room, load = ("keras_lora.interop", "from_peft") if library == "peft" else ("keras_lora", "load_adapter")
     lines = ["---", f"library_name: {library}", *known, "tags:", "- keras", "- lora", "---", ""]
     lines += [f"# {place.repository.partition('/')[2]}", "", f"An adapter for {base}, saved by keras_lora.", ""]
@@ -234,13 +234,13 @@ def _adapter_in(place: Address) -> str:
     return file
 
 
-# Asking.
+# Requests.
 
 
 def _library() -> ModuleType:
     try:
         import huggingface_hub
-        import huggingface_hub.constants  # its parts are not there before
+        import huggingface_hub.constants  # its submodules must be imported explicitly
         import huggingface_hub.errors
     except ImportError as error:
         raise ImportError(
@@ -252,24 +252,24 @@ def _library() -> ModuleType:
 
 @contextlib.contextmanager
 def _asking(place: Address, done: str) -> Iterator[Any]:
-    """The Hub; where it refuses, one error says that `place` was not `done`, why, and what to do."""
+    """The Hub. If it refuses, one error reports that `place` was not `done`, why, and what to do."""
     library = _library()
     errors = library.errors
     of_the_client = [each for each in errors.HfHubHTTPError.__mro__ if each.__name__ == "HTTPError"]  # httpx or requests
     try:
         yield library.HfApi(library_name="keras_lora")
     except (OSError, errors.EntryNotFoundError, *of_the_client) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk, and clear
+        if getattr(error, "errno", None) is not None:  # a disk error, already clear
             raise
         kind, why = _explained(error, place, library)
         raise kind(f"{place} was not {done}: {why}") from error
 
 
 def _explained(error: Exception, place: Address, library: ModuleType) -> tuple[type[OSError], str]:
-    """The kind of error that is raised, and what it says."""
+    """The kind of error to raise, and its message."""
     errors, repository = library.errors, place.repository
     not_cached = isinstance(error, errors.LocalEntryNotFoundError)
-    answered = error.__cause__ if not_cached else error  # where the cache was looked into because the Hub refused
+    answered = error.__cause__ if not_cached else error  # set if the cache was tried because the Hub refused
     status = getattr(getattr(answered, "response", None), "status_code", None)
     token = "the token was refused" if library.get_token() else "no token was given"
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may do this"

@@ -1,4 +1,4 @@
-"""What stands between an adapter as plain data and a model, in words, and the error that lists it all."""
+"""Describe why an adapter as plain data does not fit a model, and raise one error that lists all reasons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def of_layer(address: str, layer: Any, in_file: str) -> list[str]:
-    """Whether there is a layer at an address, of the class that the file says."""
+    """Problems if there is no layer at an address, or if its class is not the one in the file."""
     if layer is None:
         return [f"the model has no layer at '{address}'; the file has a {in_file} there"]
     if type(layer).__name__ != in_file:
@@ -27,7 +27,7 @@ def of_layer(address: str, layer: Any, in_file: str) -> list[str]:
 
 
 def of_variables(address: str, layer: Any, entry: TrainedEntry) -> list[str]:
-    """Whether a layer has the variables that the file says."""
+    """Problems if a layer's variables are not those in the file."""
     shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
     if shapes != entry.shapes:
         return [f"the variables of '{address}' have shapes {shapes}; in the file they have {entry.shapes}"]
@@ -37,7 +37,7 @@ def of_variables(address: str, layer: Any, entry: TrainedEntry) -> list[str]:
 
 
 def of_adapter(address: str, linear: LinearMap, own: Adapter | None, entry: AdapterEntry) -> list[str]:
-    """Whether a kernel can have the adapter of the file, or the adapter `own` its values."""
+    """Problems if a kernel cannot have the file's adapter, or if the adapter `own` cannot take its values."""
     if not linear.layer.built:
         return [f"the layer at '{address}' is not built"]
     if (shape := list(linear.kernel_shape)) != entry.kernel_shape:
@@ -56,7 +56,7 @@ def of_adapter(address: str, linear: LinearMap, own: Adapter | None, entry: Adap
 
 
 def of_tensors(tensors: dict[str, np.ndarray], variables: dict[str, keras.Variable]) -> list[str]:
-    """Whether there is a tensor for each variable and a variable for each tensor, of one shape and kind."""
+    """Problems unless each variable has a tensor and each tensor a variable, of the same shape and kind."""
     problems = [f"the file lacks the tensor '{key}'" for key in sorted(variables.keys() - tensors.keys())]
     problems += [f"the file has a tensor '{key}' that fits nothing" for key in sorted(tensors.keys() - variables.keys())]
     for key in sorted(variables.keys() & tensors.keys()):
@@ -76,7 +76,7 @@ def raise_problems(
     base_structure: str | None = None,
     do: str = "Load it into the base model it was trained on, plain or adapted in the same way.",
 ) -> None:
-    """Raise with the list of problems and with what to `do`, if there are any."""
+    """If there are problems, raise an error that lists them and advises what to `do`."""
     if problems:
         listed = checks.bullets(problems)
         same = base_structure is None or base_structure == fingerprint.structure(model)

@@ -1,7 +1,7 @@
-"""The adapter file: only what was trained, as safetensors, with everything needed to rebuild it.
+"""Save and load adapter files: only what was trained, as safetensors, with everything needed to rebuild it.
 
-The format is written down in `docs/adapter_file.md`. `adapter_state.py` has what is in it and puts it into a
-model; `tensor_file.py` reads and writes the bytes.
+The format is documented in `docs/adapter_file.md`. `adapter_state.py` defines the content and puts it into a model;
+`tensor_file.py` reads and writes the bytes.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from keras_lora.swap.addresses import walking_once
 def save_adapter(
     model: Any, path: str | os.PathLike[str], *, name: str | None = None, fingerprint_weights: bool = False
 ) -> None:
-    """Write an adapter of a model, and what else was trained with it, to a safetensors file.
+    """Save an adapter of a model, and everything that was trained with it, to a safetensors file.
 
     Args:
         model: An adapted model, or an adapted part of one.
-        path: Ends in `.safetensors`. An existing file is replaced at once when the new one is whole on the disk. Or an
-            address on the Hugging Face Hub, `"hf://owner/name"` or `"hf://owner/name/french.safetensors"`: the repository is
-            created where there is none, public unless the account says otherwise, and given a model card where it has none.
-        name: Which adapter, where the model has several. It is not written into the file, and neither is whether the
-            adapter is active.
-        fingerprint_weights: Write a fingerprint of the kernels that the adapter changes, as they were without it. Loading
-            into a base with other weights then warns. It costs one pass over these kernels, here and there.
+        path: A path that ends in `.safetensors`. An existing file is replaced atomically. Or an address on the Hugging Face
+            Hub, `"hf://owner/name"` or `"hf://owner/name/french.safetensors"`. The repository is created if it does not
+            exist, public unless the account settings say otherwise, and gets a model card if it has none.
+        name: The name of the adapter, if the model has several. The file stores neither the name nor whether the adapter
+            is active.
+        fingerprint_weights: Write a fingerprint of the base kernels that the adapter changes. Loading into a base with
+            other weights then warns. It costs one pass over these kernels, when saving and when loading.
 
     Raises:
         ValueError: The model is not adapted, has several adapters and none was named, or the path has another ending. No
             file is written then.
         ImportError, FileNotFoundError, PermissionError, ConnectionError: The Hub refuses or cannot be reached, or
-            `huggingface_hub` is not installed. What to do is in the message.
+            `huggingface_hub` is not installed. The message tells you what to do.
 
     Example:
 
@@ -63,31 +63,31 @@ def save_adapter(
 def load_adapter(
     model: AnyLayer, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True
 ) -> AnyLayer:
-    """Read an adapter file into a model, in place.
+    """Load an adapter file into a model, in place.
 
-    A plain model is adapted as the file says. An adapted model gets the file's values into an adapter that it has, which
-    must change the same kernels by the same method; its rank may be larger and its scale another. Nothing is compiled
-    again then. Under a new `name` the file becomes another adapter, as `keras_lora.apply_lora` with that name would add it.
-    Where the file has a fingerprint of the weights it was trained on and the model has others, there is a warning.
+    A plain model is adapted as the file describes. In an adapted model, the file's values are loaded into an existing
+    adapter, which must change the same kernels by the same method; its rank may be larger and its scale may differ. Nothing
+    is compiled again then. With a new `name` the file is added as another adapter, as by `keras_lora.apply_lora`. If the
+    file has a fingerprint of the weights it was trained on and the model has other weights, you get a warning.
 
     Args:
-        model: The base model, plain or adapted. If the file was made from a part of a model, the same part.
+        model: The base model, plain or adapted. If the file was made from a part of a model, pass the same part.
         path: A file written by `save_adapter`, or an address on the Hugging Face Hub: `"hf://owner/name"` for its
             `adapter.safetensors`, `"hf://owner/name/french.safetensors"`, `"hf://owner/name@revision"`. It is downloaded
-            into the cache of `huggingface_hub`, and taken from there where there is no network.
-        name: What to call the adapter, or which adapter to load into.
-        trainable: Whether the loaded adapters, and what was trained with them, train further. If False, toggling
+            into the cache of `huggingface_hub`, and read from there if there is no network.
+        name: The name of the new adapter, or of the adapter to load into.
+        trainable: Whether the loaded adapter, and everything that was trained with it, is trainable. If False, toggling
             `model.trainable` makes them trainable again.
 
     Returns:
-        `model` itself. Where an adapter was added, it needs `compile` before training.
+        `model` itself. If an adapter was added, call `compile` before training.
 
     Raises:
-        ValueError: The file is damaged or of another kind, or does not fit the model; everything missing, unexpected or of
-            another shape is listed. The model is then as it was, as after every error.
+        ValueError: The file is damaged, of another kind, or does not fit the model. The message lists everything missing,
+            unexpected or of another shape. The model is unchanged, as after every error.
         FileNotFoundError: There is no such file.
         ImportError, PermissionError, ConnectionError: The Hub refuses or cannot be reached, or `huggingface_hub` is not
-            installed. What to do is in the message.
+            installed. The message tells you what to do.
 
     Example:
 

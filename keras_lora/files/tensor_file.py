@@ -1,6 +1,6 @@
-"""The bytes of an adapter file: safetensors with a header, read with every check and written whole or not at all.
+"""The bytes of an adapter file: safetensors with a header, fully checked when read and written atomically.
 
-`adapter_state.py` says what the header and the tensors mean.
+`adapter_state.py` defines what the header and the tensors mean.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import safetensors
 import safetensors.numpy
 
 VERSION = 2
-#: The entry of the metadata that is the header.
+#: The entry of the metadata that contains the header.
 ENTRY = "keras_lora"
 _DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
-#: The ending of a file while it is written, and the seconds after which the next save takes away what a killed one left.
+#: The ending of a file while it is written, and the age in seconds after which the next save removes such a leftover.
 _UNFINISHED, _LEFT_OVER = ".unfinished", 3600
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, if an adapter file may have it."""
+    """`path` as a `Path`. Raises an error if an adapter file cannot have this path."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"The path of an adapter file must end in '.safetensors'. Received: {str(path)!r}.")
@@ -36,7 +36,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the tensors of an adapter file, checked."""
+    """Read and check the header and the tensors of an adapter file."""
     if not path.exists():
         raise FileNotFoundError(f"There is no adapter file at {path}.")
     try:
@@ -77,7 +77,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Raise unless every part that is read later is there and of its kind."""
+    """Raise unless every part that is read later exists and has the right type."""
 
     def text(value: Any) -> bool:
         return isinstance(value, str)
@@ -118,7 +118,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
 
 def _plain(value: Any, depth: int = 8) -> bool:
-    """Whether `value` is data to be taken as it is: nothing that Keras would make an object of, no number without end."""
+    """Whether `value` is plain data: nothing that Keras would turn into an object, and only finite numbers."""
     if isinstance(value, dict):
         return depth > 0 and "class_name" not in value and all(_plain(each, depth - 1) for each in value.values())
     if isinstance(value, list):
@@ -137,7 +137,7 @@ def write(path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) ->
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename: an interrupted save leaves the old file as it was."""
+    """Write a temporary file next to `path` and rename it, so an interrupted save leaves the old file unchanged."""
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -152,15 +152,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def _take_left_over(path: Path) -> None:
-    """Remove what a save to `path` that was killed has left: no adapter file ends so."""
+    """Remove what a killed save to `path` left behind. No adapter file has this ending."""
     for each in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
         with contextlib.suppress(OSError):
-            if each.stat().st_mtime < time.time() - _LEFT_OVER:  # a younger one may be a save that goes on
+            if each.stat().st_mtime < time.time() - _LEFT_OVER:  # a newer one may belong to a running save
                 each.unlink()
 
 
 def umask() -> int:
-    """What this process takes from the rights of a new file."""
+    """The permission bits that this process removes from a new file."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

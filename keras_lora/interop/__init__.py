@@ -1,4 +1,4 @@
-"""Adapters from and to other libraries."""
+"""Load and save adapters in the formats of other libraries."""
 
 from keras_lora.interop.enable_lora import from_enable_lora
 from keras_lora.interop.lora_h5 import from_lora_h5

@@ -1,10 +1,10 @@
-"""Where the variables of a model lie in a checkpoint of Hugging Face's: names, and layouts.
+"""Where the variables of a model are in a Hugging Face checkpoint: names and layouts.
 
-For KerasHub models both come from KerasHub's own converters (see `converters.py`); for any other layer the caller gives the
-name of a module, and the layout is the one PyTorch has for that kind of layer.
+For KerasHub models both come from KerasHub's converters (see `converters.py`). For any other layer, the caller gives the
+name of a module, and the layout is that of the corresponding PyTorch layer.
 
-A converter says how a tensor becomes a variable by a function. That function is run on the numbers 0, 1, 2, ... in the
-place of the tensor: what comes out says for each entry of the variable which entry of the tensor it is.
+A converter has a function that turns a tensor into a variable. We run that function on the numbers 0, 1, 2, ... instead of
+the tensor: the result is, for each entry of the variable, the index of its entry in the tensor.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from keras_lora.swap.adapted import address_of, maps_of
 from keras_lora.swap.addresses import Place, walk
 from keras_lora.targets.patterns import nearest
 
-#: What Keras calls a variable, and what PyTorch does; a kernel is a weight.
+#: Names of variables in Keras and in PyTorch; a kernel is called `weight` there.
 _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", "moving_mean": "running_mean"} | {
     "moving_variance": "running_var"
 }
 
 
-#: The kind of a weight, and for each input and output of a matrix its number there.
+#: The kind of a weight, and for each input and output of a matrix its index there.
 _Layout = tuple[str, np.ndarray, np.ndarray]
 
 
@@ -41,12 +41,12 @@ class NotAReshape(ValueError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one variable lies in a tensor of a checkpoint.
+    """Where one variable is in a tensor of a checkpoint.
 
     Attributes:
-        key: The tensor, `"model.layers.0.self_attn.q_proj.weight"` say.
+        key: The name of the tensor, for example `"model.layers.0.self_attn.q_proj.weight"`.
         shape: Its shape there.
-        index: For each entry of the variable, in the variable's shape, its number among those of the tensor.
+        index: For each entry of the variable, in the variable's shape, the index of its entry in the tensor.
     """
 
     key: str
@@ -56,14 +56,14 @@ class Placement:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the matrix of a kernel lies in the weight of a module.
+    """Where the matrix of a kernel is in the weight of a module.
 
     Attributes:
-        module: The module, `"model.layers.0.self_attn.q_proj"` say.
+        module: The name of the module, for example `"model.layers.0.self_attn.q_proj"`.
         kind: `"linear"`, `"transposed"` (GPT-2's Conv1D, whose weight is `(in, out)`), `"embedding"` or `"convolution"`.
         shape: The shape of its weight.
-        ins, outs: For each input and each output of our matrix, its number among those of the weight. Several kernels may
-            be parts of one weight; each then has some of its outputs, and all its inputs.
+        ins, outs: For each input and output of our matrix, its index in the weight. Several kernels may
+            be parts of one weight; each kernel then has some of its outputs and all its inputs.
     """
 
     module: str
@@ -74,28 +74,29 @@ class Source:
 
     @property
     def out_dim(self) -> int:
-        """How many outputs the weight has."""
+        """The number of outputs of the weight."""
         return self.shape[1 if self.kind in ("transposed", "embedding") else 0]
 
     @property
     def in_dim(self) -> int:
-        """How many inputs the weight has."""
+        """The number of inputs of the weight."""
         return math.prod(self.shape) // self.out_dim
 
 
 class CheckpointMap:
-    """What a model is to Hugging Face's `transformers`.
+    """Maps a model to a checkpoint of Hugging Face's `transformers`.
 
     Args:
         model: A KerasHub backbone, a task on one, or any model with `names`.
-        names: For layers that KerasHub has no converter for, or another name for those it has one for: from the path of a
-            layer (as `keras_lora.list_targets` prints it) or its address, to the name of the module.
-        prefix: What stands before the names that KerasHub's converter has for the backbone.
-        rename: From such a name, `"encoder.layer.0.output.dense.weight"` say, with its prefix, to the one wanted.
+        names: Module names for layers without a KerasHub converter, or replacements for its names: a dict from the path of
+            a layer (as `keras_lora.list_targets` prints it) or its address to the name of the module.
+        prefix: Text before the names that KerasHub's converter has for the backbone.
+        rename: A function from such a name with its prefix, for example `"encoder.layer.0.output.dense.weight"`, to a
+            new name.
 
     Attributes:
-        keys: The tensors, each with the variables that lie in it.
-        reason: Why KerasHub's converter says nothing of this model, or `""`.
+        keys: The tensors, with the variables that each contains.
+        reason: Why there is no map from KerasHub's converter for this model, or `""`.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class CheckpointMap:
 
     @property
     def modules(self) -> dict[str, list[str]]:
-        """The modules in whose weights kernels lie, each with the addresses of these kernels."""
+        """The modules whose weights contain kernels, with the addresses of these kernels."""
         found: dict[str, list[str]] = {}
         for address, linear in self.maps.items():
             port = self._ports.get((id(linear.layer), linear.kernel_name))
@@ -133,10 +134,10 @@ class CheckpointMap:
         return found
 
     def source_of(self, address: str) -> Source:
-        """Where the matrix of the kernel at an address lies.
+        """Return where the matrix of the kernel at an address is.
 
         Raises:
-            NotAReshape: Nowhere, or not as inputs and outputs in another order; the message says why.
+            NotAReshape: The matrix is in no tensor, or differs in more than the order of inputs and outputs.
         """
         linear = self.maps[address]
         port = self._ports.get((id(linear.layer), linear.kernel_name))
@@ -153,10 +154,10 @@ class CheckpointMap:
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
 
     def is_used_elsewhere(self, address: str, key: str) -> bool:
-        """Whether an embedding is used in more places here than the module in `transformers` is.
+        """Whether an embedding is used in more places here than its module in `transformers`.
 
-        There the way back, or the embedding of an encoder beside that of a decoder, is a module of its own with the same
-        weight, to which PEFT gives nothing.
+        In `transformers`, the output projection, or the second embedding of an encoder and a decoder, is a separate module
+        with the same weight, which PEFT does not adapt.
         """
         linear = self.maps[address]
         if not linear.picks_rows:
@@ -167,10 +168,10 @@ class CheckpointMap:
         return bool(back) or key.removeprefix("model.") == "shared.weight"
 
     def placement_of(self, layer: keras.layers.Layer, attribute: str) -> Placement:
-        """Where a variable lies.
+        """Return where a variable is.
 
         Raises:
-            NotAReshape: Nowhere, or not as its entries in another order.
+            NotAReshape: The variable is in no tensor, or differs in more than the order of its entries.
         """
         port = self._ports.get((id(layer), attribute))
         if port is None:
@@ -184,7 +185,7 @@ class CheckpointMap:
         raise NotAReshape(f"its numbers are not those of a tensor in another order ('{port.key}')")
 
     def _layout(self, port: Port, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
-        """What `_matrix` finds, once for all kernels that are alike: a large model has many, and it takes seconds each."""
+        """Return the result of `_matrix`, cached for equal kernels: a large model has many, and each takes seconds."""
         alike = (port.meaning, shape, linear.kernel_shape, linear.kernel_axes, linear.picks_rows)
         if alike not in self._layouts:
             index = _index(port, shape, linear.kernel_shape)
@@ -192,7 +193,7 @@ class CheckpointMap:
         return self._layouts[alike]
 
     def _shapes(self, port: Port, linear: LinearMap | None) -> Iterator[tuple[int, ...]]:
-        """The shapes that the tensor may have; a converter does not say which it is."""
+        """Yield the shapes that the tensor may have; the converter does not tell which is right."""
         own = shape_of(port.layer, port.attribute)
         sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in self.keys[port.key]]
         for whole in dict.fromkeys([sum(sizes), math.prod(own)]):  # parts of one tensor, or all of it
@@ -208,19 +209,19 @@ class CheckpointMap:
 
 
 class _Numbers(np.ndarray):
-    """Numbers that stay what they are: some converters round to float16."""
+    """An array that ignores casts, because some converters round to float16."""
 
     def astype(self, *args: Any, **kwargs: Any) -> Any:
         return self
 
 
 def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarray | None:
-    """Which entry of a tensor of `shape` each entry of a variable is, where that can be said."""
+    """Return, for each entry of a variable, its index in a tensor of `shape`, or `None` if there is no such index."""
     size = math.prod(shape)
     numbers = np.arange(size, dtype="int32" if size < 2**31 else "int64").reshape(shape).view(_Numbers)
     try:
         found = np.asarray(numbers if port.hook is None else port.hook(numbers, list(own)))
-    except Exception:  # the hook is foreign code, made for another shape
+    except Exception:  # the hook is foreign code, written for another shape
         return None
     if found.shape != own or found.dtype.kind not in "iu":
         return None
@@ -232,7 +233,7 @@ def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarr
 
 
 def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
-    """The kind of a weight, and its inputs and outputs in the order of our matrix, where that is all that differs."""
+    """Return the kind of a weight and its inputs and outputs in our order, or `None` if more than the order differs."""
     order = [axis for role in "io" for axis, each in enumerate(linear.kernel_axes) if each == role]
     matrix = index.transpose(order).reshape(linear.matrix_shape)
     first, rest = np.divmod(matrix, math.prod(shape[1:]))
@@ -247,14 +248,14 @@ def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _La
 
 
 def _is_output(model: Any, layer: keras.layers.Layer) -> bool:
-    """Whether an output of a model is the product of a layer, or of one that holds it."""
+    """Whether an output of a model comes directly from a layer, or from a layer that contains it."""
     made = [keras_internals.producer_of(each)[0] for each in keras.tree.flatten(getattr(model, "outputs", None) or [])]
     held = [keras_internals.sublayers(each) if isinstance(each, keras.layers.Layer) else [] for each in made]
     return any(layer is each or any(layer is one for one in inside) for each, inside in zip(made, held, strict=True))
 
 
 def _converted(model: Any, prefix: str) -> tuple[list[Port], str]:
-    """What KerasHub's converter says of a model, or why it says nothing."""
+    """Return the ports of KerasHub's converter for a model, or the reason why there are none."""
     backbone = getattr(model, "backbone", None) or model
     if not any(cls.__module__.partition(".")[0] == "keras_hub" for cls in type(backbone).__mro__):
         return [], "it is no layer of a KerasHub model, and `names` says no module for it"
@@ -264,13 +265,13 @@ def _converted(model: Any, prefix: str) -> tuple[list[Port], str]:
         head = converters.watch_head(model) if backbone is not model else []
     except converters.ConverterError as error:
         return [], str(error)
-    of_head = "lm_head."  # beside the backbone, though its converter fills it
+    of_head = "lm_head."  # outside the backbone, although its converter fills it
     named = [port if port.key.startswith(of_head) else replace(port, key=prefix + port.key) for port in ports]
     return [*named, *head], ""
 
 
 def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:
-    """The ports of layers for which the caller names the modules."""
+    """Yield the ports of layers for which the caller names the modules."""
     by_name: dict[str, list[Place]] = {}
     for place in places:
         for name in {place.path, place.address, place.layer.name}:
@@ -303,7 +304,7 @@ def _not_known(weight: Any, shape: Any) -> Any:
 
 
 def _hook_of(linear: LinearMap) -> Any:
-    """From the weight that PyTorch has for such a layer to the kernel."""
+    """Return the function from the PyTorch weight of such a layer to the kernel."""
     if linear.picks_rows:
         return None
     axes = linear.kernel_axes

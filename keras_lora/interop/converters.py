@@ -1,7 +1,7 @@
-"""KerasHub's converters, run to be watched: which variable of a model comes from which tensor of a Hugging Face checkpoint.
+"""Trace KerasHub's converters to learn which Hugging Face tensor fills which variable of a model.
 
-Every `convert_*.py` of KerasHub fills a backbone through a loader: `loader.port_weight(variable, key, hook)`. Here one runs
-with a loader that has no file, on a view of the backbone of which nothing can be written. What it asks for is the map.
+Every `convert_*.py` of KerasHub fills a backbone through a loader: `loader.port_weight(variable, key, hook)`. Here a
+converter runs with a loader without a file, on a read-only view of the backbone. The tensors it asks for give the map.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class ConverterError(ValueError):
 
 
 def watch(backbone: keras.Model) -> list[Port]:
-    """What KerasHub's converter for a backbone ports, in its order. The backbone is not changed.
+    """Return the ports of KerasHub's converter for a backbone, in its order. The backbone is not changed.
 
-    What the converter asks of the checkpoint's `config.json` is read from the backbone's own config.
+    Values that the converter reads from the checkpoint's `config.json` are taken from the backbone's config.
 
     Args:
         backbone: A KerasHub backbone, plain or adapted.
@@ -47,14 +47,14 @@ def watch(backbone: keras.Model) -> list[Port]:
         try:
             converters()[config["model_type"]].convert_weights(_shown(backbone), loader, _Config(config))
             return loader.ports
-        except Exception as error:  # the converter is foreign code that was given less than it expects
+        except Exception as error:  # the converter is foreign code that gets less than it expects
             failure = error
     reason = f"{type(failure).__name__}: {failure}"
     raise ConverterError(f"KerasHub's converter for {cls.__name__} could not be followed ({reason})") from failure
 
 
 def watch_head(task: Any) -> list[Port]:
-    """What KerasHub's converter ports into the head of a task; nothing where it has no function for that."""
+    """Return the ports of KerasHub's converter for the head of a task; empty if it does not convert heads."""
     convert = getattr(_converter_of(_plain_class(task.backbone)), "convert_head", None)
     loader = _Loader(_OLD_NAMES)
     if convert is not None and isinstance(task, keras_hub.models.ImageClassifier):
@@ -63,15 +63,15 @@ def watch_head(task: Any) -> list[Port]:
 
 
 def model_types_of(backbone: keras.Model) -> list[str]:
-    """What a Hugging Face config may call a model of the class of this backbone."""
+    """Return the `model_type` values of Hugging Face configs for the class of this backbone."""
     converter = _converter_of(_plain_class(backbone))
     return [name for name, each in converters().items() if each is converter]
 
 
 @functools.cache
 def converters() -> dict[str, ModuleType]:
-    """KerasHub's converters by the `model_type` of a Hugging Face config."""
-    # KerasHub keeps no table: the names are those to which its loader compares a config's.
+    """Return KerasHub's converters by the `model_type` of a Hugging Face config."""
+    # KerasHub has no table, so we read the names that its loader compares with the config's.
     source = ast.parse(textwrap.dedent(inspect.getsource(preset_loader.TransformersPresetLoader.__init__)))
     found: dict[str, ModuleType] = {}
     for comparison in (node for node in ast.walk(source) if isinstance(node, ast.Compare)):
@@ -82,7 +82,7 @@ def converters() -> dict[str, ModuleType]:
 
 
 def _converter_of(cls: type) -> ModuleType:
-    """The converter that fills `cls`, or the nearest class that it comes from, or one that comes from it."""
+    """Return the converter for `cls`, or for its nearest parent class, or for a subclass."""
     by_class: dict[type, ModuleType] = {}
     for converter in converters().values():
         by_class.setdefault(converter.backbone_cls, converter)
@@ -99,13 +99,13 @@ def _plain_class(layer: Any) -> type:
     return getattr(type(layer), "base_class", type(layer))
 
 
-# The config of a checkpoint, worked out from that of a backbone.
+# The config of a checkpoint, derived from that of a backbone.
 
 
 def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[dict[str, Any], int]:
-    """What `convert_backbone_config` turns into the config of this backbone, as far as it only renames.
+    """Return the checkpoint config of this backbone, as far as `convert_backbone_config` only renames entries.
 
-    And how many entries say that this backbone is of another `model_type`.
+    Also return the number of entries that show that this backbone has another `model_type`.
     """
     own = (
         view_of(backbone, _plain_class(backbone)).get_config()
@@ -115,7 +115,7 @@ def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[d
     asked: Any = _Asked(("model_type",), model_type)
     try:
         made = converter.convert_backbone_config(asked)
-    except Exception:  # more than renaming: `watch` says which entry was missing, if one was
+    except Exception:  # more than renaming; `watch` reports the missing entry, if any
         return {"model_type": model_type}, len(own)
     apart = sum((value is None) != (own[key] is None) for key, value in made.items() if key in own)
     config: dict[str, Any] = {"model_type": model_type}
@@ -129,7 +129,7 @@ def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[d
 
 
 class _Unknown:
-    """A value that is not known, and so is all that is computed from it."""
+    """An unknown value; everything computed from it is unknown too."""
 
     place: tuple[Any, ...] = ()
     __array_priority__ = 1e6
@@ -168,7 +168,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
 
 
 class _Asked(_Unknown):
-    """A config that answers with the place of what was asked."""
+    """A config that returns the location of the requested entry."""
 
     def __init__(self, known: tuple[Any, ...] = (), value: Any = None, place: tuple[Any, ...] = ()):
         self.known, self.value, self.place = known, value, place
@@ -185,7 +185,7 @@ class _Asked(_Unknown):
 
 
 class _Config(dict[str, Any]):
-    """A config of which a missing entry is named."""
+    """A config that reports the name of a missing entry."""
 
     def __missing__(self, key: Any) -> Any:
         raise ConverterError(f"it reads '{key}' of the checkpoint's config.json, which the model does not say")
@@ -195,11 +195,11 @@ class _Config(dict[str, Any]):
         return _Config(value) if isinstance(value, dict) else value
 
 
-# What a converter is given.
+# The arguments for a converter.
 
 #: Names of the first checkpoints, which transformers renames.
 _OLD_NAMES = (".gamma", ".beta")
-#: What a converter looks for to see which of two kinds of norm there is.
+#: Names that a converter looks up to tell two kinds of norm apart.
 _MAYBE_LACKING = (*_OLD_NAMES, ".running_mean")
 
 
@@ -226,7 +226,7 @@ class _Loader:
 
 
 class _Slot(_Unknown):
-    """A variable of a layer: it has a shape, and takes any value."""
+    """A placeholder for a variable of a layer: it has a shape and accepts any value."""
 
     def __init__(self, layer: keras.layers.Layer, attribute: str, value: Any):
         self.layer, self.attribute, self.value = layer, attribute, value
@@ -242,7 +242,7 @@ class _Slot(_Unknown):
 
 
 class _View:
-    """A layer, of which the variables are slots and the layers are views."""
+    """A read-only view of a layer: its variables are slots and its sublayers are views."""
 
     def __init__(self, layer: keras.layers.Layer):
         vars(self)["_layer"] = layer
@@ -262,7 +262,7 @@ class _View:
         return _shown(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Nothing is written."""
+        """Ignore the assignment."""
 
 
 def _is_tensor(value: Any) -> bool:

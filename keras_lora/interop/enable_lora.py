@@ -1,8 +1,8 @@
-"""`from_enable_lora`: Keras's own LoRA becomes ours.
+"""`from_enable_lora`: convert Keras's built-in LoRA to keras_lora adapters.
 
 Keras factors the last axis of a kernel: `ΔW = scale · A B` with `A (*kernel.shape[:-1], rank)` and `B (rank, last)`. We
-factor the matrix, all inputs × all outputs. Where the last axis holds all outputs (or all inputs) the factors are the same
-numbers. Elsewhere, as for a query kernel `(dim, heads, head)`, the matrix is `[A₁ … A_h] · blockdiag(B, …, B)`, of rank up
+factor the matrix, all inputs × all outputs. If the last axis contains all outputs (or all inputs), the factors are the same
+numbers. Otherwise, as for a query kernel `(dim, heads, head)`, the matrix is `[A₁ … A_h] · blockdiag(B, …, B)`, of rank up
 to `heads · rank`; its exact factors come from an SVD.
 """
 
@@ -26,13 +26,13 @@ from keras_lora.swap.adapted import address_of, maps_of, named_adapters, set_ada
 from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import walk
 
-#: What an exact adapter may leave out, as a share of the change (Frobenius): less than float32 keeps of it.
+#: The share of the change (Frobenius) that an exact adapter may leave out; it is below float32 precision.
 _ZERO = 1e-6
 
 
 @dataclass(frozen=True)
 class LastAxisLoRA:
-    """Keras's LoRA of one kernel.
+    """Keras's built-in LoRA of one kernel.
 
     Attributes:
         linear: The kernel.
@@ -49,14 +49,14 @@ class LastAxisLoRA:
 
     @property
     def bare(self) -> LinearMap:
-        """The kernel without Keras's change, which is computed whole each time the kernel is read."""
+        """Return the kernel without Keras's change, which Keras computes in full whenever the kernel is read."""
         layer = self.linear.layer
         return type(self.linear)(view_of(layer, type(layer), lora_enabled=False))
 
     def as_matrices(self) -> factors.Factors:
-        """The same product `a b`, as the two factors of the kernel's matrix: `(*groups, in, k)` and `(*groups, k, out)`."""
+        """Return `a b` as two factors of the kernel's matrix: `(*groups, in, k)` and `(*groups, k, out)`."""
         axes, (*groups, in_dim, out_dim) = self.bare.kernel_axes, self.bare.matrix_shape
-        if groups and "g" not in axes:  # a grouped convolution: all groups share A, each has columns of B
+        if groups and "g" not in axes:  # a grouped convolution: all groups share A, and each group has some columns of B
             a = self.a.reshape(in_dim, -1)
             return np.broadcast_to(a, (*groups, *a.shape)), self.b.reshape(-1, *groups, out_dim).swapaxes(0, 1)
         last = axes[-1]
@@ -72,7 +72,7 @@ class LastAxisLoRA:
         return (thin, blocks) if last == "o" else (np.swapaxes(blocks, -1, -2), np.swapaxes(thin, -1, -2))
 
     def started(self, rank: int | None) -> tuple[adapters.LoRA, float]:
-        """Our adapter with weights, of at most `rank`, and its relative error."""
+        """Return our adapter with weights, of at most `rank`, and its relative error."""
         (a, b), error, size = self.as_matrices(), 0.0, self.b.shape[0]
         scale, same = self.alpha / size, a.shape[-1] == size <= (rank or size) and self.alpha > 0
         if not same:
@@ -94,30 +94,33 @@ class LastAxisLoRA:
 
 @checks.helpful
 def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = None) -> CombinationReport:
-    """Turn a model with Keras's own LoRA (`enable_lora`) into one with our adapters, in place: same outputs, same alpha.
+    """Convert a model with Keras's built-in LoRA (`enable_lora`) to keras_lora adapters, in place, with the same outputs.
 
-    Keras's variables leave the layers, whose kernels are the base ones again, changed by an adapter each. What trained
-    still trains (biases, which `enable_lora` leaves on, among it), and what was frozen is frozen.
+    Keras's LoRA variables are removed, the kernels are the base kernels again, and an adapter changes each of them, with
+    the same alpha. Variables that were trainable stay trainable, including biases, which `enable_lora` does not freeze.
+    Frozen variables stay frozen.
 
-    Where the last axis of a kernel holds all its outputs, or all its inputs, the adapter has the same factors, rank and
-    alpha. Elsewhere (query kernels, `(dim, heads, head)`) its rank is that of Keras's change as a matrix, up to
-    `heads · rank`, and its scale 1. A change that is zero, as `enable_lora` starts, becomes a LoRA at its start.
+    If the last axis of a kernel contains all its outputs, or all its inputs, the adapter has the same factors, rank and
+    alpha. Otherwise (query kernels, `(dim, heads, head)`) its rank is that of Keras's change as a matrix, up to
+    `heads · rank`, and its scale is 1. A zero change, as right after `enable_lora`, becomes a LoRA with its initial values.
 
     Args:
         model: A model, or a part of one, with layers whose `lora_enabled` is true: Dense, EinsumDense, Embedding,
-            ReversibleEmbedding, Conv1D, Conv2D, Conv3D, and classes registered as like them. int8 and int4 are kept.
-        rank: The most that a kernel's adapter may have; the nearest change of this rank is taken, and its error said.
-        name: What to call the adapter.
+            ReversibleEmbedding, Conv1D, Conv2D, Conv3D, and classes registered with `like=` one of these.
+            int8 and int4 are kept.
+        rank: The largest rank of a kernel's adapter. If it is too small, the best approximation is used and its error
+            reported.
+        name: The name of the adapter.
 
     Returns:
-        A row for each kernel, with its rank and error, like `keras_lora.compress_adapter`. Call `compile` on the model
+        One row per kernel, with its rank and error, like `keras_lora.compress_adapter`. Call `compile` on the model
         before training.
 
     Raises:
-        TypeError: `model` is no Keras layer.
-        ValueError: No layer has Keras's LoRA on, the model has adapters of ours, or a layer cannot be converted exactly: its
-            class is not known, it holds numbers that are not finite, or it is a quantised tied embedding, whose way back
-            Keras leaves without the change. All such layers are listed, and the model is as it was.
+        TypeError: `model` is not a Keras layer.
+        ValueError: No layer has Keras's LoRA enabled, the model already has keras_lora adapters, or a layer cannot be
+            converted exactly: its class is not known, it contains numbers that are not finite, or it is a quantised tied
+            embedding, for which Keras does not change the output projection. All such layers are listed, and the model is unchanged.
 
     Example:
 
@@ -164,7 +167,7 @@ def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = 
 
 
 def checked_arguments(function: str, model: Any, rank: int | None, name: str | None) -> str:
-    """The name for the adapter, or an error where the arguments are wrong or the model has adapters."""
+    """Return the name for the adapter, or raise an error if the arguments are wrong or the model has adapters."""
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -178,14 +181,14 @@ def checked_arguments(function: str, model: Any, rank: int | None, name: str | N
 
 
 def report(started: Iterable[tuple[LastAxisLoRA, adapters.LoRA, float]]) -> CombinationReport:
-    """A row for each kernel."""
+    """Return a report with one row per kernel."""
     return CombinationReport(
         CombinedKernel(address_of(each.path, each.linear), made.rank, error) for each, made, error in started
     )
 
 
 def kernel_of(layer: keras.layers.Layer) -> LinearMap | None:
-    """The kernel that Keras's LoRA changes in `layer`, or `None` where its class is not known."""
+    """Return the kernel that Keras's LoRA changes in `layer`, or `None` if its class is not known."""
     return next((linear for linear in maps_of(layer) if linear.kernel_name in ("kernel", "embeddings")), None)
 
 
@@ -194,7 +197,7 @@ def _variables(linear: LinearMap) -> list[keras.Variable]:
 
 
 def _enabled(model: keras.layers.Layer) -> tuple[list[LastAxisLoRA], list[str]]:
-    """The kernels with Keras's LoRA, and what stands against converting the others."""
+    """Return the kernels with Keras's LoRA, and why others cannot be converted."""
     found, problems = [], []
     for place in walk(model):
         layer: Any = place.layer

@@ -1,6 +1,6 @@
-"""`from_lora_h5`: the `.lora.h5` files that KerasHub's `save_lora_weights` writes.
+"""`from_lora_h5`: load the `.lora.h5` files that KerasHub's `save_lora_weights` writes.
 
-Such a file holds `lora/vars/rank`, and `lora/<index>/vars/lora_kernel_a` and `lora_kernel_b` for each layer: the index
+Such a file contains `lora/vars/rank`, and `lora/<index>/vars/lora_kernel_a` and `lora_kernel_b` for each layer: the index
 counts the layers of the backbone that have weights. It has no alpha, no names and no biases.
 """
 
@@ -31,32 +31,33 @@ def from_lora_h5(
     rank: int | None = None,
     alpha: float | None = None,
 ) -> CombinationReport:
-    """Read a `.lora.h5` file of KerasHub into a plain backbone, in place, as our adapters.
+    """Load a KerasHub `.lora.h5` file into a plain backbone, in place, as keras_lora adapters.
 
-    It reads files for any targets, also those that KerasHub's own `load_lora_weights` cannot. As there, the adapters and the
-    biases of the adapted layers train afterwards and all else is frozen. The file holds no biases: where they were trained
-    (`enable_lora` leaves them on), they are lost, and the outputs are not those of the model that was saved.
+    It loads files for any targets, including those that KerasHub's `load_lora_weights` cannot load. As with KerasHub, the
+    adapters and the biases of the adapted layers are trainable afterwards and everything else is frozen. The file contains
+    no biases: if they were trained (`enable_lora` does not freeze them), they are lost, and the outputs differ from those of
+    the saved model.
 
-    The factors become ours as in `from_enable_lora`; a query kernel's adapter has a rank of up to `heads · rank`.
+    The factors are converted as in `from_enable_lora`; a query kernel's adapter has a rank of up to `heads · rank`.
 
     Args:
-        backbone: The backbone, built as the one that was saved: the file knows its layers by a count. Of a task, its
-            `backbone`.
+        backbone: The backbone, with the same architecture as the saved one, because the file numbers its layers. For a task,
+            pass `task.backbone`.
         path: A file written by `backbone.save_lora_weights`.
-        alpha: The change is `alpha / rank` times the product of the factors. The file does not say it; by default it is the
-            rank in the file, which is what `backbone.enable_lora` uses.
-        rank: The most that a kernel's adapter may have, as in `from_enable_lora`.
-        name: What to call the adapter.
+        alpha: The change is `alpha / rank` times the product of the factors. It is not in the file. The default is the rank
+            in the file, which is what `backbone.enable_lora` uses.
+        rank: The largest rank of a kernel's adapter, as in `from_enable_lora`.
+        name: The name of the adapter.
 
     Returns:
-        A row for each kernel, with its rank and error. Call `compile` on the model before training.
+        One row per kernel, with its rank and error. Call `compile` on the model before training.
 
     Raises:
-        TypeError: `backbone` is no Keras layer.
-        ValueError: An argument is out of range, the model has adapters of ours or Keras's own LoRA on, or the file is
-            damaged, of another kind or does not fit; everything missing, unexpected or of another shape is listed. The model
-            is then as it was.
-        FileNotFoundError: There is no such file.
+        TypeError: `backbone` is not a Keras layer.
+        ValueError: An argument is out of range, the model already has keras_lora adapters or Keras's LoRA enabled, or the
+            file is damaged, of another kind or does not fit. Everything missing, unexpected or of another shape is listed,
+            and the model is unchanged.
+        FileNotFoundError: The file does not exist.
 
     Example:
 
@@ -109,7 +110,7 @@ def from_lora_h5(
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, tuple[Any, Any]], list[str]]:
-    """The rank in a file, its two tensors by layer, and what is wrong with the file itself."""
+    """Return the rank in a file, its two tensors by layer, and the problems of the file."""
     problems: list[str] = []
     entries: dict[str, np.ndarray] = {}
 

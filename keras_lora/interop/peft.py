@@ -1,8 +1,8 @@
-"""`from_peft` and `to_peft`: adapters from and to Hugging Face PEFT.
+"""`from_peft` and `to_peft`: load and save Hugging Face PEFT adapters.
 
-PEFT names a module of a `transformers` model and keeps `lora_A (rank, in)` and `lora_B (out, rank)` for its weight
-`(out, in)`. Ours is a kernel of a Keras layer with `lora_a (in, rank)` and `lora_b (rank, out)`. Which module a kernel is,
-and in which order the inputs and outputs of both lie, `checkpoints.py` says; the numbers are the same.
+PEFT names a module of a `transformers` model and stores `lora_A (rank, in)` and `lora_B (out, rank)` for its weight
+`(out, in)`. Here a Keras kernel has `lora_a (in, rank)` and `lora_b (rank, out)`. The numbers are the same;
+`checkpoints.py` maps kernels to modules and gives the order of inputs and outputs in both.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ def from_peft(
     names: Mapping[str, str] | None = None,
     rename: Callable[[str], str] | None = None,
 ) -> AnyLayer:
-    """Read a PEFT adapter into a model, in place: LoRA or DoRA, and what was trained with it.
+    """Load a PEFT adapter (LoRA or DoRA, and other weights trained with it) into a model, in place.
 
-    The layers of a KerasHub model are found by the names that KerasHub's own converter for `transformers` checkpoints has
-    for them, whatever stands before these names in the file (`bert.`, `transformer.`). Where several of our kernels are one
-    weight there (GPT-2's `c_attn`), each gets its part. Ranks and alphas by pattern, rank-stabilized scales, biases,
+    The layers of a KerasHub model are found by their names in KerasHub's converter for `transformers` checkpoints, with any
+    prefix in the file (`bert.`, `transformer.`). If several kernels here are one weight there (GPT-2's `c_attn`), each
+    kernel gets its part. Ranks and alphas by pattern, rank-stabilized scales, biases,
     `modules_to_save`, embeddings, convolutions and trainable tokens are read.
 
     Args:
         model: The base, plain or adapted: a KerasHub backbone, a task on one, or any model with `names`. Its weights must be
-            those that the adapter was trained on, which nothing in the file can tell.
-        folder: A folder that PEFT's `save_pretrained` wrote, or `"hf://owner/name"`. Only safetensors is read.
-        name: What to call the adapter, or which adapter to load into, as for `keras_lora.load_adapter`.
-        trainable: Whether it trains further.
-        names: Modules of layers that the converter does not know, a head say: from the path or the address of a layer to
-            the name of its module. The weight is taken to be laid out as PyTorch has it for a layer of that kind.
-        rename: From a name that KerasHub's converter has, which is that in a checkpoint, to that in the file. `transformers`
-            5 gives modules of some vision models other names than their checkpoints have;
-            `keras_lora.interop.module_names("vit")` asks it for them.
+            those that the adapter was trained on; the file has no information to check this.
+        folder: A folder written by PEFT's `save_pretrained`, or `"hf://owner/name"`. Only safetensors is read.
+        name: The name of the new adapter, or the adapter to load into, as for `keras_lora.load_adapter`.
+        trainable: Whether the adapter is trainable.
+        names: Module names for layers that the converter does not know, for example a head: a dict from the path or the
+            address of a layer to the name of its module. The weight must have the layout of the corresponding PyTorch layer.
+        rename: A function from a name in KerasHub's converter, which is the name in a checkpoint, to the name in the file.
+            In `transformers` 5, some vision models have other module names than their checkpoints;
+            `keras_lora.interop.module_names("vit")` returns a function for them.
 
     Returns:
-        `model` itself. Where an adapter was added, it needs `compile` before training.
+        `model`. If an adapter was added, call `compile` before training.
 
     Raises:
-        ValueError: The adapter is damaged, of another kind, or does not fit; everything that is unknown or of another shape
-            is listed. The model is then as it was.
-        FileNotFoundError: There is no such folder, or it lacks one of its two files.
+        ValueError: The adapter is damaged, of another kind, or does not fit. Everything unknown or of another shape is
+            listed, and the model is unchanged.
+        FileNotFoundError: The folder does not exist, or it lacks one of its two files.
 
     Example:
 
@@ -104,25 +104,25 @@ def to_peft(
     base_model: str | None = None,
     bake_scaling: bool = False,
 ) -> None:
-    """Write an adapter of a model, and what else was trained with it, as a PEFT adapter.
+    """Save an adapter of a model, and other weights trained with it, as a PEFT adapter.
 
     Args:
         model: An adapted model: a KerasHub backbone, a task on one, or any model with `names`.
-        folder: Where to write `adapter_config.json` and `adapter_model.safetensors`, or `"hf://owner/name"`. What else lies
-            in the folder stays.
-        name: Which adapter, where the model has several.
-        prefix: What stands before the names of KerasHub's converter in the model that PEFT will adapt: `"bert."` for a
+        folder: Where to write `adapter_config.json` and `adapter_model.safetensors`, or `"hf://owner/name"`. Other
+            files in the folder are kept.
+        name: The adapter to save, if the model has several.
+        prefix: Text before the names of KerasHub's converter in the model that PEFT will adapt: `"bert."` for a
             `BertForSequenceClassification`, `"transformer."` for a `GPT2LMHeadModel`; nothing for a `LlamaForCausalLM`.
-        rename: From a name that KerasHub's converter has to that in the model that PEFT will adapt, where more than the
-            beginning differs: see `from_peft`.
-        names: As for `from_peft`, with the whole names.
-        base_model: What to write as `base_model_name_or_path`, `"meta-llama/Llama-3.2-1B"` say.
-        bake_scaling: Write what vLLM, llama.cpp and Ollama read right: one rank, the scales multiplied into B, whole numbers
-            in the config. What they cannot read (DoRA, biases, heads, tokens) is refused then.
+        rename: A function from a name in KerasHub's converter to the name in the model that PEFT will adapt, if more than
+            the prefix differs: see `from_peft`.
+        names: As for `from_peft`, with full module names.
+        base_model: The value of `base_model_name_or_path`, for example `"meta-llama/Llama-3.2-1B"`.
+        bake_scaling: Write a form that vLLM, llama.cpp and Ollama read correctly: one rank, scales multiplied into B, integers
+            in the config. Parts that they cannot read (DoRA, biases, heads, tokens) are then refused.
 
     Raises:
-        ValueError: The model has no adapter or several and none was named; or an adapted kernel or a trained variable has no
-            place in PEFT's format; all of these are listed. Nothing is written then.
+        ValueError: The model has no adapter, or has several and you did not name one; or an adapted kernel or a trained
+            variable has no place in PEFT's format. All of these are listed, and nothing is written.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The folder of a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`, read with every check, and written.
+"""Read, check and write the folder of a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
 A pickled `adapter_model.bin` is never opened.
 """
@@ -22,11 +22,11 @@ import safetensors.numpy
 from keras_lora.files import tensor_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-#: Before every name of a module in the keys of PEFT.
+#: The prefix of every module name in PEFT's keys.
 PREFIX = "base_model.model."
 #: The longest config that is read, in bytes, and the longest name of a tensor.
 _LONGEST_CONFIG, _LONGEST_NAME = 4_000_000, 500
-#: Alpha is below it, so that no scale is without end in float32.
+#: Alpha must be below it, so that every scale is finite in float32.
 _LARGEST = 1e30
 
 _FACTOR = re.compile(
@@ -36,7 +36,7 @@ _FACTOR = re.compile(
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 _BASE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<variable>[^.]+)")
 
-#: Of settings that change what the numbers mean, the values with which they mean a plain LoRA or DoRA.
+#: Settings that change the meaning of the numbers, with the values they have for a plain LoRA or DoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "lora_bias": (False,),
@@ -51,20 +51,20 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "velora_config": (None,),
 }
-#: Starting points that leave the base as it is, and so need not be known.
+#: Initializations that do not change the base, so we can ignore them.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
 class Module:
-    """What a PEFT adapter has of one module.
+    """The contents of a PEFT adapter for one module.
 
     Attributes:
-        a, b: The factors as they are in the file.
-        magnitude: That of DoRA.
-        tokens: Rows of an embedding that take the place of its own.
+        a, b: The factors as stored in the file.
+        magnitude: The magnitude of a DoRA.
+        tokens: Rows that replace rows of the embedding.
         variables: Variables of the base that were trained, by name (`"weight"`, `"bias"`).
-        base: The weight under an adapter, a copy of the base's, which PEFT adds for embeddings.
+        base: A copy of the base weight under an adapter, which PEFT adds for embeddings.
     """
 
     a: np.ndarray | None = None
@@ -77,7 +77,7 @@ class Module:
 
 @dataclass
 class Config:
-    """The settings of a PEFT adapter that say what its tensors mean."""
+    """The settings of a PEFT adapter that define the meaning of its tensors."""
 
     r: int
     alpha: float
@@ -89,27 +89,27 @@ class Config:
     tokens: Any
 
     def rank_of(self, module: str) -> Any:
-        """The rank that the config says of a module."""
+        """Return the rank of a module in the config."""
         return _by_pattern(self.rank_pattern, module, self.r)
 
     def alpha_of(self, module: str) -> Any:
-        """The alpha that the config says of a module."""
+        """Return the alpha of a module in the config."""
         return _by_pattern(self.alpha_pattern, module, self.alpha)
 
     def tokens_of(self, module: str) -> Any:
-        """The rows of an embedding that a file has, or `None`."""
+        """Return the rows of an embedding that are in the file, or `None`."""
         if isinstance(self.tokens, dict):
             return next((each for name, each in self.tokens.items() if f".{module}".endswith(f".{name}")), None)
         return self.tokens
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
-    """What PEFT finds: the first pattern that is the module's name or the end of it."""
+    """Return the value of the first pattern that matches the module's name or its end, as PEFT does."""
     return next((value for pattern, value in patterns.items() if _matches(pattern, module)), otherwise)
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """PEFT's regular expression `(.*\\.)?(pattern)$`, for names without compiling one: a dot in it is any letter."""
+    """PEFT's regular expression `(.*\\.)?(pattern)$`, matched without compiling it: a dot is any character."""
     name = pattern.replace("\\.", "\0")  # an escaped dot is a dot
     if not re.fullmatch(r"[\w.\-\0]+", name):
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
@@ -125,11 +125,11 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def read(folder: Path) -> tuple[Config, dict[str, Module]]:
-    """The settings and the modules of a PEFT adapter, by their names as they are in the file.
+    """Read the settings and the modules of a PEFT adapter, by their names in the file.
 
     Raises:
         FileNotFoundError: The folder lacks one of the two files.
-        ValueError: One of them is damaged, or of a kind that is no plain LoRA or DoRA; all reasons are listed.
+        ValueError: One of them is damaged, or is not a plain LoRA or DoRA; all reasons are listed.
     """
     missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
     if missing:
@@ -205,7 +205,7 @@ def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
 
 
 def _are_patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
-    """Whether `value` has patterns that can be matched without hanging: names, and a few with a wild card or two."""
+    """Whether the patterns in `value` can be matched quickly: names, and a few patterns with one or two wildcards."""
     if not isinstance(value, dict) or len(value) > 20_000 or not all(map(fits, value.values())):
         return False
     wild = [each for each in value if not re.fullmatch(r"(?:[\w.\-]|\\\.)+", each)]
@@ -228,7 +228,7 @@ def _are_tokens(value: Any) -> bool:
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file as NumPy arrays; bfloat16, which NumPy has not, as float32."""
+    """Return the tensors of a file as NumPy arrays; bfloat16, which NumPy lacks, becomes float32."""
     found = {}
     for key, said in safetensors.deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
         kind, shape, data = said["dtype"], said["shape"], said["data"]
@@ -248,7 +248,7 @@ _FIELDS = {"lora_A": "a", "lora_embedding_A": "a", "lora_B": "b", "lora_embeddin
 
 
 def _unwrapped(key: str, keys: set[str]) -> str | None:
-    """A key without what PEFT's wrappers add to it; `None` for a copy, and for the count of batches, which nothing needs."""
+    """Return a key without the parts added by PEFT's wrappers; `None` for copies and batch counts, which are not needed."""
     if ".original_module." in key or key.endswith(".num_batches_tracked"):
         return None
     for wrapper in (r"\.modules_to_save\.[^.]+(?=\..)", r"\.modules_to_save"):
@@ -259,7 +259,7 @@ def _unwrapped(key: str, keys: set[str]) -> str | None:
 
 
 def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[str]]:
-    """The tensors by module, and what cannot be read of them."""
+    """Return the tensors by module, and the problems with those that cannot be read."""
     modules: dict[str, Module] = {}
     problems = [f"the tensor '{key[:100]}…' has a name of {len(key)} letters" for key in tensors if len(key) > _LONGEST_NAME]
     plain_keys = {key.removeprefix(PREFIX) for key in tensors}
@@ -303,7 +303,7 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Write the two files beside `folder`, and put the whole in its place; what else lies in the folder stays."""
+    """Write the two files next to `folder`, then replace it in one step; other files in the folder are kept."""
     folder = Path(os.path.realpath(folder))
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{folder} is the folder that this process works in, and cannot be replaced. Name a folder in it.")
@@ -324,7 +324,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) 
 
 
 def _link(old: str, new: str) -> str:
-    """The same file in another folder, which costs nothing; a copy where the disk cannot do that."""
+    """Hard-link a file into another folder, or copy it if the disk does not support links."""
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:

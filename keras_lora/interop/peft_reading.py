@@ -1,4 +1,4 @@
-"""From the modules of a PEFT adapter to what an adapter file of ours holds."""
+"""Convert the modules of a PEFT adapter to the contents of a keras_lora adapter file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of
 from keras_lora.targets.patterns import nearest
 
-#: Why an embedding of PEFT is not one here.
+#: Why an embedding in PEFT does not match one here.
 _ELSEWHERE = (
     "is an embedding that this model uses in more places than one (its way back, or an encoder and a decoder), of which "
     "PEFT changes one"
@@ -28,7 +28,7 @@ _ELSEWHERE = (
 
 
 class Reader:
-    """Turns the modules of a PEFT adapter into what an adapter file holds, and collects what stands against it."""
+    """Converts the modules of a PEFT adapter to the contents of an adapter file, and collects all problems."""
 
     def __init__(self, checkpoint: CheckpointMap, config: Config):
         self.checkpoint, self.config = checkpoint, config
@@ -36,7 +36,7 @@ class Reader:
         self.problems: list[str] = []
 
     def take(self, module: str, known: str, found: Module) -> None:
-        """Take what there is of one module, which the converter knows by the name `known`."""
+        """Convert the contents of one module, which is called `known` in the converter."""
         addresses = self.checkpoint.modules.get(known, [])
         if found.a is not None or found.tokens is not None:
             if not addresses:
@@ -124,7 +124,7 @@ class Reader:
         self.state.adapters[address] = AdapterEntry.of(linear, adapters.TrainableTokens(indices), tensors)
 
     def _compare(self, module: str, key: str, tensor: np.ndarray) -> None:
-        """A file may hold a copy of a weight of the base, in fewer digits perhaps; it must be that of this base."""
+        """Check that a copy of a base weight in the file, perhaps in lower precision, matches this base."""
         for port in self.checkpoint.keys.get(key, []):
             lie = self.checkpoint.placement_of(port.layer, port.attribute)
             linear = self.checkpoint.maps[self.checkpoint.addresses[id(port.layer)]]
@@ -172,14 +172,14 @@ class Reader:
 
 
 def number_of(layer: Any, attribute: str) -> int | None:
-    """The place of a variable among the own variables of its layer."""
+    """Return the index of a variable among the direct variables of its layer."""
     kernel = next((each for each in maps_of(layer) if each.kernel_name == attribute), None)
     variable = getattr(layer, attribute) if kernel is None else kernel.kernel_variable
     return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
 
 
 def aligned(modules: Iterable[str], checkpoint: CheckpointMap) -> dict[str, str]:
-    """What the model calls each module of a file: one may have a beginning (`bert.`) that the other has not."""
+    """Map each module name in a file to its name in the model: one may have a prefix (`bert.`) that the other lacks."""
     modules = list(modules)
     known = {key.rpartition(".")[0] for key in checkpoint.keys}
     votes: Counter[tuple[str, str]] = Counter({("", ""): 0})
@@ -203,6 +203,6 @@ def aligned(modules: Iterable[str], checkpoint: CheckpointMap) -> dict[str, str]
 def _read_as(modules: list[str], known: set[str], of_file: str, of_model: str) -> dict[str, str]:
     found = {}
     for module in modules:
-        inside = module.startswith(of_file) and module not in known  # a head stands beside the backbone
+        inside = module.startswith(of_file) and module not in known  # a head is outside the backbone
         found[module] = of_model + module[len(of_file) :] if inside else module
     return found

@@ -1,4 +1,4 @@
-"""From what an adapter file of ours holds to the tensors and the config of a PEFT adapter."""
+"""Convert the contents of a keras_lora adapter file to the tensors and the config of a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from keras_lora.interop.ports import Port
 from keras_lora.interop.serving_rules import unread
 from keras_lora.linear_map import LinearMap
 
-#: What PEFT calls the task of a model, by the end of its class's name. Not `SEQ_CLS`: PEFT then expects a whole head.
+#: PEFT's task type for a model, by the end of its class name. Not `SEQ_CLS`: PEFT then expects a whole head.
 _TASKS = {"CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM"}
 
 
 @dataclass
 class Part:
-    """The adapter of one of our kernels.
+    """The adapter of one kernel.
 
     Attributes:
-        address, linear, source: The kernel, and where it lies.
+        address, linear, source: The kernel, and where it is in the checkpoint.
         adapter: The method, without weights.
         values: Its weights by name.
     """
@@ -50,11 +50,11 @@ class Part:
 
     @property
     def b(self) -> np.ndarray:
-        """`(out, rank)`, with the outputs in the order of the weight; zeros where they are not of this kernel."""
+        """`(out, rank)`, with the outputs in the order of the weight; zeros for outputs of other kernels."""
         return self.spread(self.values["lora_b"].T)
 
     def spread(self, rows: np.ndarray) -> np.ndarray:
-        """What there is for each output of the kernel, for each output of the weight."""
+        """Spread values for each output of the kernel over the outputs of the weight."""
         found = np.zeros((self.source.out_dim, *rows.shape[1:]), "float32")
         found[self.source.outs] = rows
         return found
@@ -65,9 +65,9 @@ class Written:
     """The adapter of one module.
 
     Attributes:
-        module, kind, weight: Its name there, and the kind and the shape of its weight.
-        rank, alpha, rank_stabilized: What gives its scale.
-        dropout: What it trained with.
+        module, kind, weight: The name of the module, and the kind and shape of its weight.
+        rank, alpha, rank_stabilized: The values that define its scale.
+        dropout: The dropout used in training.
     """
 
     module: str
@@ -83,20 +83,20 @@ class Written:
 
     @property
     def scale(self) -> float:
-        """What multiplies `b a`."""
+        """The factor that multiplies `b a`."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 @dataclass
 class Writer:
-    """Turns an adapter of ours into tensors of PEFT, and collects what stands against it.
+    """Converts a keras_lora adapter to PEFT tensors, and collects all problems.
 
     Attributes:
-        model, checkpoint: The adapted model, and what it is to `transformers`.
+        model, checkpoint: The adapted model, and its map to `transformers`.
         written: The factors, by module.
-        tokens, rows: Of embeddings with trained tokens, their numbers, and the rows themselves.
-        variables, saved: What was trained beside, by key, and which modules of it are trained as a whole.
-        problems: What stands against it.
+        tokens, rows: The token ids and the rows of embeddings with trained tokens.
+        variables, saved: The other trained variables, by key, and the modules that were trained as a whole.
+        problems: The reasons why it cannot be converted.
     """
 
     model: Any
@@ -109,7 +109,7 @@ class Writer:
     problems: list[str] = field(default_factory=list)
 
     def take(self, state: AdapterState) -> None:
-        """Take all that an adapter has."""
+        """Convert everything in an adapter."""
         parts: dict[str, list[Part]] = {}
         for address, entry in state.adapters.items():
             try:
@@ -149,7 +149,7 @@ class Writer:
             return
         taken = np.sort(np.concatenate([part.source.outs for part in parts]))
         same_a = all(np.array_equal(part.a, parts[0].a) and part.adapter.scale == parts[0].adapter.scale for part in parts)
-        if len(np.unique(taken)) < len(taken):  # one weight that several layers have
+        if len(np.unique(taken)) < len(taken):  # several layers share one weight
             if not same_a or not all(np.array_equal(part.b, parts[0].b) for part in parts):
                 self.problems.append(f"{[part.address for part in parts]} are one module there, '{module}', and differ here")
                 return
@@ -186,7 +186,7 @@ class Writer:
         self.tokens[module] = list(part.adapter.tokens)
         self.rows[module] = part.spread((keras.ops.convert_to_numpy(rows) + part.values["token_delta"]).T).T
 
-    # What was trained beside.
+    # Other trained variables.
 
     def _take_variables(self, trained: dict[str, TrainedEntry]) -> None:
         by_layer: dict[int, list[Port]] = {}
@@ -206,9 +206,9 @@ class Writer:
                     )
                 elif trains:
                     keys[found[index].key] = True
-        for key in list(keys):  # a module is saved whole, its frozen variables too
+        for key in list(keys):  # a module is saved as a whole, with its frozen variables
             module, _, variable = key.rpartition(".")
-            if variable != "bias":  # and by its name PEFT finds all whose names end so
+            if variable != "bias":  # PEFT matches all modules whose names end like this
                 keys |= {each: True for each in self.checkpoint.keys if each.rpartition(".")[0].endswith(module)}
         for key in keys:
             module, _, variable = key.rpartition(".")
@@ -232,11 +232,11 @@ class Writer:
                 self.saved.add(module)
 
     def _others(self, module: str) -> list[str]:
-        """The tensors of a module that are no bias."""
+        """Return the tensors of a module that are not a bias."""
         return [key for key in self.checkpoint.keys if key.rpartition(".")[0] == module and not key.endswith(".bias")]
 
     def _tensor(self, key: str) -> np.ndarray:
-        """A tensor of the checkpoint as it is now, of all variables that lie in it."""
+        """Return the current value of a checkpoint tensor, built from all variables in it."""
         tensor: np.ndarray | None = None
         for port in self.checkpoint.keys[key]:
             lie = self.checkpoint.placement_of(port.layer, port.attribute)
@@ -251,10 +251,10 @@ class Writer:
             raise NotAReshape("no variable lies there")
         return tensor.reshape(shape)
 
-    # For other readers than PEFT.
+    # For readers other than PEFT.
 
     def bake(self) -> None:
-        """One rank, and the scales in B: what readers that know one scale, and that as alpha / rank, read right."""
+        """Use one rank and move the scales into B, for readers that support only one scale, `alpha / rank`."""
         rank = max((each.rank for each in self.written), default=1)
         for each in self.written:
             more = rank - each.rank
@@ -263,11 +263,11 @@ class Writer:
             each.rank, each.alpha, each.rank_stabilized = rank, rank, False
         self.problems += unread(self.config(None), self.tensors)
 
-    # What is written.
+    # The written files.
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
-        """The tensors by their keys in the file."""
+        """Return the tensors by their keys in the file."""
         found: dict[str, np.ndarray] = {}
         for each in self.written:
             key, embedding = f"{PREFIX}{each.module}.lora_", each.kind == "embedding"
@@ -283,12 +283,12 @@ class Writer:
             found[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
         found |= {f"{PREFIX}{key}": tensor for key, tensor in self.variables.items()}
         found = {key: np.ascontiguousarray(tensor, "float32") for key, tensor in found.items()}
-        for key in [key for key in found if key.endswith(".running_mean")]:  # PyTorch counts batches, and asks for the count
+        for key in [key for key in found if key.endswith(".running_mean")]:  # PyTorch counts batches and requires the count
             found[key.replace(".running_mean", ".num_batches_tracked")] = np.zeros((), "int64")
         return dict(sorted(found.items()))
 
     def config(self, base_model: str | None) -> dict[str, Any]:
-        """The settings: the few that every version of PEFT knows."""
+        """Return the settings, only those that every version of PEFT knows."""
         stabilized = bool(self.written) and all(each.rank_stabilized for each in self.written)
         alphas = {
             each.module: each.alpha if each.rank_stabilized == stabilized else each.scale * each.rank
@@ -320,11 +320,11 @@ class Writer:
         return found
 
     def _targets(self, modules: list[str]) -> list[str] | str:
-        """The modules by name, or by one regular expression where a name is the end of another's: it would match both."""
+        """Return the module names, or one regular expression if a name is the end of another and would match both."""
         return "|".join(map(re.escape, modules)) if any(map(self._ends_another, modules)) else modules
 
     def _exactly(self, module: str) -> str:
-        """A pattern for the rank or alpha of this module and no other."""
+        """Return a pattern for the rank or alpha of only this module."""
         return f"^{module}" if self._ends_another(module) else module
 
     def _ends_another(self, module: str) -> bool:

@@ -15,13 +15,13 @@ from keras_lora.swap.adapted import maps_of
 
 @dataclass(frozen=True)
 class Port:
-    """One variable, and what fills it.
+    """One variable, and the tensor that fills it.
 
     Attributes:
-        layer: The layer that has it.
-        attribute: Its attribute there, `"kernel"` say.
-        key: The tensor of the checkpoint, `"model.layers.0.self_attn.q_proj.weight"` say.
-        hook: From that tensor and the shape of the variable to the value; `None` where they are the same.
+        layer: The layer with the variable.
+        attribute: The attribute of the layer, for example `"kernel"`.
+        key: The name of the checkpoint tensor, for example `"model.layers.0.self_attn.q_proj.weight"`.
+        hook: A function from that tensor and the shape of the variable to the value; `None` if they are the same.
     """
 
     layer: keras.layers.Layer
@@ -31,12 +31,12 @@ class Port:
 
     @property
     def meaning(self) -> Any:
-        """What tells hooks apart: two that are equal here turn tensors into values in the same way."""
+        """A key for the hook: hooks with equal keys convert tensors in the same way."""
         return _meaning(self.hook)
 
 
 def as_it_is_now(function: Any) -> Any:
-    """`function` with the values that it refers to now: a converter's loop goes on, and its hooks are called later."""
+    """Bind `function` to the current values of its closure, because a converter's loop changes them before hooks run."""
     if not isinstance(function, types.FunctionType) or not function.__closure__:
         return function
     cells = tuple(types.CellType(as_it_is_now(cell.cell_contents)) for cell in function.__closure__)
@@ -51,7 +51,7 @@ def _meaning(value: Any) -> Any:
 
 
 def shape_of(layer: keras.layers.Layer, attribute: str) -> tuple[int, ...]:
-    """The shape of a layer's variable; of a packed kernel, that of the kernel."""
+    """Return the shape of a layer's variable; for a packed kernel, the unpacked shape."""
     for linear in maps_of(layer):
         if linear.kernel_name == attribute:
             return linear.kernel_shape

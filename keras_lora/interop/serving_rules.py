@@ -1,6 +1,6 @@
-"""What programs that serve PEFT adapters read of them, as rules: they ignore in silence what they do not know.
+"""Rules for what vLLM, llama.cpp and Ollama read from a PEFT adapter. They silently ignore parts they do not support.
 
-Read from the sources of vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py`), llama.cpp
+The rules come from the source code of vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py`), llama.cpp
 (`convert_lora_to_gguf.py`) and Ollama (`convert/convert_adapter.go`); none of these programs is run here.
 """
 
@@ -24,14 +24,14 @@ READERS = ("vllm", "llama.cpp", "ollama")
 
 
 def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
-    """Whether vLLM, llama.cpp and Ollama read a PEFT adapter as PEFT does.
+    """Check whether vLLM, llama.cpp and Ollama read a PEFT adapter as PEFT does.
 
     Args:
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        For each of `"vllm"`, `"llama.cpp"` and `"ollama"` what it refuses or would read wrongly; nothing where it reads
-        the adapter right, as far as its rules are known here.
+        A dict with the keys `"vllm"`, `"llama.cpp"` and `"ollama"`, each with a list of what the program refuses or would
+        read wrongly. The list is empty if it reads the adapter correctly, as far as its rules are known here.
 
     Raises:
         FileNotFoundError, ValueError: As `keras_lora.interop.from_peft`.
@@ -56,7 +56,7 @@ def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def unread(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> list[str]:
-    """What all these readers refuse or read wrongly, whatever the model."""
+    """Return what all these readers refuse or read wrongly, for any model."""
     found: dict[str, list[str]] = {}
     for reader in READERS:
         for problem in _problems(reader, config, tensors, any_model=True):

@@ -1,7 +1,7 @@
-"""What the modules of `transformers` are called, where that is not what its checkpoints say.
+"""Module names of `transformers` models, if they differ from the names in checkpoints.
 
-`transformers` 5 renames the tensors of older checkpoints when it loads them, by tables of its own. PEFT names modules, and
-KerasHub's converters know checkpoints.
+`transformers` 5 renames the tensors of older checkpoints when it loads them. PEFT uses module names, and KerasHub's
+converters use checkpoint names.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 
 def module_names(model_type: str) -> Callable[[str], str]:
-    """From the names of a checkpoint to those of the modules that `transformers`, as installed here, has for them.
+    """Return a function from checkpoint names to module names of the installed version of `transformers`.
 
     Args:
-        model_type: What the `config.json` of the checkpoint says, `"vit"` say.
+        model_type: The `model_type` in the `config.json` of the checkpoint, for example `"vit"`.
 
     Raises:
-        ImportError: `transformers` 5 is not installed, with PyTorch, which it needs.
-        ValueError: It knows no such model.
+        ImportError: `transformers` 5 or PyTorch, which it needs, is not installed.
+        ValueError: `transformers` does not know this model type.
 
     Example:
 

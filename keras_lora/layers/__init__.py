@@ -1,4 +1,4 @@
-"""How is a layer a linear map? One file for each layer type, and the table of them.
+"""The adaptable layers: how each layer type is a linear map. One file per layer type, and a table of all types.
 
 `keras_lora.layers` has the class that `apply_lora` gives to a layer of each type. You can also build these layers yourself.
 """

@@ -1,8 +1,8 @@
 """Convolutions and transposed convolutions: the sum over a window and its channels.
 
 The matrix is `(window · channels in, filters)`. A change of rank r is the same convolution to r channels, then a 1×1
-convolution to the filters. A grouped convolution is one matrix per group. A transposed convolution is the same with its
-own way of placing the window.
+convolution to the filters. A grouped convolution is one matrix per group. A transposed convolution is the
+same, except that it places the window differently.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ConvMap(LinearMap):
         return ops.reshape(ops.transpose(matrix, (1, 0, 2)), (*self.kernel_shape[:-1], -1))
 
     def contract(self, x: Any, m: Any) -> Any:
-        """`(batch, *positions, *groups, k)`, or `(batch, *groups, k, *positions)` where channels come first."""
+        """`(batch, *positions, *groups, k)`, or `(batch, *groups, k, *positions)` if channels come first."""
         h = self.call_with(x, self.as_kernel(m))
         if not self.groups:
             return h

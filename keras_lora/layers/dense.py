@@ -1,4 +1,4 @@
-"""`Dense`: `y = x @ kernel`, the linear map in its plainest form."""
+"""`Dense`: `y = x @ kernel`, the simplest linear map."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class DenseMap(LinearMap):
 
     @property
     def calls_matmul(self) -> bool:  # type: ignore[override]
-        return self.layer_class is keras.layers.Dense  # a class registered as like it has a `call` of its own
+        return self.layer_class is keras.layers.Dense  # a class registered with `like=` has a different `call`
 
 
 class LoRADense(AdaptedLayer, keras.layers.Dense):
     """A `Dense` layer with a frozen kernel and a trainable low-rank change of it.
 
-    This is what `apply_lora` turns a `keras.layers.Dense` into, and a layer you can put into a new model yourself.
+    `apply_lora` turns a `keras.layers.Dense` into this layer. You can also use it in a new model yourself.
 
     Args:
         units: Positive integer, size of the output.
-        rank: Positive integer, the rank of the change. Defaults to the method's own.
-        alpha: Number; the change is scaled by `alpha / rank`. Defaults to the method's own.
+        rank: Positive integer, the rank of the change. Defaults to the method's default.
+        alpha: Number; the change is scaled by `alpha / rank`. Defaults to the method's default.
         adapter: The method: `"lora"` (the default), `"dora"`, or an instance such as
-            `keras_lora.LoRA(rank=8, dropout=0.1)`, which then says rank and alpha itself.
+            `keras_lora.LoRA(rank=8, dropout=0.1)`, which then sets rank and alpha.
         **kwargs: The other arguments of `keras.layers.Dense`.
 
     Input shape:

@@ -1,8 +1,8 @@
 """`EinsumDense`, and so the projections inside `MultiHeadAttention` and `GroupedQueryAttention`.
 
 The matrix is *all contracted axes × all free axes*, flattened in kernel order. A query kernel `(embed, heads, head)` is
-`(embed, heads · head)`: the textbook matrix, which a PEFT file holds too. Keras's own `enable_lora` factors the last axis
-only, which makes its `A` `heads` times as large.
+`(embed, heads · head)`: the textbook matrix, which a PEFT file also contains. Keras's `enable_lora` factors only the
+last axis, so its `A` is `heads` times as large.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from keras_lora.swap.adapted import AdaptedLayer
 
 @dataclass(frozen=True)
 class Axes:
-    """What each letter of an einsum equation does. Every field is a string of letters."""
+    """The role of each letter in an einsum equation. Every field is a string of letters."""
 
     inputs: str
     kernel: str
@@ -33,16 +33,16 @@ class Axes:
 
     @property
     def is_matmul(self) -> bool:
-        """Whether all that is summed over stands last in the input, and all that is free last in the output."""
+        """Whether the contracted axes come last in the input and the free axes come last in the output."""
         before = self.inputs.removesuffix(self.contracted)
         return not self.groups and self.inputs == before + self.contracted and self.outputs == before + self.free
 
 
 @functools.cache
 def axes_of(equation: str, groups: str | None = None) -> Axes:
-    """Read an equation such as `"abc,cde->abde"`. Keras has checked that every axis of the kernel is on another side too.
+    """Read an equation such as `"abc,cde->abde"`. Keras has checked that every kernel axis is also in the input or output.
 
-    `groups` are letters of the kernel and the output to be taken for groups; by default those that are in the input too.
+    `groups` are the letters of the kernel and the output that are groups; by default, those that are also in the input.
     """
     left, outputs = equation.replace(" ", "").split("->")
     inputs, kernel = left.split(",")
@@ -63,11 +63,11 @@ def axes_of(equation: str, groups: str | None = None) -> Axes:
 
 
 class EinsumMap(LinearMap):
-    """A kernel of any shape in an einsum; a subclass says in which."""
+    """A kernel of any shape in an einsum; a subclass defines the equation."""
 
     @property
     def axes(self) -> Axes:
-        """What the letters of the equation do."""
+        """The roles of the letters in the equation."""
         raise TypeError(f"{type(self).__name__} does not say its `axes`.")
 
     @property
@@ -120,7 +120,7 @@ class EinsumMap(LinearMap):
 
 
 class EinsumDenseMap(EinsumMap):
-    """The layer's equation says which axes of the kernel are inputs and which are outputs."""
+    """The kernel of an `EinsumDense`; the layer's equation defines which axes are inputs and which are outputs."""
 
     layer_class = keras.layers.EinsumDense
 
@@ -141,11 +141,11 @@ class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
     Args:
         equation, output_shape: As for `keras.layers.EinsumDense`.
         rank, alpha, adapter: As for `keras_lora.LoRADense`. An axis that is in the input, the kernel and the output
-            (experts, say) gets a pair of factors of this rank for each of its entries.
+            (for example experts) gets one pair of factors of this rank per entry.
         **kwargs: The other arguments of `keras.layers.EinsumDense`.
 
     Input shape, output shape:
-        As the equation says.
+        As given by the equation.
 
     Example:
 

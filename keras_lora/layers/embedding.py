@@ -1,7 +1,7 @@
-"""`Embedding` and `ReversibleEmbedding`: a lookup is a linear map of one-hot rows, computed by picking rows.
+"""`Embedding` and `ReversibleEmbedding`: a lookup is a linear map of one-hot rows, computed by selecting rows.
 
-A reversible embedding is used twice: rows are picked on the way in, and on the way out a hidden state is multiplied by the
-transposed table (tied), or by a kernel of its own (untied). Tied, there is one change ΔW, right in both directions.
+A reversible embedding is used twice: the input selects rows, and for the output a hidden state is multiplied by the
+transposed table (tied) or by a separate kernel (untied). If tied, one change ΔW applies in both directions.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class EmbeddingMap(LinearMap):
 
     def contract(self, x: Any, m: Any) -> Any:
         if keras.backend.standardize_dtype(x.dtype) not in ("int32", "int64"):
-            x = ops.cast(x, "int32")  # as Embedding itself does
+            x = ops.cast(x, "int32")  # as Embedding does
         return ops.take(m, x, axis=0)
 
     def products(self, x: Any, a: Any, b: Any, index: Any) -> Any:
-        # Each id picks its row from the stacked tables; no table is copied for an example.
+        # Each id selects its row from the stacked tables; no table is copied per example.
         x = ops.cast(ops.reshape(x, (ops.shape(index)[0], -1)), "int32")
         rows = ops.expand_dims(ops.cast(index, "int32"), -1) * a.shape[1] + x
         h = ops.take(ops.reshape(a, (-1, a.shape[-1])), rows, axis=0)
@@ -58,7 +58,7 @@ class ReverseMap(LinearMap):
     no_dropout: str | None = "a tied embedding has one change for both its directions"
 
     def base_output(self, x: Any) -> Any:
-        # With a `reverse_dtype` the layer itself casts the kernel to that.
+        # With a `reverse_dtype`, the layer casts the kernel to that dtype.
         if self.base_dtype is not None and self.layer.reverse_dtype is None:
             return self.in_base_dtype(x, lambda x: self.apply(x, self.matrix))
         view = view_of(self.plain, type(self.plain), logit_soft_cap=None)
@@ -126,7 +126,7 @@ class LoRAEmbedding(AdaptedLayer, keras.layers.Embedding):
     linear_maps = (EmbeddingMap,)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        if hasattr(inputs, "with_flat_values"):  # ragged ids, of TensorFlow: all ids in one row inside
+        if hasattr(inputs, "with_flat_values"):  # ragged ids, from TensorFlow: all ids are in one flat row
             return inputs.with_flat_values(super().call(inputs.flat_values, training=training))
         return super().call(inputs, training=training)
 
@@ -138,8 +138,8 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
         input_dim: Positive integer, size of the vocabulary.
         output_dim: Positive integer, size of a row.
         rank, alpha, adapter: As for `keras_lora.LoRADense`. Dropout is not defined for token ids and is refused.
-        **kwargs: The other arguments of `keras.layers.ReversibleEmbedding`. With `tie_weights=False` the kernel of the way
-            back, `reverse_embeddings`, is a target of its own.
+        **kwargs: The other arguments of `keras.layers.ReversibleEmbedding`. With `tie_weights=False` the output
+            kernel, `reverse_embeddings`, is a separate target.
 
     Input shape:
         Integer ids, `(batch, ...)`; with `reverse=True` hidden states, `(batch, ..., output_dim)`.

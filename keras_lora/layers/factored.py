@@ -1,8 +1,8 @@
-"""Layers that use several kernels inside one `call`, each in a plain sum: banks of experts.
+"""Layers that use several kernels in one `call`, each in an einsum or matmul: banks of experts.
 
-Such a layer's own code runs unchanged, but for the module `ops` that it sees: a kernel comes to it as an `AdaptedKernel`,
-and `ops.einsum` and `ops.matmul` with one add the adapter's fast path to their result. So nothing of the size of a kernel is
-formed. Any other operation gets the tensor `W + ΔW`, which is right, and slower.
+The layer's code runs unchanged, except that it sees another `ops` module. Its kernels are `AdaptedKernel` objects, and
+`ops.einsum` and `ops.matmul` with such a kernel add the adapter's fast path to their result. So no array of the size of a
+kernel is formed. Any other operation gets the tensor `W + ΔW`, which is correct but slower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from keras_lora.swap.adapted import AdaptedLayer
 
 
 class BankMap(EinsumMap):
-    """A kernel with stated axes, `"gio"` for experts; the equation is known where the layer uses it."""
+    """A kernel with stated axes, `"gio"` for experts; the equation is known when the layer uses it."""
 
     stated_axes: str
     equation: str | None = None
@@ -39,7 +39,7 @@ class BankMap(EinsumMap):
         )
 
     def within(self, equation: str) -> BankMap | None:
-        """This map in `equation`, or `None` where the equation uses the axes in another way than was stated."""
+        """Return this map for `equation`, or `None` if the equation uses the axes in another way than stated."""
         used = type(self)(self.layer)
         used.equation = equation.replace(" ", "")
         kernel = used.equation.partition("->")[0].split(",")[1]
@@ -54,7 +54,7 @@ class BankMap(EinsumMap):
 
 
 class AdaptedKernel:
-    """What the layer's code sees in the place of a kernel."""
+    """The object that the layer's code sees instead of a kernel."""
 
     def __init__(self, linear: BankMap, adapter: Any, training: bool | None, dtype: Any = None):
         self.linear, self.adapter, self.training, self.dtype = linear, adapter, training, dtype
@@ -71,11 +71,11 @@ class AdaptedKernel:
         return ops.cast(self.linear.changed_kernel(self.adapter), self.base.dtype)
 
     def cast(self, dtype: Any) -> AdaptedKernel:
-        """As `ops.cast` gives it."""
+        """Return the same as `ops.cast`."""
         return AdaptedKernel(self.linear, self.adapter, self.training, dtype)
 
     def einsum(self, equation: str, x: Any) -> Any:
-        """As `ops.einsum(equation, x, kernel)` gives it, with the change added."""
+        """Return `ops.einsum(equation, x, kernel)` with the change added."""
         linear = self.linear.within(equation)
         if linear is None:
             return ops.einsum(equation, x, self.changed)
@@ -109,7 +109,7 @@ def _operate(name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class FactoredLayer(AdaptedLayer):
-    """An adapted layer whose own code runs with `AdaptedKernel`s in the place of its kernels."""
+    """An adapted layer whose original code runs with `AdaptedKernel` objects instead of its kernels."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -124,14 +124,14 @@ class FactoredLayer(AdaptedLayer):
             more = {**kwargs, "training": training} if asks else kwargs
             return adapting(view_of(self, self.base_class, **kernels), *args, **more)
 
-        if not asks:  # Keras hands `training` to a `call` that has it in its signature
+        if not asks:  # Keras passes `training` only to a `call` that has it in its signature
             asked = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
             call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), asked])  # type: ignore[attr-defined]
         cls.call = call  # type: ignore[method-assign]
 
 
 def _with_ops(function: Any) -> Any:
-    """`function` with `ops` as it should see it; the function itself is left as it is."""
+    """Return a copy of `function` that uses `_Ops` as `ops`; `function` is not changed."""
     if not isinstance(function.__globals__.get("ops"), types.ModuleType):
         raise TypeError(
             f"{function.__qualname__} cannot run with factored kernels. Expected code that calls `ops.einsum` or "

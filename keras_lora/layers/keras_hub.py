@@ -1,4 +1,4 @@
-"""KerasHub's own: banks of experts, its `ReversibleEmbedding`, and `generate` with an adapter for each prompt.
+"""KerasHub layers: banks of experts, `ReversibleEmbedding`, and `generate` with one adapter per prompt.
 
 Imported when a KerasHub layer is first met.
 """
@@ -33,7 +33,7 @@ register_layer(keras_hub.layers.ReversibleEmbedding, like=keras.layers.Reversibl
 
 
 class AdaptedGenerator(AdaptedModel):
-    """An adapted model that generates: among its inputs there may be an index of adapters."""
+    """An adapted model that generates text; its inputs may include an index of adapters."""
 
     def generate_step(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         index = inputs.get(INDEX) if isinstance(inputs, dict) else None

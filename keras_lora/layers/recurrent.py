@@ -1,8 +1,8 @@
-"""Recurrent cells: two linear maps each, the kernel over the inputs and the recurrent kernel over the state.
+"""Recurrent cells, which have two linear maps: the kernel for the inputs and the recurrent kernel for the state.
 
 A cell uses its kernels inside a loop over time. The layer around it (`LSTM`, `GRU`, `SimpleRNN`, `RNN`, and the layers with
-a convolution in the cell) computes the changed kernels once a call, before the loop, and runs its own code with them; that
-code may be cuDNN's, which reads the kernels from the cell.
+a convolution in the cell) computes the changed kernels once per call, before the loop, and runs its original code with
+them. That code may be cuDNN, which reads the kernels from the cell.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class SimpleRNNCellMap(CellMap):
 
 
 class LoRALSTMCell(ChangedKernelLayer, keras.layers.LSTMCell):
-    """A `LSTMCell` with frozen kernels and a trainable low-rank change of each of its two.
+    """An `LSTMCell` with two frozen kernels and a trainable low-rank change of each kernel.
 
     Args:
         units: As for `keras.layers.LSTMCell`.
-        rank, alpha, adapter: As for `keras_lora.LoRADense`. Dropout of the adapter is refused; the cell's own works.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. The adapter's dropout is refused; the cell's `dropout` works.
         **kwargs: The other arguments of `keras.layers.LSTMCell`.
 
     Input shape, output shape:
@@ -92,11 +92,11 @@ class LoRALSTMCell(ChangedKernelLayer, keras.layers.LSTMCell):
 
 
 class LoRAGRUCell(ChangedKernelLayer, keras.layers.GRUCell):
-    """A `GRUCell` with frozen kernels and a trainable low-rank change of each of its two.
+    """A `GRUCell` with two frozen kernels and a trainable low-rank change of each kernel.
 
     Args:
         units: As for `keras.layers.GRUCell`.
-        rank, alpha, adapter: As for `keras_lora.LoRADense`. Dropout of the adapter is refused; the cell's own works.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. The adapter's dropout is refused; the cell's `dropout` works.
         **kwargs: The other arguments of `keras.layers.GRUCell`.
 
     Input shape, output shape:
@@ -117,11 +117,11 @@ class LoRAGRUCell(ChangedKernelLayer, keras.layers.GRUCell):
 
 
 class LoRASimpleRNNCell(ChangedKernelLayer, keras.layers.SimpleRNNCell):
-    """A `SimpleRNNCell` with frozen kernels and a trainable low-rank change of each of its two.
+    """A `SimpleRNNCell` with two frozen kernels and a trainable low-rank change of each kernel.
 
     Args:
         units: As for `keras.layers.SimpleRNNCell`.
-        rank, alpha, adapter: As for `keras_lora.LoRADense`. Dropout of the adapter is refused; the cell's own works.
+        rank, alpha, adapter: As for `keras_lora.LoRADense`. The adapter's dropout is refused; the cell's `dropout` works.
         **kwargs: The other arguments of `keras.layers.SimpleRNNCell`.
 
     Input shape, output shape:

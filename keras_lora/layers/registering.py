@@ -1,4 +1,4 @@
-"""`register_layer`: layers of one's own become adaptable."""
+"""`register_layer`: make your own layers adaptable."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def register_layer(
     factored: bool = False,
     by_default: bool | None = None,
 ) -> Any:
-    """Say how a layer class of your own is linear, so that `apply_lora` can adapt its layers. Usable as a decorator.
+    """Describe the kernels of your own layer class so that `apply_lora` can adapt its layers. Usable as a decorator.
 
-    Do it where the class is defined: the process that loads an adapted model needs it too. Then hold it to the law with
-    `keras_lora.testing.check_layer(layer, inputs)`.
+    Register the class next to its definition, because the process that loads an adapted model needs it too. Then call
+    `keras_lora.testing.check_layer(layer, inputs)`, which checks that the adapted layer computes with `W + ΔW`.
 
     Args:
-        layer_class: The class. Exactly its layers are meant, not those of its subclasses.
-        like: A known class that it computes the same sum as (`keras.layers.Dense` for a subclass of it); its bias and
-            activation may be treated in other ways than the parent's only if that is in the attributes `bias` and
-            `activation`.
-        kernels: Which attributes hold kernels, and what their axes are, by a letter each: `i` summed over, `o` of the
-            output, `g` of both (one matrix for each of its entries, as for experts). `{"w": "io"}` is a matrix. The layer's
-            own code then runs with `W + ΔW` in their place.
+        layer_class: The class. Layers of its subclasses are not included.
+        like: A known class that computes the same sum, such as `keras.layers.Dense` for a subclass of `Dense`. Bias and
+            activation may differ from those of the parent only through the attributes `bias` and `activation`.
+        kernels: The attributes that contain kernels, and one letter per kernel axis: `i` is summed over, `o` is in the
+            output, `g` is in both (one matrix per entry, as for experts). `{"w": "io"}` is a matrix. The layer's original
+            code then runs with `W + ΔW` instead of the kernels.
         factored: The layer uses these kernels only in `ops.einsum(equation, x, kernel)` or `ops.matmul(x, kernel)`, with
-            `from keras import ops`: the change then runs as two thin products, and ΔW is never formed.
-        by_default: Whether `apply_lora` adapts such a layer when no targets are given; by default as `like`, or yes.
+            `from keras import ops`. The change is then computed as two thin products, and ΔW is never formed.
+        by_default: Whether `apply_lora` adapts such a layer when no targets are given. Defaults to the value for `like`, or
+            `True`.
 
     Returns:
-        The class, or a decorator where none was given.
+        The class, or a decorator if no class was given.
 
     Raises:
-        ValueError: The class is known already, or not exactly one of `like` and `kernels` was given, or axes are not of the
-            three letters.
-        TypeError: `layer_class` is no Keras layer class, or `factored=True` and its code does not call `ops`.
+        ValueError: The class is already known, or not exactly one of `like` and `kernels` was given, or axes contain other
+            letters.
+        TypeError: `layer_class` is not a Keras layer class, or `factored=True` and its code does not call `ops`.
 
     Example:
 
@@ -72,7 +72,7 @@ def register_layer(
     room, maps = _room_like(layer_class, like) if like is not None else _room_of(layer_class, kernels or {}, factored)
     for each in maps if by_default is not None else ():
         each.by_default = bool(by_default)
-    # A class of this name, made of the room and the layer's own class, as the rooms in `layers/` are written out.
+    # A class of this name, made of the adapted class and the original class, like the classes written out in `layers/`.
     enter_layer(type(layer_class.__name__, (room, layer_class), {"linear_maps": maps}))
     return layer_class
 
@@ -89,7 +89,7 @@ def _room_like(layer_class: type, like: type) -> tuple[type[AdaptedLayer], tuple
             "`kernels` instead."
         )
     maps = tuple(type(each.__name__, (each,), {"layer_class": layer_class}) for each in known.linear_maps)
-    # The adapted behaviour of `like` without `like` itself: what stands before it in the order of its classes.
+    # The adapted behaviour of `like` without `like`: the classes before it in the method resolution order.
     rooms = [each for each in known.__mro__[1:] if issubclass(each, AdaptedLayer)]
     body = {"call": vars(known)["call"]} if "call" in vars(known) else {}
     return type(known.__name__, (rooms[0],), {"linear_maps": maps, **body}), maps

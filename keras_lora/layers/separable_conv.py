@@ -1,8 +1,8 @@
 """Depthwise and separable convolutions.
 
-A depthwise kernel is the matrix `(window, channels)`: it is small, so its change is computed whole, and it is adapted only
-when it is named. A separable convolution is a depthwise one and then a pointwise one, which is an ordinary linear map of the
-channels.
+A depthwise kernel is the matrix `(window, channels)`. It is small, so its change is computed in full, and it is adapted only
+if you name it as a target. A separable convolution is a depthwise convolution followed by a pointwise one, which is an
+ordinary linear map of the channels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DepthwiseConv2DMap(DepthwiseMap):
 
 
 class PointwiseMap(ConvMap):
-    """Kernel `(*ones, channels · multiplier, filters)`, applied to what the depthwise kernel gave."""
+    """Kernel `(*ones, channels · multiplier, filters)`, applied to the output of the depthwise kernel."""
 
     kernel_name = part = "pointwise_kernel"
     groups = ()
@@ -73,7 +73,7 @@ class SeparableDepthwiseMap(DepthwiseMap):
 
 
 class AdaptedSeparableConv(AdaptedLayer):
-    """What the two separable convolutions share."""
+    """Base class of the two adapted separable convolutions."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         layer: Any = self

@@ -1,1 +1,1 @@
-"""What happens to the objects? A layer's class is swapped, it keeps its adapters in slots, and its flags are remembered."""
+"""Changing the objects: swap a layer's class, keep its adapters in slots, and remember its trainable flags."""

@@ -1,12 +1,12 @@
-"""The two things a layer of an adapted model becomes, and how they are written into a config and come back.
+"""Adapted layers and adapted containers, and how they are saved in a config and restored.
 
-An **adapted layer** has an adapter. An **owner** holds layers that have variables: the model itself, a block, a
-MultiHeadAttention. Keras rebuilds the insides of many owners from the owner's own config, which knows nothing of adapters,
-and loses the flags of variables; so an owner's config carries one extra key that says how its insides were adapted.
+An **adapted layer** has an adapter. An **adapted container** contains layers that have variables: the model itself, a
+block, a MultiHeadAttention. Keras rebuilds the inner layers of many containers from the container's config, which does not
+include adapters or the flags of variables. So the config of a container has one extra key that describes its adapters.
 
-Both are made by giving an existing object a subclass of its own class. That keeps its identity, name, variable paths,
-graph nodes and `isinstance`, and reaches layers that no wrapper can, such as those inside MultiHeadAttention. The subclass
-keeps the name of its base: weight files name the members of a list after their class.
+Both are made by changing the class of an existing object to a subclass. That keeps its identity, name, variable paths,
+graph nodes and `isinstance`, and works for layers that no wrapper can reach, such as those inside MultiHeadAttention. The
+subclass keeps the name of its base: weight files name the members of a list by their class.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from keras_lora.swap.addresses import by_address, walk
 #: The extra key in a config, and in the weights of an adapted layer.
 KEY = "keras_lora"
 _VERSION = 2
-#: Set on an owner that was seen to rebuild from its config.
+#: Set on a container once it is known to rebuild from its config.
 _REBUILDS = "_keras_lora_rebuilds"
 
 
 class AdaptedContainer:
-    """What an owner has beside its own class: it remembers how its insides were adapted, and what trains."""
+    """Mixin for containers: it remembers which inner layers are adapted and which variables train."""
 
     base_class: type[keras.layers.Layer]
 
     @property
     def trainable(self) -> bool:
-        """Whether anything in it may train. Switched off and on, an adapted model returns to what `apply_lora` set."""
+        """Whether the layer trains. Setting it to `False` and back to `True` restores the flags that `apply_lora` set."""
         found: bool = super().trainable  # type: ignore[misc]
         return found
 
@@ -50,7 +50,7 @@ class AdaptedContainer:
             flags.follow_plan(self)
 
     def get_config(self) -> dict[str, Any]:
-        # Asked through a view of the base class: Keras compares classes and methods while it writes a config.
+        # Called on a view of the base class, because Keras compares classes and methods while it writes a config.
         config, description = view_of(self, self.base_class).get_config(), describe(self)
         if not vars(self).get(_REBUILDS):
             rebuilding.check_rebuilds(self, config, description)
@@ -69,7 +69,7 @@ class AdaptedContainer:
             )
         layer = rebuilding.rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
         if {entry["address"] for entry in description["adapters"]} & {linear.part for linear in maps_of(layer)}:
-            restore(layer, description)  # adapted itself, and so again before it is built
+            restore(layer, description)  # an adapted layer is adapted again before it is built
         else:
             keras_internals.when_built(layer, lambda: restore(layer, description))
         return layer
@@ -80,7 +80,7 @@ class AdaptedContainer:
 
 
 class AdaptedModel(AdaptedContainer):
-    """An owner that is a model: what it was compiled with is saved and restored, optimizer included."""
+    """A container that is a model: its compile arguments are saved and restored, including the optimizer."""
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         self.get_config()  # raises what is to be refused before Keras has emptied the old file
@@ -94,14 +94,14 @@ class AdaptedModel(AdaptedContainer):
         if not keras_internals.overrides_compile(self):
             super().compile_from_config(config)  # type: ignore[misc]
             return
-        # KerasHub tasks: Keras would return with a warning here, and a resumed training would lose its optimizer.
+        # KerasHub tasks: Keras would only warn here, and resumed training would lose its optimizer.
         self.compile(**keras.saving.deserialize_keras_object(config))  # type: ignore[attr-defined]
         if self.built:  # type: ignore[attr-defined]
             self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
 
 
 def _portable(config: Any) -> Any:
-    """`config` with optimizers under their public name: on torch Keras writes a class that no other backend can run."""
+    """Return `config` with public optimizer names: on torch, Keras writes a class that other backends cannot run."""
     if not isinstance(config, dict):
         return config
     config = {key: _portable(value) for key, value in config.items()}
@@ -111,7 +111,7 @@ def _portable(config: Any) -> Any:
 
 
 class AdaptedLayer(AdaptedContainer):
-    """What an adapted layer has beside its own class. Subclasses in `keras_lora/layers/` name their linear maps.
+    """Mixin for adapted layers. Subclasses in `keras_lora/layers/` define their linear maps.
 
     The frozen base comes first, then the adapter, then the layer's bias and activation.
     """
@@ -145,7 +145,7 @@ class AdaptedLayer(AdaptedContainer):
         return self.linear_maps[0](self)
 
     def adapted_maps(self) -> list[tuple[LinearMap, slots.Change]]:
-        """The kernels of this layer that are changed, each with its change. No property: Keras saves what those hold."""
+        """Return the changed kernels with their changes. Not a property, because Keras saves the values of properties."""
         pairs = [(linear, slots.change_of(linear)) for linear in maps_of(self)]
         return [(linear, change) for linear, change in pairs if change is not None]
 
@@ -159,12 +159,12 @@ class AdaptedLayer(AdaptedContainer):
 
     def save_own_variables(self, store: Any) -> None:
         view_of(self, self.base_class).save_own_variables(store)
-        store[KEY] = np.array([_VERSION])  # a plain layer that meets this entry refuses the file; it would lose the adapter
+        store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
         view = view_of(self, self.base_class)
         view.load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
-        vars(self).update(vars(view))  # a layer may note something when it is loaded
+        vars(self).update(vars(view))  # a layer may set attributes when it is loaded
         for linear, adapter in self.adapted_maps():
             if adapter.built:
                 adapter.base_changed(linear)
@@ -175,7 +175,7 @@ class AdaptedLayer(AdaptedContainer):
 
 
 class ChangedKernelLayer(AdaptedLayer):
-    """An adapted layer whose own code runs with `W + ΔW` in the place of its kernels: right for any code that reads them."""
+    """An adapted layer whose original code runs with `W + ΔW` as its kernels. This works for any code that reads them."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -185,7 +185,7 @@ class ChangedKernelLayer(AdaptedLayer):
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self.with_changed_kernels().call(*args, **kwargs)
 
-        cls.call = call  # type: ignore[method-assign]  # with the signature of the layer's own, which Keras reads
+        cls.call = call  # type: ignore[method-assign]  # with the signature of the original `call`, which Keras reads
 
     def with_changed_kernels(self) -> Any:
         """The plain layer with the changed kernels, sharing everything else with this one."""
@@ -196,17 +196,17 @@ class ChangedKernelLayer(AdaptedLayer):
         return view_of(self, self.base_class, **kernels)
 
 
-# The layer types we know.
+# The known layer types.
 
 ADAPTED_CLASSES: dict[type, type[AdaptedLayer]] = {}
-#: Modules that enter the layer types of a package, imported when a layer of that package is first met.
+#: Modules that register the layer types of a package, imported when a layer of that package is first seen.
 LATE_LAYERS: dict[str, str] = {}
-#: What owners of some classes become, beside the owners of all others; the last one that fits counts.
+#: Special adapted classes for containers of some classes; if several fit, the last one wins.
 CONTAINER_KINDS: dict[type, type[AdaptedContainer]] = {keras.Model: AdaptedModel}
 
 
 def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
-    """Enter `cls` as what layers of exactly the class of its linear maps become."""
+    """Register `cls` as the adapted class for layers of exactly the class of its linear maps."""
     base = cls.linear_maps[0].layer_class
     ADAPTED_CLASSES[base] = cls
     for map_class in cls.linear_maps:
@@ -217,20 +217,20 @@ def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
 
 
 def _changed_kernel(map_class: type[LinearMap]) -> property:
-    """`layer.kernel` of an adapted layer is `W + ΔW`, as with Keras's own LoRA: some code reads it, and calls no layer."""
+    """A `layer.kernel` property that is `W + ΔW`, as with Keras's LoRA, for code that reads it without calling the layer."""
 
     def kernel(self: Any) -> Any:
         linear = map_class(self)
         change, plain = slots.change_of(linear), getattr(linear.plain, linear.kernel_name)
         if change is None or not change.built or quantization.mode_of(self) is not None:
-            return plain  # of a quantised layer Keras gives the stored integers, which no change can be added to
+            return plain  # a quantised layer returns stored integers, to which no change can be added
         return keras.ops.cast(linear.changed_kernel(change), keras.ops.convert_to_tensor(plain).dtype)
 
     return property(kernel)
 
 
 def adapted_class(base: type) -> type[AdaptedLayer] | None:
-    """What a layer of exactly the class `base` becomes, or `None` where we do not know it as a linear map."""
+    """Return the adapted class for layers of exactly the class `base`, or `None` if it is not known as a linear map."""
     package = base.__module__.partition(".")[0]
     if package in LATE_LAYERS:
         importlib.import_module(LATE_LAYERS.pop(package))
@@ -238,14 +238,14 @@ def adapted_class(base: type) -> type[AdaptedLayer] | None:
 
 
 def maps_of(layer: keras.layers.Layer) -> list[LinearMap]:
-    """The kernels of `layer` that can be adapted, as linear maps."""
+    """Return the kernels of `layer` that can be adapted, as linear maps."""
     cls = type(layer) if isinstance(layer, AdaptedLayer) else adapted_class(getattr(layer, "base_class", type(layer)))
     return [] if cls is None else [each(layer) for each in cls.linear_maps if each.is_in(layer)]
 
 
 @functools.cache
 def container_class(base: Any) -> type:
-    """The class of an owner whose own class is `base`."""
+    """Return the class of a container whose original class is `base`."""
     refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
     kind = next((kind for cls, kind in reversed(CONTAINER_KINDS.items()) if issubclass(base, cls)), AdaptedContainer)
     found: type = _named_after(
@@ -256,7 +256,7 @@ def container_class(base: Any) -> type:
 
 def _named_after(cls: Any, base: type) -> Any:
     cls.base_class, cls.__name__, cls.__module__ = base, base.__name__, __name__
-    # One registered name for all of them: the loader needs only `from_config`, which finds the base class in the config.
+    # One registered name for all containers: the loader needs only `from_config`, which finds the base class in the config.
     return keras.saving.register_keras_serializable(KEY, "Adapted")(cls)
 
 
@@ -277,13 +277,13 @@ def _refusal(name: str) -> Any:
 def set_adapter(
     linear: LinearMap, adapter: adapters.Adapter, name: str = adapters.Adapter.adapter_name, slot: str | None = None
 ) -> None:
-    """Adapt a kernel of a layer. An adapter that has no weights yet gets them as soon as the layer has its own.
+    """Adapt a kernel of a layer. An adapter without weights gets them as soon as the layer is built.
 
     Args:
         linear: The kernel.
         adapter: The adapter.
-        name: What the model calls it.
-        slot: The attribute of the layer that holds it; by default the first one that is free.
+        name: The name of the adapter in the model.
+        slot: The attribute of the layer for the adapter; by default the first free one.
     """
     layer: Any = linear.layer
     if not isinstance(layer, AdaptedLayer):
@@ -295,7 +295,7 @@ def set_adapter(
 
 
 def set_containers(model: keras.layers.Layer) -> None:
-    """Make an owner of every layer at or below `model` that has a training mark and holds other layers."""
+    """Make an adapted container of every layer at or below `model` that has a training mark and contains other layers."""
     for place in walk(model):
         layer = place.layer
         plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
@@ -305,7 +305,7 @@ def set_containers(model: keras.layers.Layer) -> None:
 
 
 def set_plain(layer: Any) -> None:
-    """Give one adapted layer or owner its own class back; an adapted layer loses its adapter."""
+    """Restore the original class of one adapted layer or container; an adapted layer loses its adapter."""
     if isinstance(layer, AdaptedLayer):
         for linear in maps_of(layer):
             for adapter in slots.adapters_of(linear):
@@ -317,7 +317,7 @@ def set_plain(layer: Any) -> None:
 
 
 def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, slots.Change]]:
-    """The adapted kernels at or below `model`, each with its change, by address (of the layer, and the kernel's part)."""
+    """Return the adapted kernels at or below `model`, with their changes, by address (layer address and kernel part)."""
     pairs = {}
     for place in walk(model):
         if isinstance(place.layer, AdaptedLayer):
@@ -327,7 +327,7 @@ def adapted_maps(model: keras.layers.Layer) -> dict[str, tuple[LinearMap, slots.
 
 
 def named_adapters(model: keras.layers.Layer) -> dict[str, dict[str, tuple[LinearMap, adapters.Adapter]]]:
-    """By name, the adapters at or below `model` by address, each with its kernel; all in the order of the layers."""
+    """Return, by adapter name, the adapters and kernels at or below `model` by address, in the order of the layers."""
     named: dict[str, dict[str, tuple[LinearMap, adapters.Adapter]]] = {}
     for place in walk(model):
         for linear in maps_of(place.layer) if isinstance(place.layer, AdaptedLayer) else ():
@@ -337,17 +337,17 @@ def named_adapters(model: keras.layers.Layer) -> dict[str, dict[str, tuple[Linea
 
 
 def address_of(layer_address: str, linear: LinearMap) -> str:
-    """The address of a kernel, or its path: that of its layer, and the kernel's part where the layer has several."""
+    """Return the address or path of a kernel: that of its layer, plus the part if the layer has several kernels."""
     return "/".join(each for each in (layer_address, linear.part) if each)
 
 
 def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
-    """Every kernel at or below `model` that is or can be adapted, by address."""
+    """Return every kernel at or below `model` that is or can be adapted, by address."""
     return {address_of(place.address, linear): linear for place in walk(model) for linear in maps_of(place.layer)}
 
 
 def _become(layer: keras.layers.Layer, cls: Any) -> None:
-    """The only assignment to a class in this package."""
+    """Change the class of `layer`. No other code in this package assigns to `__class__`."""
     layer.__class__ = cls
 
 
@@ -355,7 +355,7 @@ def _become(layer: keras.layers.Layer, cls: Any) -> None:
 
 
 def describe(owner: Any) -> dict[str, Any]:
-    """What the config of `owner`, an owner or an adapted layer, says beside its own arguments; plain data."""
+    """Return the extra data for the config of `owner`, a container or adapted layer, as plain data."""
     description: dict[str, Any] = {
         "version": _VERSION,
         "base": keras_internals.public_name(owner.base_class),
@@ -388,7 +388,7 @@ def describe(owner: Any) -> dict[str, Any]:
 
 
 def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
-    """Adapt `owner`, just rebuilt from its own config, as `description` says. What is so already is left as it is."""
+    """Adapt `owner`, just rebuilt from its config, as described in `description`. Parts already adapted stay unchanged."""
     layers, maps = by_address(owner), maps_by_address(owner)
     rebuilding.check_addresses(owner, layers, maps, description)
     for address, quantized in description["quantized"].items():
@@ -403,11 +403,11 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     holder = owner
     for place in walk(owner):
         if not isinstance(place.layer, adapters.Adapter):
-            holder = place.layer  # an adapter follows the layer it belongs to, and has its weights once that is built
+            holder = place.layer  # an adapter belongs to a layer and gets its weights once that layer is built
         if place.address in description["training"]:
             _when_built(holder, functools.partial(flags.mark, place.layer, **description["training"][place.address]))
     for layer in layers.values():
-        if isinstance(layer, AdaptedLayer) and not description["training"]:  # it was saved before it was built
+        if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
             _when_built(layer, layer._freeze_base)
     set_containers(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)

@@ -1,4 +1,4 @@
-"""The names of adapters: which a model has, and which it can get."""
+"""Adapter names: the names in a model, and names for new adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from keras_lora.swap.adapted import named_adapters
 
 
 def new_name(model: Any, name: str | None) -> str:
-    """The name for an adapter that is to be added to `model`, or an error where it cannot have that."""
+    """Return the name for an adapter to be added to `model`, or raise an error if the name cannot be used."""
     taken = list(named_adapters(model))
     if name is None and taken:
         raise ValueError(
@@ -26,7 +26,7 @@ def new_name(model: Any, name: str | None) -> str:
 
 
 def only_name(model: Any, name: str | None) -> str:
-    """The adapter that is meant: the one that is named, or the only one."""
+    """Return the name of the adapter to use: `name` if given, else the only adapter."""
     names = list(named_adapters(model))
     if name is None and len(names) > 1:
         raise ValueError(f"'{model.name}' has several adapters. Expected one of {names} as `name`. Received: name=None.")
@@ -36,7 +36,7 @@ def only_name(model: Any, name: str | None) -> str:
 
 
 def check_names(model: Any, names: Iterable[str]) -> None:
-    """Raise unless `model` has an adapter of each name."""
+    """Raise an error unless `model` has an adapter for every name."""
     known = list(named_adapters(model))
     unknown = [name for name in names if name not in known]
     if unknown:

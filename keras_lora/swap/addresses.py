@@ -1,4 +1,4 @@
-"""Where every layer of a model is: an address that is the same in every process, and a path of names to read."""
+"""Where the layers of a model are: an address that is the same in every process, and a readable path of names."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Place:
     Attributes:
         layer: The layer.
         address: Attributes and indices that lead to it, such as `"transformer_layers/0/_self_attention_layer/_query_dense"`.
-            It depends on the model's code alone, so files use it. The model itself has the address `""`.
+            It depends only on the model's code, so files use it. The model has the address `""`.
         path: Names that lead to it, such as `"transformer_layer_0/self_attention_layer/query"`, for people and patterns.
             Keras numbers unnamed layers through a process, so names are not stable.
-        holder: The layer it was found in, or `None` for the model itself.
+        holder: The layer that contains it, or `None` for the model.
     """
 
     layer: keras.layers.Layer
@@ -34,17 +34,17 @@ class Place:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells this place from others."""
+        """A key that identifies this place."""
         return (id(self.layer), "")
 
 
-#: What was walked already, by the id of the model, inside `walking_once`.
+#: The results of walks inside `walking_once`, by the id of the model.
 _WALKED: contextvars.ContextVar[dict[int, list[Place]] | None] = contextvars.ContextVar("walked", default=None)
 
 
 @contextlib.contextmanager
 def walking_once() -> Iterator[None]:
-    """Walk each model once inside this context, and again only after `forget_walks`. For one operation on one model."""
+    """Reuse the walk of each model inside this context, until `forget_walks`. For one operation on one model."""
     token = _WALKED.set({}) if _WALKED.get() is None else None
     try:
         yield
@@ -54,13 +54,13 @@ def walking_once() -> Iterator[None]:
 
 
 def forget_walks() -> None:
-    """Say that layers were added or taken away."""
+    """Discard the stored walks, after layers were added or removed."""
     if (walked := _WALKED.get()) is not None:
         walked.clear()
 
 
 def walk(model: keras.layers.Layer) -> list[Place]:
-    """Every layer of `model`, itself first, each once (a shared layer at its first place), in the order Keras keeps."""
+    """Return every layer of `model` once, the model first, in Keras's order. A shared layer has its first place."""
     walked = _WALKED.get()
     if walked is None:
         return _walked(model)
@@ -87,12 +87,12 @@ def _walked(model: keras.layers.Layer) -> list[Place]:
 
 
 def by_address(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
-    """The layers of `model` by address."""
+    """Return the layers of `model` by address."""
     return {place.address: place.layer for place in walk(model)}
 
 
 def _children(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
-    # Where Keras tracks what KerasHub sets, it comes before the layers of the graph; so an address is the same everywhere.
+    # If Keras tracks attributes set by KerasHub, they come before the layers of the graph, so addresses agree everywhere.
     untracked = (child for _, child in _layers_in(keras_internals.set_past_tracking(layer), ""))
     children = list({id(child): child for child in (*untracked, *keras_internals.sublayers(layer))}.values())
     children = [child for child in children if not isinstance(child, keras.layers.InputLayer)]
@@ -124,7 +124,7 @@ def _layers_in(value: Any, address: str) -> Iterator[tuple[str, keras.layers.Lay
 
 @functools.cache
 def _attributes_of_keras() -> frozenset[str]:
-    """The attributes that every layer or model has: Keras's own lists of layers are among them."""
+    """Return the attributes that every layer or model has, including Keras's lists of layers."""
     tensor = keras.Input((1,), name="input")
     plain = [
         keras.layers.Layer(name="layer"),

@@ -1,9 +1,9 @@
-"""What trains: the base is frozen, and stays so.
+"""Trainable flags: freeze the base and keep it frozen.
 
-Keras keeps two flags, one on each layer and one on each variable, and `model.trainable = True` sets all of them. Keras
-also forgets the flags of variables when it saves. So every layer of an adapted model carries a mark with its flags as they
-were found and as `apply_lora` planned them: removing restores the first, switching a model on restores the second, and
-both are saved.
+Keras has a flag on every layer and on every variable, and `model.trainable = True` sets all of them. Keras also does not
+save the flags of variables. So every layer of an adapted model has a mark with two sets of flags: those before `apply_lora`
+and those that `apply_lora` planned. Removing adapters restores the first, setting `model.trainable = True` restores the
+second, and both are saved.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from keras_lora.compat import keras_internals
 from keras_lora.swap.addresses import Place, walk
 
 BIAS_OPTIONS = ("none", "all", "lora_only")
-#: The attribute that holds a mark: the flags as found and as planned.
+#: The attribute for a mark: the flags before `apply_lora` and the planned flags.
 MARK = "_keras_lora_training"
 
 
 class Flags(NamedTuple):
-    """What trains of one layer.
+    """The trainable flags of one layer.
 
     Attributes:
-        layer: The layer's own flag.
-        variables: One for each of its own variables that was created trainable.
+        layer: The flag of the layer.
+        variables: One flag for each variable of the layer itself that was created trainable.
     """
 
     layer: bool
@@ -34,12 +34,12 @@ class Flags(NamedTuple):
 
 
 def flags_of(layer: keras.layers.Layer) -> Flags:
-    """The flags of `layer` now."""
+    """Return the current flags of `layer`."""
     return Flags(layer.trainable, [v.trainable for v in keras_internals.own_trainable_variables(layer)])
 
 
 def set_flags(layer: keras.layers.Layer, flags: Flags) -> None:
-    """Set the flags of one layer, and of nothing below it."""
+    """Set the flags of one layer, but not of its sublayers."""
     keras_internals.set_own_trainable(layer, flags.layer)
     for variable, trainable in zip(keras_internals.own_trainable_variables(layer), flags.variables, strict=True):
         variable.trainable = trainable
@@ -52,11 +52,11 @@ def freeze(
     bias: str = "none",
     stopped: Iterable[keras.layers.Layer] = (),
 ) -> None:
-    """Freeze every layer at `places`, but for the layers in `trained`, and the biases that the option `bias` names.
+    """Freeze every layer at `places`, except the layers in `trained` and the biases selected by the option `bias`.
 
-    What was planned to train before still does, but for the layers in `stopped`.
-    Layers without weights are left as they are. A frozen layer that holds no other has `trainable = False`, which is
-    what keeps the moving statistics of BatchNormalization still; one that holds others has only its own variables frozen.
+    Variables that were planned to train before still train, except in the layers in `stopped`.
+    Layers without weights are not changed. A frozen layer without sublayers gets `trainable = False`, which keeps the
+    moving statistics of BatchNormalization fixed. In a layer with sublayers, only its direct variables are frozen.
     """
     adapted_ids, trained_ids, stopped_ids = ({id(layer) for layer in each} for each in (adapted, trained, stopped))
     for place in places:
@@ -69,20 +69,20 @@ def freeze(
         stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"].variables
         variables = [in_full or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)]
         plan = Flags(in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables)
-        # What was planned before and has been switched off since stays off.
+        # Variables that were planned to train but have been switched off since stay off.
         now = [v.trainable or not was for v, was in zip(own, stays, strict=True)]
         now = [planned and (in_full or on) for planned, on in zip(variables, now, strict=True)]
         mark(layer, flags_of(layer) if before is None else before["found"], plan, Flags(plan.layer, now))
 
 
 def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None = None) -> None:
-    """Put a mark on one layer, and set its flags to `now`, or to the plan. Each may be a pair from a file."""
+    """Put a mark on one layer and set its flags to `now`, or else to the plan. Flags may be pairs read from a file."""
     vars(layer)[MARK] = {"found": Flags(*found), "plan": Flags(*plan)}
     set_flags(layer, Flags(*(plan if now is None else now)))
 
 
 def plan_again(layer: keras.layers.Layer, trains: bool | None) -> None:
-    """Plan all own variables of a marked layer to train or not; `None` keeps their plan and sets the layer's flag by it."""
+    """Plan whether the variables of a marked layer train; `None` keeps their plan and sets the layer's flag from it."""
     if MARK in vars(layer):
         before = vars(layer)[MARK]
         variables = before["plan"].variables if trains is None else [trains] * len(before["plan"].variables)
@@ -97,14 +97,14 @@ def follow_plan(layer: keras.layers.Layer) -> None:
 
 
 def restore_found(layer: keras.layers.Layer) -> None:
-    """Set every layer at or below `layer` to the flags it had before `apply_lora`, and take the marks off."""
+    """Set every layer at or below `layer` to the flags it had before `apply_lora`, and remove the marks."""
     for place in walk(layer):
         if MARK in vars(place.layer):
             set_flags(place.layer, vars(place.layer).pop(MARK)["found"])
 
 
 def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Any]]:
-    """The marks of every layer at or below `layer`, by address, as lists that a config can hold: arguments for `mark`."""
+    """Return the marks of every layer at or below `layer`, by address, as lists for a config: arguments for `mark`."""
     marks = {}
     for place in walk(layer):
         if MARK in vars(place.layer):
@@ -115,13 +115,13 @@ def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Any]]:
 
 
 def planned_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The own variables of `layer` that `apply_lora` planned to train."""
+    """Return the direct variables of `layer` that `apply_lora` planned to train."""
     own = keras_internals.own_trainable_variables(layer)
     plan = vars(layer)[MARK]["plan"].variables if MARK in vars(layer) else [False] * len(own)
     return [v for v, planned in zip(own, plan, strict=True) if planned]
 
 
 def trained_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The own variables of `layer` that train now, or would if the model were switched on."""
+    """Return the direct variables of `layer` that train now, or would with `model.trainable = True`."""
     planned = {id(v) for v in planned_variables(layer)}
     return [v for v in keras_internals.own_trainable_variables(layer) if v.trainable or id(v) in planned]

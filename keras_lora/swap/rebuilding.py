@@ -1,4 +1,4 @@
-"""Objects made again from their configs: how, and whether they are what they were."""
+"""Rebuild objects from their configs and check that they match."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from keras_lora.swap.addresses import by_address
 
 
 def rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects: dict[str, Any] | None) -> Any:
-    """The plain object that `config` describes."""
+    """Return the plain object described by `config`."""
     whole = {**description["base"], "config": config, "build_config": description["build_config"]}
     return keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
 
 
 def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, Any]) -> None:
-    """Refuse to save an owner whose class, rebuilt from its config, has other layers than this one: it would load wrong.
+    """Refuse to save a container that has other layers when it is rebuilt from its config, because it would load wrongly.
 
     Classes of Keras and KerasHub are trusted; a user's class is rebuilt once, in memory, and compared.
     """
@@ -28,7 +28,7 @@ def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, An
     layers = by_address(owner)
     classes = {type(layer).__name__: getattr(layer, "base_class", type(layer)) for layer in layers.values()}
     own = {name: cls for name, cls in classes.items() if cls.__module__.partition(".")[0] not in ("keras", "keras_hub")}
-    state = random.getstate()  # Keras draws the seeds of new layers from it
+    state = random.getstate()  # Keras takes the seeds of new layers from it
     try:
         copy = rebuilt(config, description, own)
     except Exception as error:
@@ -43,7 +43,7 @@ def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, An
         f"{address or 'itself'} ({type(layer).__name__})"
         for address, layer in layers.items()
         if address in description["training"] and not isinstance(layer, adapters.Adapter)
-        # A layer that Keras builds only when it is called has no variables to compare yet.
+        # A layer that Keras builds only on the first call has no variables to compare yet.
         if found.get(address) not in (_fingerprint(layer), (type(layer).__name__, None))
     ]
     if copy.built and wrong:
@@ -62,7 +62,7 @@ def _fingerprint(layer: keras.layers.Layer) -> tuple[str, list[tuple[int, ...]] 
 def check_addresses(
     owner: keras.layers.Layer, layers: dict[str, Any], maps: dict[str, Any], description: dict[str, Any]
 ) -> None:
-    """Raise unless the rebuilt `owner` has all that `description` wants to adapt, and the variables it was marked with."""
+    """Raise an error unless the rebuilt `owner` has the layers and variables that `description` needs."""
     missing = [address for address in description["quantized"] if address not in layers]
     missing += [entry["address"] for entry in description["adapters"] if entry["address"] not in maps]
     if missing:

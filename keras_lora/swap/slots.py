@@ -1,7 +1,7 @@
 """Where a layer keeps its adapters: in slots, attributes named after the kernel they change.
 
-The first adapter of a kernel is in the slot `adapter` (`kernel_adapter` where the layer has several kernels), the next in
-`adapter_2`, so no name that a user gives is in the keys of a file.
+The first adapter of a kernel is in the slot `adapter` (`kernel_adapter` if the layer has several kernels), the next in
+`adapter_2`. So the name you give an adapter never appears in the keys of a file.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from keras_lora.compat import keras_internals
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.addresses import forget_walks
 
-#: How a kernel is changed: by an adapter, or by several.
+#: The change of a kernel: one adapter, or several.
 Change = adapters.Adapter | adapters.Sum
 
 
 def adapters_in(layer: keras.layers.Layer) -> list[adapters.Adapter]:
-    """The adapters of a layer, in the order they came."""
+    """Return the adapters of a layer, in the order they were added."""
     return [each for each in keras_internals.sublayers(layer) if isinstance(each, adapters.Adapter)]
 
 
 def adapters_of(linear: LinearMap) -> list[adapters.Adapter]:
-    """The adapters of a kernel, in the order they came."""
+    """Return the adapters of a kernel, in the order they were added."""
     return [each for each in adapters_in(linear.layer) if each.part == linear.part]
 
 
 def change_of(linear: LinearMap) -> Change | None:
-    """How a kernel is changed, or `None` where it has no adapter."""
+    """Return the change of a kernel, or `None` if it has no adapter."""
     found = adapters_of(linear)
     return adapters.Sum(found) if len(found) > 1 else found[0] if found else None
 
@@ -45,7 +45,7 @@ def put(linear: LinearMap, adapter: adapters.Adapter, name: str, slot: str | Non
 
 
 def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Create the weights of `adapter` for a kernel of a layer, named after the layer and, beside others, after its slot."""
+    """Create the weights of `adapter` for a kernel of a layer, named after the layer and, if there are several, the slot."""
     layer = linear.layer
     slot = slot_of(layer, adapter) or _free_slot(linear)
     names = [*(layer.path or layer.name).split("/"), *filter(None, (linear.part, slot if slot != linear.slot else ""))]
@@ -57,7 +57,7 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
 
 
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Take an adapter from a kernel, which is stored in its own dtype again where that was the last one."""
+    """Remove an adapter from a kernel. If it was the last one, the kernel gets its original dtype back."""
     keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter) or "")
     forget_walks()
     if not adapters_of(linear):
@@ -65,7 +65,7 @@ def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
 
 
 def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str | None:
-    """The attribute of `layer` that holds `adapter`, if one does."""
+    """Return the attribute of `layer` that contains `adapter`, or `None`."""
     return next((name for name, value in keras_internals.attributes_of(layer).items() if value is adapter), None)
 
 

@@ -1,1 +1,1 @@
-"""Which layers? Patterns, blocks and presets, and the list that `apply_lora` works through."""
+"""Choose which layers to adapt: patterns, blocks and presets, and the list that `apply_lora` uses."""

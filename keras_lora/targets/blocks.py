@@ -13,9 +13,9 @@ from keras_lora.swap.addresses import Place, walk
 
 
 def series_of(places: list[Place]) -> list[list[Place]]:
-    """The series of blocks of a model, outermost only: layers of one class and one holder, named alike but for a number.
+    """The series of blocks of a model: layers of one class in one holder, with the same name except for a number.
 
-    A block holds layers that can be adapted. An encoder and a decoder are two series.
+    A block contains layers that can be adapted. Only the outermost blocks count. An encoder and a decoder are two series.
     """
     groups: dict[Any, list[Place]] = {}
     for place in places:
@@ -28,11 +28,11 @@ def series_of(places: list[Place]) -> list[list[Place]]:
 
 
 def choose(model: keras.layers.Layer, places: list[Place], blocks: Any) -> tuple[dict[tuple[int, str], Place], list[str]]:
-    """The blocks that `blocks` names, by key, and what is wrong with it: `blocks` counts in each series of its own.
+    """The blocks that `blocks` selects, by key, and a list of problems. Each series is indexed separately.
 
     Args:
         model: The model.
-        places: Where its layers are.
+        places: The places of its layers.
         blocks: As for `keras_lora.apply_lora`.
     """
     if isinstance(blocks, Iterable):
@@ -50,7 +50,7 @@ def choose(model: keras.layers.Layer, places: list[Place], blocks: Any) -> tuple
 
 
 def _indices(blocks: Any, count: int) -> list[int]:
-    """The indices that `blocks` names in a series of `count` blocks."""
+    """The indices that `blocks` selects in a series of `count` blocks."""
     if isinstance(blocks, slice):
         ends = [round(end * count) if isinstance(end, float) else end for end in (blocks.start, blocks.stop)]
         return list(range(count)[ends[0] : ends[1] : blocks.step])

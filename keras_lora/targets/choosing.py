@@ -1,4 +1,4 @@
-"""Which layers get an adapter, which train in full and which stay frozen: a list one can print before anything changes."""
+"""List which layers get an adapter, train in full or stay frozen. You can print it before anything changes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from keras_lora.targets import blocks as blocks_
 from keras_lora.targets import presets
 from keras_lora.targets.patterns import Key, Pattern, Patterns, Search
 
-#: Why a row says "train" where nothing was asked for now.
+#: Why a row has the action "train" although this call did not ask for it.
 ALREADY = "trains already"
 
 
 @dataclass(frozen=True)
 class Site(Place):
-    """One kernel of a layer that can be adapted; its path ends in the kernel's name where the layer has several."""
+    """One kernel of a layer that can be adapted; its path ends in the kernel's name if the layer has several."""
 
     linear: LinearMap
 
@@ -38,17 +38,17 @@ class Site(Place):
 
 @dataclass(frozen=True)
 class Target:
-    """What happens to one layer that has variables, or to one of its kernels where it has several.
+    """What would happen to one layer that has variables, or to one of its kernels if it has several.
 
     Attributes:
-        path: The names that lead to the layer, and to the kernel.
+        path: The path of the layer, with the kernel's name if it has several.
         layer_type: The name of its class.
         action: `"adapt"`, `"train"` (in full) or `"freeze"`.
-        why: Why, in words.
-        shape: Shape of its kernel as a matrix, `(in_dim, out_dim)`, or `None` where it is not a linear map we know.
+        why: The reason, in words.
+        shape: Shape of its kernel as a matrix, `(in_dim, out_dim)`, or `None` if it is not a known linear map.
         rank: Rank of the adapter, or `None`.
-        parameters: How many numbers the layer has.
-        trainable: How many numbers would train because of this row.
+        parameters: The number of parameters of the layer.
+        trainable: The number of parameters that would train because of this row.
     """
 
     path: str
@@ -89,7 +89,7 @@ class TargetList(list[Target]):
 
     @property
     def total(self) -> str:
-        """One line: how much would train."""
+        """One line that shows how much of the model would train."""
         trainable, everything = sum(row.trainable for row in self), sum(row.parameters for row in self)
         everything += sum(row.adapter.size(row.shape) + 1 for row in self if row.adapter and row.shape)  # strength
         return f"trainable: {trainable:,} of {everything:,} ({100 * trainable / max(everything, 1):.3g} %)"
@@ -121,7 +121,7 @@ def list_targets(
         rank_pattern, alpha_pattern, adapter_pattern, blocks, name: As for `keras_lora.apply_lora`.
 
     Returns:
-        A list of `Target`, one for each layer that has variables of its own; printing it prints a table.
+        A list of `Target`, one for each layer that has variables itself. Printing it prints a table.
 
     Raises:
         ValueError: As `keras_lora.apply_lora` would.
@@ -191,7 +191,7 @@ def _rows_of(
     why_not: dict[Key, str],
     bias: str,
 ) -> list[Target]:
-    """The rows of one layer: none where it has no variables, several where it has several kernels."""
+    """The rows of one layer: none if it has no variables, several if it has several kernels."""
     variables = keras_internals.own_variables(place.layer)
     if not place.layer.built and maps_of(place.layer):
         return [_row(place, [], action="freeze", why="the model does not use it: it has no weights", trainable=0)]
@@ -258,12 +258,13 @@ def _heads(search: Search, model: keras.layers.Layer, head: Any, places: list[Pl
 
 
 def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
-    """The output head: what `apply_lora` leaves out when no targets are given.
+    """Find the output head, which `apply_lora` leaves out by default.
 
     - A model with a `backbone` (a KerasHub task): every linear layer outside the backbone.
-    - A model with a graph (Functional, Sequential): from each output back through layers without variables that have one
-      input, up to the first `Dense` or `EinsumDense`, which is a head. A normalization, a merge or a block on the way: none.
-    - Another model: the last layer with variables among its own, if that is a `Dense` or `EinsumDense`.
+    - A model with a graph (Functional, Sequential): the search goes back from each output through layers with one input
+      and no variables. The first `Dense` or `EinsumDense` is a head. If a normalization, a merge or a block comes first,
+      that output has no head.
+    - Any other model: the last of its direct sublayers with variables, if that is a `Dense` or `EinsumDense`.
     - A single layer has no head.
     """
     backbone = getattr(model, "backbone", None)
@@ -296,7 +297,7 @@ def _is_dense(layer: Any) -> bool:
 
 
 def _with_insides(found: dict[Key, Any], places: list[Place]) -> dict[Key, Any]:
-    """`found`, and every layer held by one of them."""
+    """`found`, and every layer inside one of them."""
     held = dict(found)
     for place in places:
         if place.holder is not None and (id(place.holder), "") in held:
@@ -305,12 +306,12 @@ def _with_insides(found: dict[Key, Any], places: list[Place]) -> dict[Key, Any]:
 
 
 def _is_readable(linear: LinearMap) -> bool:
-    """Whether the layer is quantised in a way we can read, or not at all."""
+    """Whether the layer is not quantised, or quantised in a supported mode."""
     return quantization.mode_of(linear.layer) in quantization.SUPPORTED_MODES
 
 
 def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
-    """What stands against adapting this kernel."""
+    """The reasons why this kernel cannot be adapted."""
     if getattr(site.layer, "lora_enabled", False):
         return [f"'{site.path}' has Keras's own `enable_lora` on; adapt a model without it"]
     if not _is_readable(site.linear):
@@ -327,7 +328,7 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
 
 
 def _problems_of_training(place: Place) -> list[str]:
-    """What stands against training this layer in full: an adapter that has computed something from its kernel."""
+    """The reasons why this layer cannot train in full: an adapter has computed something from its kernel."""
     bound = [adapter.adapter_name for adapter in slots.adapters_in(place.layer) if adapter.derived]
     return [f"'{place.path}' cannot train in full beside its adapters {bound}, which measured its kernel"] if bound else []
 
@@ -351,7 +352,7 @@ def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
 
 
 def _inside_graphs(places: list[Place]) -> set[Key]:
-    """Everything at or below a model with a graph. Making a graph builds all that it uses; the rest it does not use."""
+    """Every layer at or below a model with a graph. Making the graph builds all layers it uses; unbuilt ones are unused."""
     inside: set[Key] = set()
     for place in places:
         if getattr(place.layer, "outputs", None) or (place.holder is not None and (id(place.holder), "") in inside):
@@ -369,7 +370,7 @@ def _warn_of_subclasses(places: list[Place]) -> None:
     if guessed:
         checks.warn(
             f"Left frozen, because a subclass may compute something else than its parent: {', '.join(guessed)}. "
-            "`keras_lora.register_layer` says what it computes."
+            "`keras_lora.register_layer` declares what it computes."
         )
 
 

@@ -1,4 +1,4 @@
-"""Patterns: how layers and kernels are named in arguments, and one error that says everything that is wrong with them."""
+"""Patterns, which name layers and kernels in arguments, and one error that lists everything wrong with them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from keras_lora.swap.addresses import Place, walk
 #: expression that must match the whole path, a layer class, a function from a layer to a bool, or a layer itself.
 Pattern: TypeAlias = str | re.Pattern[str] | type | Callable[[Any], bool] | keras.layers.Layer
 Patterns: TypeAlias = Pattern | Iterable[Pattern]
-#: What tells places apart: the layer, and the part where a place is one kernel of several.
+#: Identifies a place: the layer, and the part if the place is one kernel of several.
 Key: TypeAlias = tuple[int, str]
 
 
 class Found(NamedTuple):
-    """Places that patterns named, and what was said of them."""
+    """Places that patterns matched, and their values."""
 
     sites: dict[Key, Any]
     values: dict[Key, Any]
 
 
 class Search:
-    """Finds places by pattern, and collects what is wrong with the patterns so that one error says it all."""
+    """Finds places by pattern, and collects all problems with the patterns so that one error lists them."""
 
     def __init__(self, model: keras.layers.Layer, places: list[Place]):
         self.model, self.places = model, places
@@ -46,7 +46,7 @@ class Search:
         return found
 
     def find_values(self, argument: str, by_pattern: Mapping[Any, Any] | None, among: Iterable[Any]) -> Found:
-        """What patterns say of places: for each place the value of the first pattern that matches it."""
+        """For each place, the value of the first pattern that matches it."""
         found, among = Found({}, {}), list(among)
         for pattern, value in (by_pattern or {}).items():
             for key, place in self.find(argument, pattern, among).items():
@@ -84,7 +84,7 @@ class Search:
 
 
 def matches(pattern: Any, place: Place) -> bool:
-    """Whether `pattern` names this layer, or a layer that holds it."""
+    """Whether `pattern` matches this layer, or a layer that contains it."""
     if isinstance(pattern, str):
         if any(character in pattern for character in "*?["):
             return fnmatch.fnmatchcase(place.path, pattern)
@@ -103,7 +103,7 @@ def matches(pattern: Any, place: Place) -> bool:
     )
 
 
-#: What Keras and KerasHub call the modules that PEFT's users know by these names.
+#: The Keras and KerasHub names of the modules that PEFT users know by these names.
 SYNONYMS = {
     "q_proj": ("query", "query_dense"),
     "k_proj": ("key", "key_dense"),
@@ -123,14 +123,14 @@ SYNONYMS = {
 
 
 def nearest(name: str, names: Sequence[str]) -> list[str]:
-    """The few of `names` that mean the same as `name`, or are most like it, or simply the first."""
+    """The few of `names` that mean the same as `name`, else the most similar ones, else the first ones."""
     if same := [each for each in SYNONYMS.get(name.rpartition("/")[2], ()) if each in names]:
         return same
     return difflib.get_close_matches(name, names, n=4, cutoff=0.4) or list(names[:4])
 
 
 def as_list(patterns: Any) -> list[Any]:
-    """One pattern or several as a list."""
+    """One pattern or several, as a list."""
     if patterns is None:
         return []
     if isinstance(patterns, (str, re.Pattern, type, keras.layers.Layer)) or not isinstance(patterns, Iterable):

@@ -1,4 +1,4 @@
-"""Which parts of known models are best left out when no targets are given."""
+"""The parts of known models that are best left frozen by default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Preset:
     why: str
 
     def places_in(self, backbone: keras.layers.Layer, places: list[Place]) -> list[Place]:
-        """Those of `places` that are to be left frozen."""
+        """The `places` to leave frozen."""
         parts = [getattr(backbone, each, None) for each in self.frozen if each.isidentifier()]
         inside = {id(place.layer) for part in parts if part is not None for place in walk(part)}
         patterns = [each for each in self.frozen if not each.isidentifier()]
@@ -32,7 +32,7 @@ _VISION = Preset(("vision_encoder",), _ENCODERS)
 _VISION_AND_AUDIO = Preset(("vision_encoder", "audio_encoder"), _ENCODERS)
 _SPARSE = Preset(("*/sparse_feedforward_gate_dense",), _ROUTER)
 
-#: By the class name of a KerasHub backbone. What a variant does not have (a text-only one, an encoder) says nothing.
+#: By the class name of a KerasHub backbone. Parts that a variant lacks (a text-only one has no encoder) are ignored.
 PRESETS: dict[str, tuple[Preset, ...]] = {
     "BLIP2Backbone": (_VISION,),
     "Gemma3Backbone": (_VISION,),
@@ -53,7 +53,7 @@ PRESETS: dict[str, tuple[Preset, ...]] = {
 
 
 def left_out(places: list[Place]) -> list[tuple[Place, str]]:
-    """The places that a preset leaves frozen, each with the reason."""
+    """The places that a preset leaves frozen, with the reasons."""
     found = []
     for backbone in (place.layer for place in places if type(place.layer).__module__.partition(".")[0] == "keras_hub"):
         if presets := PRESETS.get(type(backbone).__name__, ()):
