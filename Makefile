@@ -43,7 +43,9 @@ quick: lint
 	$(MAKE) test-$(KERAS_BACKEND) SPEED=quick
 	@$(BIN)/python tests/cpu.py report quick
 
-test: lint
+test: .venv/tests
+	rm -f .cache/cpu/test-* .cache/cpu/own-* .cache/cpu/example-*
+	$(MAKE) lint
 	$(MAKE) --jobs=2 --output-sync=target --keep-going $(SUITES) $(OWN) $(EXAMPLES)
 	@$(BIN)/python tests/cpu.py report $(SPEED)
 
@@ -79,7 +81,7 @@ lint: .venv/tests
 	$(STEP) lint sh -c '$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy'
 
 $(SUITES): test-%: .venv/tests
-	$(QUICKLY) KERAS_BACKEND=$* $(STEP) $@ $(BIN)/python $(PYTEST) tests
+	$(QUICKLY) KERAS_BACKEND=$* $(STEP) $(if $(filter quick,$(SPEED)),quick-)$@ $(BIN)/python $(PYTEST) tests
 
 # Keras's own tests of its layers, on adapted ones.
 $(OWN): own-%: .venv/tests

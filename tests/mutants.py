@@ -5,7 +5,8 @@
     python tests/mutants.py --resume      # goes on with a run that was interrupted
 
 A fault is first looked for by the file of tests named beside it, on torch and on the backend where it shows, then by the
-whole of `make quick`, then by the suites of `make test` on torch, JAX and TensorFlow. The first test that fails ends it. The bar: `make test` notices every fault, and
+whole of `make quick`, then by the suites of `make test` on torch, JAX and TensorFlow. The first test that fails ends it.
+The bar: `make test` notices every fault, and
 `make quick` nine in ten.
 """
 

@@ -202,10 +202,10 @@ def model_card(address: str | Address, base: str, library: str = "keras_lora", b
     """
     place = parsed(str(address))
     known = [] if base_model is None else [f"base_model: {json.dumps(base_model)}"]  # also valid as a quoted YAML string
-    room, load = ("keras_lora.interop", "from_peft") if library == "peft" else ("keras_lora", "load_adapter")
+    module, load = ("keras_lora.interop", "from_peft") if library == "peft" else ("keras_lora", "load_adapter")
     lines = ["---", f"library_name: {library}", *known, "tags:", "- keras", "- lora", "---", ""]
     lines += [f"# {place.repository.partition('/')[2]}", "", f"An adapter for {base}, saved by keras_lora.", ""]
-    lines += ["```python", f"from {room} import {load}", "", "model = ...  # the base it was trained on"]
+    lines += ["```python", f"from {module} import {load}", "", "model = ...  # the base it was trained on"]
     return "\n".join([*lines, f'{load}(model, "{place}")', "```", ""])
 
 

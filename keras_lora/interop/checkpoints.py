@@ -258,7 +258,7 @@ def _converted(model: Any, prefix: str) -> tuple[list[Port], str]:
     """Return the ports of KerasHub's converter for a model, or the reason why there are none."""
     backbone = getattr(model, "backbone", None) or model
     if not any(cls.__module__.partition(".")[0] == "keras_hub" for cls in type(backbone).__mro__):
-        return [], "it is no layer of a KerasHub model, and `names` says no module for it"
+        return [], "it is no layer of a KerasHub model, and `names` gives no module for it"
     converters = importlib.import_module("keras_lora.interop.converters")  # which imports KerasHub
     try:
         ports = converters.watch(backbone)

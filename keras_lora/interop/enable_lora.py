@@ -120,7 +120,8 @@ def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = 
         TypeError: `model` is not a Keras layer.
         ValueError: No layer has Keras's LoRA enabled, the model already has keras_lora adapters, or a layer cannot be
             converted exactly: its class is not known, it contains numbers that are not finite, or it is a quantised tied
-            embedding, for which Keras does not change the output projection. All such layers are listed, and the model is unchanged.
+            embedding, for which Keras does not change the output projection. All such layers are listed, and the
+            model is unchanged.
 
     Example:
 

@@ -117,8 +117,8 @@ def to_peft(
             the prefix differs: see `from_peft`.
         names: As for `from_peft`, with full module names.
         base_model: The value of `base_model_name_or_path`, for example `"meta-llama/Llama-3.2-1B"`.
-        bake_scaling: Write a form that vLLM, llama.cpp and Ollama read correctly: one rank, scales multiplied into B, integers
-            in the config. Parts that they cannot read (DoRA, biases, heads, tokens) are then refused.
+        bake_scaling: Write a form that vLLM, llama.cpp and Ollama read correctly: one rank, scales multiplied into B,
+            integers in the config. Parts that they cannot read (DoRA, biases, heads, tokens) are then refused.
 
     Raises:
         ValueError: The model has no adapter, or has several and you did not name one; or an adapted kernel or a trained
@@ -153,5 +153,5 @@ def to_peft(
     if bake_scaling:
         writer.bake()
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
-    raise_problems(f"The adapter of '{model.name}', as PEFT has it,", model, writer.problems, do=do)
+    raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, writer.problems, do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)

@@ -69,11 +69,13 @@ def register_layer(
         raise ValueError(
             f"Exactly one of `like` and `kernels` says what {layer_class.__name__} computes. Received: {like=}, {kernels=}."
         )
-    room, maps = _room_like(layer_class, like) if like is not None else _room_of(layer_class, kernels or {}, factored)
+    behaviour, maps = (
+        _behaviour_like(layer_class, like) if like is not None else _behaviour_of(layer_class, kernels or {}, factored)
+    )
     for each in maps if by_default is not None else ():
         each.by_default = bool(by_default)
     # A class of this name, made of the adapted class and the original class, like the classes written out in `layers/`.
-    enter_layer(type(layer_class.__name__, (room, layer_class), {"linear_maps": maps}))
+    enter_layer(type(layer_class.__name__, (behaviour, layer_class), {"linear_maps": maps}))
     return layer_class
 
 
@@ -81,7 +83,7 @@ def _decorator(**arguments: Any) -> Callable[[type], type]:
     return lambda layer_class: register_layer(layer_class, **arguments)
 
 
-def _room_like(layer_class: type, like: type) -> tuple[type[AdaptedLayer], tuple[type[LinearMap], ...]]:
+def _behaviour_like(layer_class: type, like: type) -> tuple[type[AdaptedLayer], tuple[type[LinearMap], ...]]:
     known = adapted_class(like)
     if known is None or not issubclass(layer_class, like):
         raise ValueError(
@@ -90,12 +92,12 @@ def _room_like(layer_class: type, like: type) -> tuple[type[AdaptedLayer], tuple
         )
     maps = tuple(type(each.__name__, (each,), {"layer_class": layer_class}) for each in known.linear_maps)
     # The adapted behaviour of `like` without `like`: the classes before it in the method resolution order.
-    rooms = [each for each in known.__mro__[1:] if issubclass(each, AdaptedLayer)]
+    behaviours = [each for each in known.__mro__[1:] if issubclass(each, AdaptedLayer)]
     body = {"call": vars(known)["call"]} if "call" in vars(known) else {}
-    return type(known.__name__, (rooms[0],), {"linear_maps": maps, **body}), maps
+    return type(known.__name__, (behaviours[0],), {"linear_maps": maps, **body}), maps
 
 
-def _room_of(
+def _behaviour_of(
     layer_class: type, kernels: Mapping[str, str], factored: bool
 ) -> tuple[type[AdaptedLayer], tuple[type[LinearMap], ...]]:
     maps = tuple(_stated_map(layer_class, name, axes, factored) for name, axes in kernels.items())

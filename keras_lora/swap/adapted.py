@@ -263,7 +263,7 @@ def _named_after(cls: Any, base: type) -> Any:
 def _refusal(name: str) -> Any:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            f"`{name}` would write '{self.name}' without its adapters, in silence. Expected a plain model. Received: an "
+            f"`{name}` would write '{self.name}' without its adapters. Expected a plain model. Received: an "
             "adapted one. Call `keras_lora.merge_lora(model)` first, or keep the adapter apart with "
             "`keras_lora.save_adapter(model, path)`."
         )

@@ -14,7 +14,7 @@ def new_name(model: Any, name: str | None) -> str:
     taken = list(named_adapters(model))
     if name is None and taken:
         raise ValueError(
-            f"'{model.name}' is adapted already. Expected a plain model, or a `name` for another adapter beside {taken}. "
+            f"'{model.name}' is adapted already. Expected a plain model, or a `name` for an adapter in addition to {taken}. "
             "Received: name=None. `keras_lora.remove_lora(model)` and `keras_lora.merge_lora(model)` make it plain."
         )
     name = adapters.Adapter.adapter_name if name is None else name

@@ -34,7 +34,7 @@ def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, An
     except Exception as error:
         raise ValueError(
             f"'{owner.name}' cannot be saved: its class {type(owner).__name__} cannot be rebuilt from its own config "
-            f"({error}). Expected a `get_config` that says all that the constructor needs."
+            f"({error}). Expected a `get_config` that returns all that the constructor needs."
         ) from error
     finally:
         random.setstate(state)
@@ -49,8 +49,8 @@ def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, An
     if copy.built and wrong:
         raise ValueError(
             f"'{owner.name}' cannot be saved: rebuilt from its config, a {type(owner).__name__} has other layers than this "
-            f"one. Expected a `get_config` that says all that the constructor needs. Received: nothing, or other variables, "
-            f"at {wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
+            f"one. Expected a `get_config` that returns all that the constructor needs. Received: nothing, or other "
+            f"variables, at {wrong}. Write `get_config`, or keep the adapter apart with `keras_lora.save_adapter`."
         )
 
 
@@ -68,8 +68,8 @@ def check_addresses(
     if missing:
         raise ValueError(
             f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has nothing to adapt at "
-            f"{sorted(missing)}. Expected a class whose `get_config` says all that its constructor needs, and "
-            "`keras_lora.register_layer` before loading where a layer was registered before saving. Received: class "
+            f"{sorted(missing)}. Expected a class whose `get_config` returns all that its constructor needs, and "
+            "`keras_lora.register_layer` before loading if a layer was registered before saving. Received: class "
             f"{type(owner).__name__}, with layers at {sorted(layers)}."
         )
     changed = [
@@ -85,6 +85,6 @@ def check_addresses(
         raise ValueError(
             f"'{owner.name}' cannot be restored as it was saved: rebuilt from its config, it has other variables at "
             f"{changed}. "
-            f"Expected a `get_config` that says all that the constructor needs. Received: a {type(owner).__name__} that "
+            f"Expected a `get_config` that returns all that the constructor needs. Received: a {type(owner).__name__} that "
             "does not; a plain model of it would not load either. Keep the adapter apart with `keras_lora.save_adapter`."
         )
