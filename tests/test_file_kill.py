@@ -19,7 +19,7 @@ from keras_lora.files import tensor_file
 
 pytestmark = [once, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")]
 
-#: The room alone, without Keras, which takes seconds to import.
+#: The module alone, without Keras, which takes seconds to import.
 WRITER = """
 import importlib.util, itertools, pathlib, sys
 import numpy as np
