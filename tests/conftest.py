@@ -99,6 +99,20 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{count} left out: {why}")
 
 
+#: Packages that single tests import. One that is not installed skips these tests, by name.
+OPTIONAL = missing("keras_hub", "matplotlib", "onnxruntime", "openvino", "peft", "tensorflow", "torch", "transformers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    error = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in OPTIONAL:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1], f"needs {error.name}, which is not installed")
+    return report
+
+
 def _cpu_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -213,7 +213,7 @@ FAULTS = [
         "layers/embedding.py",
         "return y if reverse else keras_internals.copy_mask(base, y)",
         "return y",
-        "test_law",
+        "test_adapters",
     ),
     Fault(
         "a separable convolution loses its dilation",
@@ -227,7 +227,7 @@ FAULTS = [
         "layers/recurrent.py",
         "    linear_maps = (LSTMCellMap, RecurrentKernelMap)",
         "    linear_maps = (LSTMCellMap,)",
-        "test_targets",
+        "test_precision",
     ),
     Fault(
         "einsum axes are taken for outputs where they are groups",
@@ -340,7 +340,7 @@ FAULTS = [
         "swap/addresses.py",
         "        seen.add(id(place.layer))",
         "        pass",
-        "test_apply",
+        "test_targets",
     ),
     Fault(
         "addresses in lists are off by one",

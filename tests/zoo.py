@@ -30,7 +30,16 @@ class Specimen:
     resumed_elsewhere: float = 2e-3  # how far the losses of two backends may come apart in two further epochs
 
 
-ZOO: dict[str, Callable[[], Specimen]] = {}
+class Zoo(dict[str, Callable[[], Specimen]]):
+    """Specimens by name. One that needs KerasHub is missing if KerasHub is."""
+
+    def __missing__(self, name: str) -> Callable[[], Specimen]:
+        if name.startswith("hub_"):
+            raise ModuleNotFoundError(f"the specimen {name!r} needs keras_hub", name="keras_hub")
+        raise KeyError(name)
+
+
+ZOO = Zoo()
 #: Specimens that between them have what differs from backend to backend: JAX and TensorFlow take these in `make test`.
 SLICE = ["sequential", "multi_head_attention", "block_built_in_build", "subclassed", "convolutions", "tied_embedding"]
 
