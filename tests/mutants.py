@@ -58,7 +58,7 @@ def noticed(fault: Fault) -> tuple[str, str]:
         assert text.count(fault.right) == 1, f"{fault.name}: its text stands {text.count(fault.right)} times in {fault.file}"
         file.write_text(text.replace(fault.right, fault.wrong))
         runs = [("quick", "torch", f"tests/{fault.near}.py")]
-        runs += [("test", fault.backend, f"tests/{fault.near}.py")] if fault.backend != "torch" else []
+        runs += [("test", fault.backend, f"tests/{fault.near}.py")]
         runs += [("quick", "torch", "tests")]
         runs += [("test", backend, "tests") for backend in ("torch", "jax", "tensorflow")]
         for speed, backend, tests in runs:

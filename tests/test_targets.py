@@ -260,6 +260,7 @@ def blocks(count=4):
         (slice(-2, None), [2, 3]),
         (slice(0.5, None), [2, 3]),
         (slice(0.0, 0.25), [0]),
+        (slice(0.4, None), [2, 3]),
         (slice(None, None, 2), [0, 2]),
     ],
     ids=str,
