@@ -536,10 +536,10 @@ FAULTS = [
         "test_adapter_file",
     ),
     Fault(
-        "an adapter that the file lacks keeps its values",
+        "a head that travels with an adapter keeps the values of the model",
         "files/adapter_state.py",
-        "                if address not in self.adapters:\n                    problems.append",
-        "                if False:\n                    problems.append",
+        "        _assign(of_base, tensors)\n",
+        "",
         "test_adapter_file",
     ),
     Fault(
