@@ -586,10 +586,10 @@ FAULTS = [
     ),
     # Other formats.
     Fault(
-        "the outputs of a PEFT factor are not reordered",
+        "the inputs of a PEFT factor are not reordered",
         "interop/peft_reading.py",
-        '"lora_b": flat_b[source.outs].T',
-        '"lora_b": flat_b[np.sort(source.outs)].T',
+        '"lora_a": flat_a[:, source.ins].T',
+        '"lora_a": flat_a[:, np.sort(source.ins)].T',
         "test_peft",
     ),
     Fault(
