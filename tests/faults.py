@@ -668,7 +668,7 @@ FAULTS = [
         "inspecting.py",
         "    trainable = sum(size for v, size in sizes if v.trainable)",
         "    trainable = sum(size for v, size in sizes)",
-        "test_composition",
+        "test_targets",
     ),
     Fault(
         "`check_layer` accepts any difference",
