@@ -40,8 +40,7 @@ class AdaptedContainer:
     @property
     def trainable(self) -> bool:
         """Whether the layer trains. Setting it to `False` and back to `True` restores the flags that `apply_lora` set."""
-        found: bool = super().trainable  # type: ignore[misc]
-        return found
+        return bool(super().trainable)  # type: ignore[misc]
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
