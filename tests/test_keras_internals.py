@@ -178,7 +178,8 @@ def test_the_block_size_and_the_groups_of_an_int4_layer(dense):
     assert internals.int4_block_size(dense) is None
     layer = layers.Dense(4)
     layer.build((None, 8))
-    kernel = value(layer.kernel)
+    kernel = np.resize([0.5, -1.0, 0.25], (8, 4))  # of both signs in each group: Keras's zero points reach no further
+    layer.kernel.assign(kernel)
     layer.quantize("int4", config=keras.quantizers.Int4QuantizationConfig(block_size=4))
     assert internals.int4_block_size(layer) == 4
     stored = keras.ops.cast(layer.kernel, "float32")
