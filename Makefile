@@ -19,10 +19,10 @@ JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1 TF_ENABLE_ONEDNN_OPTS=1 $(JAX_CACHE)
 PYTEST := -m pytest --quiet -p no:cacheprovider --speed=$(SPEED)
-# The demo's example runs on each backend, the others on one each; `make test-all` runs all of them on all.
+# Each example runs on one backend; `make test-all` runs all of them on all three.
 EXAMPLE_NAMES := movie_reviews every_layer small_memory many_tasks to_peft
-EXAMPLES_jax := movie_reviews small_memory
-EXAMPLES_tensorflow := movie_reviews every_layer
+EXAMPLES_jax := small_memory
+EXAMPLES_tensorflow := every_layer
 EXAMPLES_torch := movie_reviews many_tasks to_peft
 examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED)),$(EXAMPLE_NAMES),$(EXAMPLES_$(1)))))
 EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))

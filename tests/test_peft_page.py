@@ -3,7 +3,7 @@
 import pytest
 from peft_page import PAGE, page
 
-pytestmark = [pytest.mark.once, pytest.mark.full]
+pytestmark = [pytest.mark.once, pytest.mark.nightly]
 
 
 def test_the_table_is_written_from_what_the_converters_say():

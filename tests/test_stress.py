@@ -18,7 +18,14 @@ from keras_lora.adapters import Adapter
 from keras_lora.swap.adapted import named_adapters
 from keras_lora.swap.addresses import walk
 
-pytestmark = [pytest.mark.torch_first, pytest.mark.full]
+pytestmark = [
+    pytest.mark.torch_first,
+    pytest.mark.full,
+    # What any sequence of steps may cause on purpose.
+    pytest.mark.filterwarnings("ignore:Merging into .* drops the adapters:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* is not its base:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* holds more than an adapter:UserWarning"),
+]
 
 IDS, TARGET = ids(4, 3, vocabulary=7), numbers(4, 3, 2)
 NAMES = ["dense", "mix", "layers/1", "c d"]
