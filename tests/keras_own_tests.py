@@ -39,7 +39,7 @@ FILES = {
     "rnn": ["simple_rnn", "lstm", "gru", "rnn", "stacked_rnn_cells", "bidirectional", "time_distributed"]
     + ["conv_lstm", "conv_lstm1d", "conv_lstm2d", "conv_lstm3d"],
 }
-EVERYWHERE = ["dense_test", "embedding_test", "separable_conv_test", "gru_test"]
+EVERYWHERE = ["dense_test", "embedding_test", "gru_test"]
 _QUANTIZE = "Keras quantises layers of exactly its own classes and refuses any subclass: quantise first, then adapt"
 _LORA = "counts weights or losses of Keras's own `enable_lora`; here the layer has an adapter of ours besides"
 #: Tests that are left out, by `file::pattern of the test's name`, and why.
