@@ -298,7 +298,9 @@ def run_engine(engine: str, layers: int, quick: bool) -> list[Outcome]:
             environment = {**os.environ, "KERAS_BACKEND": ENGINES[engine], "TF_CPP_MIN_LOG_LEVEL": "3"}
             environment |= QUICK_ENVIRONMENT if quick else {}
             try:
-                code = subprocess.run(command, env=environment, timeout=BUDGETS[engine] + GRACE, check=False).returncode
+                code: int | str = subprocess.run(
+                    command, env=environment, timeout=BUDGETS[engine] + GRACE, check=False
+                ).returncode
             except subprocess.TimeoutExpired:
                 code = "out of time"
             outcome = Outcome(**json.loads(path.read_text())) if path.exists() else Outcome()

@@ -9,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -73,7 +73,7 @@ def pin(backend: str) -> None:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Any]], seconds: float, rounds: int, at_least: int = 5, times: int = 1
+    calls: Mapping[str, Callable[[], Any]], seconds: float, rounds: int, at_least: int = 5, times: int = 1
 ) -> dict[str, list[float]]:
     """The CPU seconds of each call, by name. The calls take turns, so what slows the machine slows all of them alike.
 

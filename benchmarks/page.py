@@ -202,7 +202,7 @@ def scaled(value: float, units: dict[float, str]) -> str:
     return f"{number:,.{0 if number >= 100 or number == int(number) else 1 if number >= 10 else 2}f} {units[size]}".strip()
 
 
-UNITS = {
+UNITS: dict[str, dict[float, str]] = {
     "s": {1: "s", 1e-3: "ms", 1e-6: "µs"},
     "bytes": {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "B"},
     "flops": {1e9: "GFLOP", 1e6: "MFLOP", 1: "FLOP"},

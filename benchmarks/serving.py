@@ -25,6 +25,10 @@ import keras_lora
 VARIANTS = ("base", "keras_lora per example", "one by one", "PEFT mixed batch")
 
 
+def one_by_one(model: keras.Model, x: Any) -> list[Any]:
+    return [model.predict_on_batch(x[i : i + 1]) for i in range(len(x))]
+
+
 def serving(quick: bool) -> Iterator[Record]:
     """As many adapters as examples in one batch, of a prompt and of a single token each."""
     d, examples, rank = (32, 4, 2) if quick else (1024, 64, 8)
@@ -47,7 +51,7 @@ def serving(quick: bool) -> Iterator[Record]:
         calls: dict[str, Callable[[], Any]] = {
             "base": functools.partial(base.predict_on_batch, x),
             "keras_lora per example": functools.partial(served.predict_on_batch, batch),
-            "one by one": lambda model=adapted, x=x: [model.predict_on_batch(x[i : i + 1]) for i in range(len(x))],
+            "one by one": functools.partial(one_by_one, adapted, x),
         }
         if peers.available():
             calls["PEFT mixed batch"] = peft_mixed(adapted, x, rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import cases
@@ -20,7 +20,7 @@ HEADLINE = {"d": 1024, "tokens": 256, "rank": 8}
 HEADLINE_BUDGET = Budget(24, 200, 30)
 
 
-def timed(case: Case, quantity: str, calls: dict[str, Callable[[], Any]], budget: Budget) -> list[Record]:
+def timed(case: Case, quantity: str, calls: Mapping[str, Callable[[], Any]], budget: Budget) -> list[Record]:
     """Run the calls in turns; a record for each."""
     times = interleaved(calls, *budget)
     return [record(case.name, case.setting, quantity, "s", variant, values) for variant, values in times.items()]
@@ -29,13 +29,15 @@ def timed(case: Case, quantity: str, calls: dict[str, Callable[[], Any]], budget
 def steps(case: Case, names: Iterable[str], budget: Budget) -> Iterator[Record]:
     """`train_on_batch` of each variant; for a stack of Dense layers on torch with the peers, in a bare torch loop."""
     models = {name: prepare(name, case) for name in names if case.dropout or name != "keras_lora dropout"}
-    calls = {name: functools.partial(model.train_on_batch, case.x, case.y) for name, model in models.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        name: functools.partial(model.train_on_batch, case.x, case.y) for name, model in models.items()
+    }
     if case.name == "dense" and "keras_lora DoRA" in models and peers.available():
         calls |= {name: peers.step_call(peer, case) for name, peer in peers.checked(case, models).items()}
     yield from timed(case, "step", calls, budget)
 
 
-def dense_settings(quick: bool) -> list[dict[str, int]]:
+def dense_settings(quick: bool) -> list[dict[str, Any]]:
     if quick:
         return [{"d": 32, "tokens": 8, "rank": 2}]
     others = [
@@ -88,7 +90,9 @@ def inference(quick: bool) -> Iterator[Record]:
         size = {"d": 32, "rank": 2} if quick else {"d": 1024, "rank": 8}
         case = cases.dense(tokens=tokens, depth=6, name="inference", **size)
         models = {name: prepare(name, case) for name in names}
-        calls = {name: functools.partial(model.predict_on_batch, case.x) for name, model in models.items()}
+        calls: dict[str, Callable[[], Any]] = {
+            name: functools.partial(model.predict_on_batch, case.x) for name, model in models.items()
+        }
         if peers.available():
             found = peers.checked(case, models)
             del found["loralib"]  # which merges on `eval()`

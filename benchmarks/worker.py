@@ -68,7 +68,8 @@ def main() -> None:
     if arguments.isolated:
         import sizes
 
-        sizes.isolated(*arguments.isolated, arguments.quick)
+        case, variant = arguments.isolated
+        sizes.isolated(case, variant, arguments.quick)
         return
     records, failed = measure(arguments.group or list(GROUPS), arguments.quick)
     result = {"records": records, "failed": failed, "versions": measuring.versions(), "machine": measuring.machine()}

@@ -152,7 +152,7 @@ def serve(served, base, model, files, sentences, alone, without, repeats) -> Non
     found = {way: answer() for way, answer in ways.items()}  # compiles what is not yet
     times = np.array([[milliseconds(answer) for answer in ways.values()] for _ in range(repeats)])  # they take turns
     everything = served.predict({**x, "adapter_index": served.index_of(names)}, batch_size=200, verbose=0)
-    events[f"drop '{last}'"] = milliseconds(served.drop, last)
+    events[f"delete '{last}'"] = milliseconds(served.delete, last)
     events["the batch after it, without"] = milliseconds(mixed, others)
 
     caption = f"{len(few_names)} requests in {len(set(few_names))} groups; medians of {repeats}."

