@@ -134,7 +134,8 @@ def pytest_sessionfinish(session):
         Path(path).write_text(json.dumps(_times))
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers_every_time():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The same numbers every time. Not a fixture: those of a module are set up before those of a test."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")

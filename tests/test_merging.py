@@ -108,6 +108,7 @@ def test_merging_into_a_quantised_base_is_refused(name):
     assert difference(outputs(specimen.model, specimen.x), before) == 0
 
 
+@pytest.mark.full
 def test_a_merged_file_loads_where_keras_lora_is_not_installed(tmp_path):
     expected = {}
     for name in ("multi_head_attention", "functional_with_a_shared_layer", "convolutions", "embedding"):

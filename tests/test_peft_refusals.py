@@ -306,6 +306,7 @@ for number in itertools.count():
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")
 def test_kills_leave_the_old_folder_or_the_new_one(tmp_path):
     rng, path = random.Random(0), tmp_path / "french"

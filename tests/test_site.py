@@ -11,6 +11,7 @@ from build import problems_of
 
 pytestmark = [
     pytest.mark.once,
+    pytest.mark.full,
     pytest.mark.skipif(bool(missing("zensical", "mkdocstrings")), reason="what builds the site is not installed"),
 ]
 PAGE = "# A page\n\n## A part\n\n[here](index.md#a-part) and [there][package.function]\n\n::: package.function\n"
