@@ -13,7 +13,7 @@ from keras_lora.checks import AnyLayer
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import flags, slots
-from keras_lora.swap.adapted import adapted_maps, named_adapters, set_adapter, set_containers, set_plain
+from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.targets.choosing import ALREADY, Target, list_targets
@@ -125,7 +125,12 @@ def apply_lora(
     )
     if base_dtype is not None:
         _refuse_quantized(rows.of("adapt"), base_dtype)
-    started = [(row.linear, _started(row.linear, row.path, row.adapter)) for row in rows.of("adapt") if row.linear]
+    addresses = {(id(linear.layer), linear.part): address for address, linear in maps_by_address(model).items()}
+    started = [
+        (linear, _started(linear, addresses[id(linear.layer), linear.part], row.adapter))
+        for row in rows.of("adapt")
+        if (linear := row.linear)
+    ]
     inject(model, started, name, trained=[row.layer for row in rows.of("train") if row.why != ALREADY], bias=bias)
     if base_dtype is not None:
         for linear, _ in started:
@@ -195,7 +200,10 @@ def take_out(model: keras.layers.Layer) -> None:
 def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, slots.Change]]:
     """The adapted kernels of `model`, each with its change, by address. Raises an error if there are none."""
     found = adapted_maps(model) if isinstance(model, keras.layers.Layer) else {}
-    if not found:
+    if found:
+        keras_internals.sync_training_state(model)
+        flags.check_variables(model)
+    else:
         name = getattr(model, "name", model)
         raise ValueError(
             f"`{function}()` found no adapter in '{name}'. Expected a model that `keras_lora.apply_lora` adapted."
@@ -212,25 +220,20 @@ def _refuse_quantized(targets: Iterable[Target], base_dtype: str) -> None:
         )
 
 
-def _started(linear: LinearMap, path: str, adapter: Any) -> adapters.Adapter:
-    """`adapter` with weights for a kernel, and with a separate stream of random numbers if it has a seed."""
+def _started(linear: LinearMap, address: str, adapter: Any) -> adapters.Adapter:
+    """`adapter` with weights for a kernel, and with a separate stream of random numbers if it has a seed.
+
+    The stream depends on the address, since Keras numbers the names of layers through a process.
+    """
     if adapter.get_config().get("seed") is not None:
-        seed = zlib.crc32(f"{adapter.get_config()['seed']}:{path}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32
+        seed = zlib.crc32(f"{adapter.get_config()['seed']}:{address}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32
         adapter = adapters.copy_of(adapter, seed=seed)
     slots.start(linear, adapter)
     made: adapters.Adapter = adapter
     return made
 
 
-def reset_compilation(model: keras.layers.Layer, warn: bool = True) -> None:
-    """Drop compiled functions and the compiled state, which belong to the previous variables."""
+def reset_compilation(model: keras.layers.Layer) -> None:
+    """Drop compiled functions and the compiled state, which belong to the previous variables: `fit` asks for `compile`."""
     keras_internals.drop_compiled_functions(model)
     keras_internals.track_torch_parameters(model)
-    compiled = [place.layer for place in walk(model) if getattr(place.layer, "compiled", False)]
-    for each in compiled:
-        each.compiled = False
-    if compiled and warn:
-        names = ", ".join(f"'{each.name}'" for each in compiled)
-        checks.warn(
-            f"{names} was compiled for other variables than it has now. Call `compile` again before `fit` or `evaluate`."
-        )

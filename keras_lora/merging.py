@@ -25,7 +25,7 @@ _KEPT = "_keras_lora_kept"
 class _Kept:
     """What `unmerge_lora` needs. It is not a list or dict, because Keras searches those for layers."""
 
-    adapters: list[tuple[str, str, str | None, adapters.Adapter]]  # address, name, slot
+    adapters: list[tuple[str, str, str | None, float, adapters.Adapter]]  # address, name, slot, strength
     kernels: dict[str, np.ndarray]
     base_dtypes: dict[str, str | None]
     marks: dict[str, dict[str, Any]]
@@ -38,7 +38,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
 
     The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, takes no extra time
     to run, and its `.keras` file loads without `keras_lora` installed. If the model has several adapters, the weighted sum
-    of the active ones is merged (see `keras_lora.activate_adapters`). The inactive ones are dropped, with a warning.
+    of the active ones is merged (see `keras_lora.activate_adapters`). An inactive one would be lost, so delete it first.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -49,8 +49,8 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         `model` itself. Call `compile` before training it.
 
     Raises:
-        ValueError: The model is not adapted, a base kernel is quantised, or a merged kernel is not finite. The model is
-            unchanged then.
+        ValueError: The model is not adapted, a base kernel is quantised, a merged kernel is not finite, or an adapter is
+            not active and `keep` is False. The model is unchanged then.
 
     Example:
 
@@ -62,7 +62,8 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
     """
     adapted = require_adapted(model, "merge_lora")
     _refuse_quantized(adapted)
-    _warn_of_inactive(model, keep)
+    if not keep:
+        _refuse_to_drop(model)
     not_finite = [address for address, pair in adapted.items() if not np.isfinite(_merged_kernel(*pair)).all()]
     if not_finite:
         raise ValueError(
@@ -79,7 +80,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         linear.store_kernel(None)
         variable.assign(merged)
     take_out(model)
-    reset_compilation(model, warn=False)  # a merged model is for running; `fit` itself asks for `compile`
+    reset_compilation(model)
     if kept is not None:
         vars(model)[_KEPT] = kept
     return model
@@ -115,8 +116,9 @@ def unmerge_lora(model: AnyLayer) -> AnyLayer:
         )
     del vars(model)[_KEPT]
     maps = maps_by_address(model)
-    for address, name, slot, adapter in kept.adapters:
+    for address, name, slot, strength, adapter in kept.adapters:
         set_adapter(maps[address], adapter, name, slot)
+        adapter.strength.assign(strength)
     for address, kernel in kept.kernels.items():
         maps[address].store_kernel(kept.base_dtypes[address])
         maps[address].kernel_variable.assign(kernel)
@@ -130,12 +132,12 @@ def unmerge_lora(model: AnyLayer) -> AnyLayer:
 
 def _placed(
     adapted: dict[str, tuple[LinearMap, slots.Change]],
-) -> list[tuple[str, str, str | None, adapters.Adapter]]:
+) -> list[tuple[str, str, str | None, float, adapters.Adapter]]:
     """The place of every adapter, in the order in which they were added to their layers."""
     addresses = {(id(linear.layer), linear.part): address for address, (linear, _) in adapted.items()}
     layers = {id(linear.layer): linear.layer for linear, _ in adapted.values()}.values()
     return [
-        (addresses[id(layer), each.part], each.adapter_name, slots.slot_of(layer, each), each)
+        (addresses[id(layer), each.part], each.adapter_name, slots.slot_of(layer, each), adapters.strength_of(each), each)
         for layer in layers
         for each in slots.adapters_in(layer)
     ]
@@ -146,16 +148,17 @@ def _merged_kernel(linear: LinearMap, change: slots.Change) -> np.ndarray:
     return found
 
 
-def _warn_of_inactive(model: keras.layers.Layer, keep: bool) -> None:
+def _refuse_to_drop(model: keras.layers.Layer) -> None:
     inactive = [
         name
         for name, found in named_adapters(model).items()
         if not any(adapters.strength_of(adapter) for _, adapter in found.values())
     ]
-    if inactive and not keep:
-        checks.warn(
-            f"Merging into '{model.name}' drops the adapters {inactive}, which are not active. Save them first with "
-            "`keras_lora.save_adapter(model, path, name)`, or merge with keep=True."
+    if inactive:
+        raise ValueError(
+            f"Merging into '{model.name}' would lose the adapters {inactive}, which are not active. Expected active ones "
+            "alone. Delete the others with `keras_lora.delete_adapter(model, name)`, which you may save before with "
+            "`keras_lora.save_adapter(model, path, name=name)`, or merge with keep=True."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -80,9 +79,7 @@ class MultiAdapterModel(keras.Model):
                     "made them. Received: a model that another one serves."
                 )
         else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* was compiled for other variables")  # nothing trains here
-                apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
+            apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
         self.model = model
         self.capacity = capacity
         self.names: dict[str, int] = dict(names or {})

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
+import keras
+
 from keras_lora import adapters, checks
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
@@ -78,7 +80,7 @@ def active_adapters(model: Any) -> dict[str, float]:
     """
     strengths = {}
     for name, found in _named(model, "active_adapters").items():
-        each = {adapters.strength_of(adapter) for _, adapter in found.values()}
+        each = {0.0 if adapter.off else adapters.strength_of(adapter) for _, adapter in found.values()}
         strengths[name] = each.pop() if len(each) == 1 else math.nan
     return {name: strength for name, strength in strengths.items() if strength != 0}
 
@@ -87,27 +89,27 @@ def active_adapters(model: Any) -> dict[str, float]:
 def disable_adapters(model: Any) -> Iterator[Any]:
     """Context manager that runs the base model, with no adapter active. Nothing is compiled again.
 
-    On exit every adapter has its previous strength.
-
-    It may be nested. If biases or whole layers were trained together with the adapters, they keep their trained values, so
-    the outputs are not those of the base. You get a warning then.
+    On exit every adapter has its previous strength. You may nest it, and use it inside `compute_loss` or `train_step`: then
+    the base is the reference of DPO, GRPO or a KL penalty, at the cost of the base alone. If biases or whole layers were
+    trained together with the adapters, they keep their trained values, so the outputs are not those of the base. You get a
+    warning then.
 
     Args:
-        model: An adapted model, or an adapted part of one.
+           model: An adapted model, or an adapted part of one.
 
-    Raises:
-        ValueError: The model is not adapted.
+       Raises:
+           ValueError: The model is not adapted.
 
-    Example:
+       Example:
 
-    >>> import keras, keras_lora
-    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
-    >>> model = keras_lora.apply_lora(model)
-    >>> with keras_lora.disable_adapters(model):
-    ...     keras_lora.active_adapters(model)
-    {}
-    >>> keras_lora.active_adapters(model)
-    {'default': 1.0}
+       >>> import keras, keras_lora
+       >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+       >>> model = keras_lora.apply_lora(model)
+       >>> with keras_lora.disable_adapters(model):
+       ...     keras_lora.active_adapters(model)
+       {}
+       >>> keras_lora.active_adapters(model)
+       {'default': 1.0}
     """
     named = _named(model, "disable_adapters")
     trained = [
@@ -120,14 +122,23 @@ def disable_adapters(model: Any) -> Iterator[Any]:
             f"Without its adapters '{model.name}' is not its base: {trained} train beside them, and stay as they are."
         )
     each = [adapter for found in named.values() for _, adapter in found.values()]
-    before = [adapters.strength_of(adapter) for adapter in each]
+    # A strength of 0 also reaches functions that are compiled already. But a step that is being traced, or whose gradient
+    # is still to come, must not write to variables: there, calls leave the adapters out.
+    in_a_trace = keras_internals.in_a_trace()
+    leaves_out = in_a_trace or keras.backend.backend() == "torch"
+    before = [(adapter, adapter.off, None if in_a_trace else adapters.strength_of(adapter)) for adapter in each]
     for adapter in each:
-        adapter.strength.assign(0.0)
+        if leaves_out:
+            adapter.off = True
+        else:
+            adapter.strength.assign(0.0)
     try:
         yield model
     finally:
-        for adapter, strength in zip(each, before, strict=True):
-            adapter.strength.assign(strength)
+        for adapter, off, strength in before:
+            adapter.off = off
+            if strength is not None and adapters.strength_of(adapter) != strength:
+                adapter.strength.assign(strength)
 
 
 def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import difference, perturb, value
+from helpers import difference, gradients, perturb, value
 from keras import layers
 
 import keras_lora
@@ -33,6 +33,38 @@ def test_dora_is_the_normalised_direction_times_the_magnitude():
     direction = w + 3 * value(adapter.lora.lora_a) @ value(adapter.lora.lora_b)
     expected = value(adapter.magnitude) * direction / np.linalg.norm(direction, axis=0)  # Liu et al., eq. 5
     np.testing.assert_allclose(w + value(adapter.delta_kernel(w.astype("float32"))), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_dora_leaves_an_output_unit_of_zeros_as_it_is(kind, dtype):
+    """A dead filter of a pretrained net, or a projection that starts at zero, has no direction."""
+    layer = layers.Dense(6, dtype=dtype) if kind == "dense" else layers.Conv1D(6, 2, dtype=dtype)
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
+    layer.build(x.shape)
+    kernel = value(layer.kernel)
+    kernel[..., 1], kernel[..., 2] = 0, 1e-25 * kernel[..., 2]
+    layer.kernel.assign(kernel)
+    before = value(layer(x))
+    keras_lora.apply_lora(layer, "dora", rank=2)
+    np.testing.assert_array_equal(value(layer(x)), before)
+    matrix = layer.linear_map.matrix
+    np.testing.assert_allclose(value(layer.adapter.delta_kernel(matrix)), np.zeros(matrix.shape), atol=1e-6)
+    found = gradients(lambda: keras.ops.sum(keras.ops.square(layer(x))), layer.adapter.trainable_variables)
+    assert all(np.isfinite(each).all() for each in found)
+    assert all(np.abs(each).max() > 0 for each in found[:1] + found[2:])  # that of A is zero while B is
+    perturb(layer)
+    assert np.isfinite(value(layer(x))).all()
+
+
+def test_a_magnitude_over_zeros_becomes_the_norm_of_the_weights_loaded_there():
+    layer = layers.Dense(6, kernel_initializer="zeros")
+    layer.build((None, 9))
+    keras_lora.apply_lora(layer, "dora", rank=2)
+    kernel = np.random.default_rng(0).normal(size=(9, 6))
+    layer.linear_map.kernel_variable.assign(kernel.astype("float32"))
+    layer.adapter.base_changed(layer.linear_map)
+    np.testing.assert_allclose(value(layer.adapter.magnitude), np.linalg.norm(kernel, axis=0), rtol=1e-6)
 
 
 def test_the_factored_norm_of_dora_is_the_norm():
@@ -84,7 +116,7 @@ def test_a_magnitude_starts_as_the_norm_of_the_kernel():
 
 def test_a_seed_gives_the_same_start_every_time_and_another_one_to_each_layer():
     def start():
-        stack = [keras.Input((8,)), layers.Dense(8, name="a"), layers.Dense(8, name="b"), layers.Dense(2)]
+        stack = [keras.Input((8,)), layers.Dense(8), layers.Dense(8), layers.Dense(2)]  # Keras numbers their names
         model = keras_lora.apply_lora(keras.Sequential(stack), keras_lora.LoRA(rank=2, seed=5))
         return [value(layer.adapter.lora_a) for layer in model.layers[:2]]
 

@@ -243,8 +243,7 @@ def test_a_compiled_and_run_model_never_runs_a_stale_graph():
     model.fit(x, y, verbose=0)
     base = outputs(model, x)
     model.evaluate(x, y, verbose=0)
-    with pytest.warns(UserWarning, match="Call `compile` again"):
-        keras_lora.apply_lora(model, rank=2)
+    keras_lora.apply_lora(model, rank=2)
     with pytest.raises(ValueError, match="compile"):
         model.fit(x, y, verbose=0)
     assert difference(outputs(model, x), base) == 0
@@ -349,3 +348,31 @@ def test_every_layer_can_be_made_by_hand(cls):
     assert {v.name for v in layer.trainable_variables} == {"lora_a", "lora_b"}
     perturb(layer)
     assert difference(value(layer(x)), before) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["enable_lora", "quantize"])
+def test_keras_own_lora_and_quantising_come_before_and_are_refused_after(name):
+    arguments = {"enable_lora": (2,), "quantize": ("int8",)}[name]
+    model = keras_lora.apply_lora(ZOO["sequential"]().model, rank=1)
+    before = [v.path for v in model.variables]
+    owners = [model.layers[0], model] if name == "quantize" else [model.layers[0]]
+    for owner in owners:
+        with pytest.raises(ValueError, match=f"`{name}` would .* Expected a plain"):
+            getattr(owner, name)(*arguments)
+    assert [v.path for v in model.variables] == before
+    plain = keras_lora.remove_lora(model)
+    getattr(plain.layers[0], name)(*arguments)
+
+
+def test_keras_own_lora_on_a_plain_layer_of_an_adapted_model_is_named_by_what_comes_next(tmp_path):
+    model = keras_lora.apply_lora(keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dense(2, name="out")]))
+    model.layers[-1].enable_lora(2)
+    for call in (
+        lambda: model.save(tmp_path / "m.keras"),
+        lambda: keras_lora.save_adapter(model, tmp_path / "a.safetensors"),
+        lambda: keras_lora.merge_lora(model),
+        lambda: keras_lora.remove_lora(model),
+    ):
+        with pytest.raises(ValueError, match=r"'out' has 4 trainable variables.* had 2.*enable_lora"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from keras_lora.interop.peft import from_peft, to_peft
 
 SIZES = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 12}
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-pytestmark = [once, pytest.mark.filterwarnings("ignore:.*was compiled for other variables")]
+pytestmark = once
 
 
 def llama():

@@ -305,7 +305,7 @@ def test_disabled_warns_where_something_else_trains(arguments):
 def test_disabled_does_not_warn_where_only_adapters_train():
     model = whole("multi_head_attention").model
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(drops the adapters|is not its base)")
+        warnings.filterwarnings("error", message=".*is not its base")
         with keras_lora.disable_adapters(model):
             assert keras_lora.active_adapters(model) == {}
 
@@ -656,9 +656,7 @@ def test_the_active_sum_is_merged_and_comes_apart_again_bit_for_bit(name, first,
     keras_lora.merge_lora(model, keep=True)
     outputs(model, specimen.x)  # a plain recurrent cell gets attributes when it first runs
     found = state(keras_lora.unmerge_lora(model))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(drops the adapters|is not its base)")
-        keras_lora.merge_lora(model, keep=True)
+    keras_lora.merge_lora(model, keep=True)
     assert adapted_maps(model) == {}
     assert difference(outputs(model, specimen.x), before) < max(5e-6, specimen.tolerance)
     keras_lora.unmerge_lora(model)
@@ -679,15 +677,15 @@ def test_loading_another_head_beside_an_adapter_says_that_the_head_is_shared(tmp
         keras_lora.load_adapter(model, tmp_path / "a.safetensors", name="b")  # into the one that is there
 
 
-def test_merging_names_the_inactive_adapters_it_drops():
+def test_merging_refuses_to_lose_an_adapter_that_is_not_active():
     specimen = whole("multi_head_attention")
     before = outputs(keras_lora.activate_adapters(specimen.model, "a"), specimen.x)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(drops the adapters|is not its base)")
-        keras_lora.merge_lora(specimen.model, keep=True)  # nothing is lost
-        keras_lora.unmerge_lora(specimen.model)
-    with pytest.warns(UserWarning, match=r"drops the adapters \['b'\], which are not active"):
+    keras_lora.merge_lora(specimen.model, keep=True)  # nothing is lost
+    keras_lora.unmerge_lora(specimen.model)
+    with pytest.raises(ValueError, match=r"would lose the adapters \['b'\], which are not active"):
         keras_lora.merge_lora(specimen.model)
+    assert difference(outputs(specimen.model, specimen.x), before) == 0
+    keras_lora.merge_lora(keras_lora.delete_adapter(specimen.model, "b"))
     assert difference(outputs(specimen.model, specimen.x), before) < 5e-6
 
 
@@ -826,11 +824,13 @@ def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_agai
             h = after(h @ (w + sum(changes)) + value(layer.bias))
         return h
 
-    def check(active):
+    def check(active, fits=True):
         assert keras_lora.active_adapters(model) == {name: float(np.float32(each)) for name, each in active.items()}
         expected = by_hand()
         assert difference(outputs(model, x), [expected]) < 3e-6
         assert model.evaluate(x, y, verbose=0) == pytest.approx(np.mean((expected - y) ** 2), rel=1e-5)
+        if not fits:
+            return
         before = {name: [arrays(each.weights) for each in found_of(model, name).values()] for name in ("a", "b")}
         loss = model.fit(x, y, batch_size=BATCH, verbose=0).history["loss"][0]
         assert loss == pytest.approx(np.mean((expected - y) ** 2), rel=1e-5)
@@ -854,7 +854,7 @@ def test_what_was_compiled_before_a_switch_is_right_after_it_and_not_traced_agai
         keras_lora.load_adapter(model, tmp_path / f"{name}.safetensors", name=name)
         check({"b": 1.5})
     with keras_lora.disable_adapters(model):
-        check({})
+        check({}, fits=BACKEND != "torch")  # torch refuses a loss on which nothing that trains has an effect
     check({"b": 1.5})
     keras_lora.activate_adapters(model, None)
     check({})
@@ -930,9 +930,7 @@ def test_what_dora_computed_from_a_kernel_follows_a_head_that_is_loaded(with_hea
         keras_lora.load_adapter(model, with_head, name="b")
     x = numbers(4, 6)
     before = outputs(keras_lora.activate_adapters(model, "a"), x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "b" is dropped
-        keras_lora.merge_lora(model)
+    keras_lora.merge_lora(keras_lora.delete_adapter(model, "b"))
     assert difference(outputs(model, x), before) < 3e-6
 
 

@@ -86,10 +86,3 @@ def test_numbers_of_numpy_are_numbers(model):
     for wrong in ({"rank": True}, {"rank": 2.0}, {"rank": 0}, {"alpha": np.nan}, {"alpha": "8"}, {"dropout": 1}):
         with pytest.raises(ValueError, match="must be a"):
             keras_lora.LoRA(**wrong)
-
-
-def test_a_warning_points_at_the_line_of_the_user(model):
-    model.compile("sgd", "mse")
-    with pytest.warns(UserWarning, match="was compiled for other variables") as caught:
-        keras_lora.apply_lora(model)
-    assert caught[0].filename == __file__

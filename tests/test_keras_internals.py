@@ -240,6 +240,48 @@ def test_what_a_model_was_compiled_with_is_forgotten(dense):
     assert model.optimizer is None
 
 
+def test_a_model_asks_for_compile_and_compile_is_enough(dense):
+    model = keras.Sequential([keras.Input((2,)), dense])
+    model.compile("sgd", "mse")
+    internals.drop_compiled_functions(model)
+    assert model.test_function.func is internals.ask_for_compile
+    x, y = np.ones((1, 2)), np.ones((1, 3))
+    with pytest.raises(ValueError, match=r"[Cc]all `compile"):
+        model.evaluate(x, y, verbose=0)
+    model.compile("sgd", "mse")
+    model.evaluate(x, y, verbose=0)
+
+
+def test_what_keras_calls_first_when_it_quantises(dense):
+    called = internals.called_first("quantize")
+    refusing = type("Refusing", (layers.Dense,), {called: lambda *_: 1 / 0})
+    layer = refusing(2)
+    layer.build((None, 2))
+    with pytest.raises(ZeroDivisionError):
+        layer.quantize("int8")
+    assert internals.called_first("enable_lora") == "enable_lora"
+
+
+def test_whether_a_step_is_traced_and_its_numbers_are_synced(dense):
+    seen = []
+
+    class Asking(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = dense
+
+        def call(self, x):
+            seen.append(internals.in_a_trace())
+            return self.dense(x)
+
+    model = Asking()
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 2)), np.ones((2, 3)), verbose=0)
+    assert seen[-1] == (keras.backend.backend() != "torch")
+    assert not internals.in_a_trace()
+    internals.sync_training_state(model)  # outside of a fit it does nothing; see test_in_a_fit.py
+
+
 def test_keras_own_lora_can_be_undone(dense):
     names = [v.name for v in dense.weights]
     dense.enable_lora(1)

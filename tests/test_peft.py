@@ -18,7 +18,7 @@ from keras_lora.interop import from_peft, serving_problems, to_peft
 
 RELATIVE = 1e-4
 # KerasHub compiles its tasks when they are made.
-pytestmark = [pytest.mark.filterwarnings("ignore:.*was compiled for other variables"), pytest.mark.torch_first]
+pytestmark = pytest.mark.torch_first
 
 
 @pytest.fixture(scope="module")

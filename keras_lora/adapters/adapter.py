@@ -51,6 +51,8 @@ class Adapter(keras.layers.Layer):
     #: The adapter's name in the model, shared by several layers, and the part of the layer it changes.
     adapter_name = "default"
     part = ""
+    #: Whether the adapter is left out of every call, whatever its strength: see `keras_lora.disable_adapters`.
+    off = False
     #: The shape of the kernel as a matrix, set when the weights are created.
     matrix_shape: tuple[int, ...] = ()
 

@@ -21,7 +21,8 @@ class DoRA(Adapter):
 
     The norm is taken over the inputs of each output unit and is not differentiated (section 4.3 of the paper). No
     array of the kernel's size is formed: `‖W + sAB‖² = ‖W‖² + 2 s b·(AᵀW) + s² b·(AᵀA) b` for each output, and `‖W‖²` is
-    computed once.
+    computed once. An output unit whose `W + scale · A B` is zero has no direction, and stays as it is.
+
     It trains closer to full fine-tuning than LoRA at low rank, at the cost of one more pass over the output.
 
     Args:
@@ -86,7 +87,7 @@ class DoRA(Adapter):
         old = ops.convert_to_tensor(self.kernel_norm_squared)
         new = _norm_squared(linear)
         # The magnitude keeps its ratio to the kernel's norm: an untrained one becomes the new norm itself.
-        ratio = ops.divide_no_nan(ops.convert_to_tensor(self.magnitude), ops.sqrt(old))
+        ratio = _gain(ops.convert_to_tensor(self.magnitude), ops.sqrt(old))
         self.magnitude.assign(ops.multiply(ratio, ops.sqrt(new)))
         self.kernel_norm_squared.assign(new)
 
@@ -101,7 +102,7 @@ class DoRA(Adapter):
         matrix = ops.cast(matrix, "float32")
         direction = ops.add(matrix, self.lora.delta_kernel(matrix))
         norm = ops.stop_gradient(ops.sqrt(ops.sum(ops.square(direction), axis=-2, keepdims=True)))
-        return ops.subtract(ops.multiply(ops.divide(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
+        return ops.subtract(ops.multiply(_gain(ops.expand_dims(self.magnitude, -2), norm), direction), matrix)
 
     def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
         if not linear.scales_outputs:  # a tied embedding in reverse sums over the units that the magnitude scales
@@ -115,7 +116,7 @@ class DoRA(Adapter):
 
     def _output(self, x: Any, y: Any, linear: LinearMap, training: bool | None) -> Any:
         """`W + t ΔW = c (W + (t g / c) sAB)`, with strength t, the gain g of an output unit, and `c = 1 + t (g - 1)`."""
-        gain = ops.divide(self.magnitude, self.direction_norm(linear))
+        gain = _gain(self.magnitude, self.direction_norm(linear))
         more = ops.multiply(self.strength, ops.subtract(gain, 1.0))
         # If c is 0 the base vanishes; a tiny c avoids the division by zero and leaves a negligible part of the base.
         c = ops.add(more, 1.0)
@@ -151,6 +152,12 @@ class DoRA(Adapter):
     def get_config(self) -> dict[str, Any]:
         own = super().get_config()
         return {**self.lora.get_config(), **own}
+
+
+def _gain(magnitude: Any, norm: Any) -> Any:
+    """Return `magnitude / norm`, or 1 if the norm is zero, as in a filter of zeros: it has no direction to scale."""
+    zero = ops.equal(norm, 0.0)
+    return ops.where(zero, ops.ones_like(norm), ops.divide(magnitude, ops.where(zero, ops.ones_like(norm), norm)))
 
 
 def _norm_squared(linear: LinearMap) -> Any:

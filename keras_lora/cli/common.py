@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,14 +128,6 @@ def _cell(value: Any) -> str:
 
 def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
-
-
-@contextlib.contextmanager
-def nothing_trains() -> Iterator[None]:
-    """Suppress the warning that a model must be compiled again: KerasHub compiles its tasks when it creates them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* was compiled for other variables")
-        yield
 
 
 @contextlib.contextmanager

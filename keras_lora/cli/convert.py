@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keras_lora.cli.common import Refused, new_file, new_folder, nothing_trains, progress, read_adapter, refusing, show
+from keras_lora.cli.common import Refused, new_file, new_folder, progress, read_adapter, refusing, show
 from keras_lora.cli.merge import load_base, plain_base
 from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.interop import from_peft, peft_folder, to_peft
@@ -71,7 +71,7 @@ def _to_peft(given: argparse.Namespace) -> int:
         step("loading the base")
         model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in state.adapters))
         step("loading the adapter")
-        with refusing(ValueError, OSError), nothing_trains():
+        with refusing(ValueError, OSError):
             load_adapter(model, given.adapter)
         step("writing")
         options = {"base_model": given.base_model, "bake_scaling": given.bake_scaling}
@@ -100,7 +100,7 @@ def _to_keras(given: argparse.Namespace) -> int:
         step("loading the base")
         model = _loaded(given.base, given.causal_lm)
         step("loading the adapter")
-        with refusing(ValueError, OSError), nothing_trains():
+        with refusing(ValueError, OSError):
             from_peft(model, given.adapter)
         step("writing")
         with refusing(OSError, before=f"{out} cannot be written: "):

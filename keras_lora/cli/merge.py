@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.cli.common import Refused, new_file, nothing_trains, progress, read_adapter, refusing, show
+from keras_lora.cli.common import Refused, new_file, progress, read_adapter, refusing, show
 from keras_lora.cli.inspect_file import keras_file
 from keras_lora.files.saving import load_adapter
 from keras_lora.merging import merge_lora
@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> int:
         step("loading the base")
         model = load_base(base)
         step("loading the adapter")
-        with refusing(ValueError, OSError), nothing_trains():
+        with refusing(ValueError, OSError):
             load_adapter(model, given.adapter)
         step("merging")
         with refusing(ValueError):

@@ -21,6 +21,15 @@ def has_symbolic_sizes(x: Any) -> bool:
     return keras.backend.backend() == "jax" and not all(isinstance(size, int) for size in x.shape)
 
 
+def traces() -> bool:
+    """Whether TensorFlow is building the graph of a function."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
 def each_example(function: Callable[..., Any], *arrays: Any) -> Any:
     """Apply `function` to each example (first axis) of the arrays, in one call if the backend can."""
     if keras.backend.backend() == "torch":  # its `vmap` does not support convolution with channels last

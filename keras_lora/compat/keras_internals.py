@@ -16,6 +16,8 @@ from typing import Any
 
 import keras
 
+from keras_lora.compat import backend
+
 
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Return the layers that `layer` tracks, in order (`Model.layers` is public, but only models have it)."""
@@ -69,6 +71,11 @@ def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
     """Set the flag of one layer; the public setter also sets every layer and variable below it."""
     layer._trainable = value
+
+
+def called_first(method: str) -> str:
+    """Return what to override to refuse a method of a layer: Keras wraps `quantize` of each layer when it is created."""
+    return "_check_quantize_args" if method == "quantize" else method
 
 
 @contextlib.contextmanager
@@ -235,6 +242,34 @@ def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
     return layer._adjust_scale_for_dequant(scale)
 
 
+def in_a_trace() -> bool:
+    """Whether a step is being traced or runs statelessly: a variable that is written has then no effect outside of it."""
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+    found: bool = in_stateless_scope() or backend.traces()
+    return found
+
+
+def sync_training_state(model: keras.layers.Layer) -> None:
+    """On JAX, bring the variables up to date inside a `fit`, and let it read them again before its next batch.
+
+    There `fit` keeps the numbers of a model to itself from batch to batch, and variables that are written are lost.
+
+    Raises:
+        ValueError: `model` is a part of the model that trains, so its numbers cannot be reached.
+    """
+    if keras.backend.backend() != "jax" or in_a_trace():
+        return
+    for layer in model._flatten_layers():
+        if getattr(layer, "_jax_state", None):
+            layer.jax_state_sync()
+    if any(v._value is None for v in model.variables):
+        raise ValueError(
+            f"The variables of '{model.name}' are in use by the `fit` of a model around it. Expected the model that trains. "
+            f"Received: a part of it. Pass that model, or wait for the end of the epoch."
+        )
+
+
 def forget_compilation(model: keras.layers.Layer) -> None:
     """Remove the compile state of models: the optimizer has variables per trained variable, and other parts keep layers."""
     for layer in model._flatten_layers():
@@ -247,11 +282,22 @@ def forget_compilation(model: keras.layers.Layer) -> None:
 
 
 def drop_compiled_functions(model: keras.layers.Layer) -> None:
-    """Remove traced functions: Keras traces them once, and a trace made before a change would run unchanged."""
+    """Remove traced functions: Keras traces them once, and a trace made before a change would run unchanged.
+
+    A compiled model has to be compiled again. On torch `evaluate` does not ask for that, and returns an empty list.
+    """
     for layer in model._flatten_layers():
         for name in ("train_function", "test_function", "predict_function", "generate_function"):
             if isinstance(layer, keras.Model) and hasattr(layer, name):
                 setattr(layer, name, None)
+        if getattr(layer, "compiled", False):
+            layer.compiled = False
+            layer.test_function = functools.partial(ask_for_compile, layer.name)
+
+
+def ask_for_compile(name: str, *args: Any) -> None:
+    """What the model `name` has in the place of its `test_function` until it is compiled again."""
+    raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
 
 
 def forget_enabled_lora(layer: Any) -> None:

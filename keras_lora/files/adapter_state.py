@@ -216,6 +216,7 @@ class AdapterState:
             source: Its origin, for messages: `"The adapter file french.safetensors"`.
             name, trainable: As for `keras_lora.load_adapter`.
         """
+        keras_internals.sync_training_state(model)
         named = named_adapters(model)
         name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
         own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}

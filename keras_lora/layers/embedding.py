@@ -14,7 +14,7 @@ from keras import ops
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap.adapted import AdaptedLayer
-from keras_lora.swap.slots import change_of
+from keras_lora.swap.slots import change_in_call
 
 
 class EmbeddingMap(LinearMap):
@@ -165,7 +165,7 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
             return inputs.with_flat_values(self.call(inputs.flat_values, training=training))
         back = ReverseMap if self.tie_weights else UntiedReverseMap
         linear = back(self) if reverse else self.linear_map
-        base, change = linear.base_output(inputs), change_of(linear)
+        base, change = linear.base_output(inputs), change_in_call(linear)
         if change is None:
             return linear.finish(base)
         y = linear.finish(change.adapted_output(inputs, base, linear, training=training))

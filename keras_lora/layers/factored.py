@@ -120,7 +120,7 @@ class FactoredLayer(AdaptedLayer):
 
         @functools.wraps(base_call)
         def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
-            kernels = {m.kernel_attribute: AdaptedKernel(m, adapter, training) for m, adapter in self.adapted_maps()}
+            kernels = {m.kernel_attribute: AdaptedKernel(m, adapter, training) for m, adapter in self.maps_in_call()}
             more = {**kwargs, "training": training} if asks else kwargs
             return adapting(view_of(self, self.base_class, **kernels), *args, **more)
 

@@ -77,7 +77,7 @@ class AdaptedSeparableConv(AdaptedLayer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         layer: Any = self
-        changes = {linear.part: (linear, change) for linear, change in self.adapted_maps()}
+        changes = {linear.part: (linear, change) for linear, change in self.maps_in_call()}
         depthwise = ops.cast(layer.depthwise_kernel, layer.compute_dtype)
         if "depthwise_kernel" in changes:
             linear, change = changes["depthwise_kernel"]

@@ -22,7 +22,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import flags, rebuilding, slots
+from keras_lora.swap import flags, rebuilding, refusals, slots
 from keras_lora.swap.addresses import by_address, walk
 
 #: The extra key in a config, and in the weights of an adapted layer.
@@ -148,10 +148,16 @@ class AdaptedLayer(AdaptedContainer):
         pairs = [(linear, slots.change_of(linear)) for linear in maps_of(self)]
         return [(linear, change) for linear, change in pairs if change is not None]
 
+    def maps_in_call(self) -> list[tuple[LinearMap, slots.Change]]:
+        """Return the kernels that a call has to change, with their changes."""
+        pairs = [(linear, slots.change_in_call(linear)) for linear in maps_of(self)]
+        return [(linear, change) for linear, change in pairs if change is not None]
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
-        change: Any = slots.change_of(linear)
-        return linear.finish(change.output(inputs, linear, training=training))
+        change: Any = slots.change_in_call(linear)
+        y = linear.base_output(inputs) if change is None else change.output(inputs, linear, training=training)
+        return linear.finish(y)
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
@@ -189,7 +195,7 @@ class ChangedKernelLayer(AdaptedLayer):
     def with_changed_kernels(self) -> Any:
         """The plain layer with the changed kernels, sharing everything else with this one."""
         kernels: dict[str, Any] = {}
-        for linear, adapter in self.adapted_maps():
+        for linear, adapter in self.maps_in_call():
             dtype = keras_internals.dtype_in_call(self, linear.kernel_variable, stored_apart=linear.base_dtype is not None)
             kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
         return view_of(self, self.base_class, **kernels)
@@ -220,7 +226,7 @@ def _changed_kernel(map_class: type[LinearMap]) -> property:
 
     def kernel(self: Any) -> Any:
         linear = map_class(self)
-        change, plain = slots.change_of(linear), getattr(linear.plain, linear.kernel_name)
+        change, plain = slots.change_in_call(linear), getattr(linear.plain, linear.kernel_name)
         if change is None or not change.built or quantization.mode_of(self) is not None:
             return plain  # a quantised layer returns stored integers, to which no change can be added
         return keras.ops.cast(linear.changed_kernel(change), keras.ops.convert_to_tensor(plain).dtype)
@@ -245,29 +251,16 @@ def maps_of(layer: keras.layers.Layer) -> list[LinearMap]:
 @functools.cache
 def container_class(base: Any) -> type:
     """Return the class of a container whose original class is `base`."""
-    refused = {name: _refusal(name) for name in ("save_to_preset", "export_to_transformers") if hasattr(base, name)}
     kind = next((kind for cls, kind in reversed(CONTAINER_KINDS.items()) if issubclass(base, cls)), AdaptedContainer)
-    found: type = _named_after(
-        types.new_class(base.__name__, (kind, base), exec_body=lambda body: body.update(refused)), base
-    )
+    found: type = _named_after(types.new_class(base.__name__, (kind, base)), base)
     return found
 
 
 def _named_after(cls: Any, base: type) -> Any:
     cls.base_class, cls.__name__, cls.__module__ = base, base.__name__, __name__
+    refusals.add_refusals(cls, base)
     # One registered name for all containers: the loader needs only `from_config`, which finds the base class in the config.
     return keras.saving.register_keras_serializable(KEY, "Adapted")(cls)
-
-
-def _refusal(name: str) -> Any:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"`{name}` would write '{self.name}' without its adapters. Expected a plain model. Received: an "
-            "adapted one. Call `keras_lora.merge_lora(model)` first, or keep the adapter apart with "
-            "`keras_lora.save_adapter(model, path)`."
-        )
-
-    return refuse
 
 
 # Changing a layer, and changing it back.

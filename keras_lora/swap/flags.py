@@ -103,8 +103,25 @@ def restore_found(layer: keras.layers.Layer) -> None:
             set_flags(place.layer, vars(place.layer).pop(MARK)["found"])
 
 
+def check_variables(layer: keras.layers.Layer) -> None:
+    """Raise an error if a marked layer at or below `layer` has other variables than when it was marked."""
+    for place in walk(layer):
+        if MARK in vars(place.layer):
+            has, had = (
+                len(keras_internals.own_trainable_variables(place.layer)),
+                len(vars(place.layer)[MARK]["plan"].variables),
+            )
+            if has != had:
+                raise ValueError(
+                    f"The layer '{place.path}' has {has} trainable variables. Expected those of when keras_lora adapted the "
+                    f"model: it had {had}. Did you call `enable_lora` on it? To adapt it too, call "
+                    "`keras_lora.apply_lora(model, targets=..., name=...)` instead."
+                )
+
+
 def marks_of(layer: keras.layers.Layer) -> dict[str, dict[str, Any]]:
     """Return the marks of every layer at or below `layer`, by address, as lists for a config: arguments for `mark`."""
+    check_variables(layer)
     marks = {}
     for place in walk(layer):
         if MARK in vars(place.layer):

@@ -32,7 +32,15 @@ def adapters_of(linear: LinearMap) -> list[adapters.Adapter]:
 
 def change_of(linear: LinearMap) -> Change | None:
     """Return the change of a kernel, or `None` if it has no adapter."""
-    found = adapters_of(linear)
+    return _sum(adapters_of(linear))
+
+
+def change_in_call(linear: LinearMap) -> Change | None:
+    """Return the change of a kernel for a call, without the adapters that are off, or `None` if there is none."""
+    return _sum([each for each in adapters_of(linear) if not each.off])
+
+
+def _sum(found: list[adapters.Adapter]) -> Change | None:
     return adapters.Sum(found) if len(found) > 1 else found[0] if found else None
 
 
@@ -57,7 +65,12 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
 
 
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Remove an adapter from a kernel. If it was the last one, the kernel gets its original dtype back."""
+    """Remove an adapter from a kernel. If it was the last one, the kernel gets its original dtype back.
+
+    Its strength becomes 0, so that a function compiled before, of a model outside that contains the layer, runs without it.
+    """
+    if adapter.built:
+        adapter.strength.assign(0.0)
     keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter) or "")
     forget_walks()
     if not adapters_of(linear):

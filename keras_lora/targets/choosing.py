@@ -313,7 +313,7 @@ def _is_readable(linear: LinearMap) -> bool:
 def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
     """The reasons why this kernel cannot be adapted."""
     if getattr(site.layer, "lora_enabled", False):
-        return [f"'{site.path}' has Keras's own `enable_lora` on; adapt a model without it"]
+        return [f"'{site.path}' has Keras's own `enable_lora` on; convert it with `interop.from_enable_lora`"]
     if not _is_readable(site.linear):
         return [f"'{site.path}' is quantised as {quantization.mode_of(site.layer)}; int8 and int4 are supported"]
     if len(site.linear.kernel_axes) != len(site.linear.kernel_shape):
