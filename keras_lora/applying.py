@@ -12,9 +12,9 @@ from keras_lora import adapters, checks
 from keras_lora.checks import AnyLayer
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import flags, slots
+from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
-from keras_lora.swap.adapters_of_model import new_name
+from keras_lora.swap.adapters_of_model import changing_strengths, new_name
 from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.targets.choosing import ALREADY, Target, list_targets
 from keras_lora.targets.patterns import Pattern, Patterns
@@ -180,18 +180,34 @@ def inject(
     """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
     pairs = list(adapted)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
-    for adapter in others:
-        adapter.strength.assign(0.0)
+    with changing_strengths(model):
+        for adapter in others:
+            adapter.strength.assign(0.0)
     for linear, adapter in pairs:
         set_adapter(linear, adapter, name)
     new = [layer for _, adapter in pairs for layer in adapters.with_sublayers(adapter)]
     old = [layer for adapter in others for layer in adapters.with_sublayers(adapter)]
+    old += [place.layer for place in walk(model) if beside.owners(place.layer)]
     flags.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
+    own_beside(model, name)
     set_containers(model)
 
 
-def take_out(model: keras.layers.Layer) -> None:
-    """Turn an adapted model into a plain one."""
+def own_beside(model: keras.layers.Layer, name: str) -> None:
+    """Let the adapter `name` own the base variables that are planned to train."""
+    for place in walk(model):
+        if not isinstance(place.layer, adapters.Adapter):
+            planned = {id(v) for v in flags.planned_variables(place.layer)}
+            of_layer = keras_internals.own_trainable_variables(place.layer)
+            beside.start(place.layer, name, [id(v) in planned for v in of_layer])
+
+
+def take_out(model: keras.layers.Layer, merged: bool = False) -> None:
+    """Turn an adapted model into a plain one. If it is not merged, what trained beside its adapters is as it was found."""
+    if not merged:
+        beside.store(model)
+        beside.show(model, {})
+    beside.forget(model)
     flags.restore_found(model)
     for place in walk(model):
         set_plain(place.layer)

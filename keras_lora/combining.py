@@ -16,9 +16,9 @@ from keras_lora.adapters.factors import Factors
 from keras_lora.applying import inject, require_adapted, reset_compilation
 from keras_lora.compat import keras_internals
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import flags, slots
+from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import address_of, named_adapters, set_adapter
-from keras_lora.swap.adapters_of_model import check_names, new_name, only_name
+from keras_lora.swap.adapters_of_model import check_names, new_name, only_name, show_beside
 from keras_lora.swap.addresses import walk
 from keras_lora.switching import strengths_of
 
@@ -145,6 +145,8 @@ def combine_adapters(
             raise ValueError(f"The adapters at '{address}' cannot be combined by '{method}': {error}") from error
     new = {address: _plain_lora(linears[address], found) for address, (found, _) in made.items()}
     inject(model, [(linears[address], adapter) for address, adapter in new.items()], name)
+    beside.combine(model, weights, name)
+    show_beside(model)
     reset_compilation(model)
     return _report(model, linears, {address: (new[address].rank, error) for address, (_, error) in made.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
 from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import flags, slots
+from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers
 from keras_lora.swap.addresses import by_address, walking_once
 
@@ -29,6 +30,7 @@ class _Kept:
     kernels: dict[str, np.ndarray]
     base_dtypes: dict[str, str | None]
     marks: dict[str, dict[str, Any]]
+    beside: dict[str, beside.Values]
 
 
 @checks.helpful
@@ -70,7 +72,10 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
             f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
             f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
         )
-    kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model)) if keep else None
+    kept = None
+    if keep:
+        beside.store(model)
+        kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model), deepcopy(beside.taken(model)))
     for address, (linear, change) in adapted.items():
         variable = linear.kernel_variable
         merged = _merged_kernel(linear, change)
@@ -79,7 +84,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
             kept.base_dtypes[address] = linear.base_dtype
         linear.store_kernel(None)
         variable.assign(merged)
-    take_out(model)
+    take_out(model, merged=True)
     reset_compilation(model)
     if kept is not None:
         vars(model)[_KEPT] = kept
@@ -125,6 +130,7 @@ def unmerge_lora(model: AnyLayer) -> AnyLayer:
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():
         flags.mark(layers[address], **mark)
+    beside.put_back(model, kept.beside)
     set_containers(model)
     reset_compilation(model)
     return model

@@ -15,13 +15,13 @@ from typing import Any
 
 import keras
 
-from keras_lora import adapters, checks
+from keras_lora import adapters
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
 from keras_lora.compat import keras_internals
-from keras_lora.swap import flags, slots
+from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import AdaptedLayer, named_adapters, set_containers, set_plain
-from keras_lora.swap.adapters_of_model import check_names
+from keras_lora.swap.adapters_of_model import changing_strengths, check_names, show_beside
 from keras_lora.swap.addresses import walk
 
 
@@ -32,7 +32,8 @@ def activate_adapters(model: AnyLayer, names: str | Iterable[str] | Mapping[str,
         model: An adapted model, or an adapted part of one.
         names: The name of an adapter, several names, a mapping from names to strengths (`{"french": 0.7, "formal": 0.3}`;
             a negative one takes away what the adapter learned), or `None` for none. An adapter that is not named is off.
-            With several, each layer's kernel is `W + Σ strength · ΔW`; each ΔW is computed from `W` alone.
+            With several, each layer's kernel is `W + Σ strength · ΔW`; each ΔW is computed from `W` alone. What trained
+            beside them, such as a head, adds up in the same way.
 
     Returns:
         `model` itself. Which adapters train does not change; see `train_adapters`.
@@ -53,9 +54,10 @@ def activate_adapters(model: AnyLayer, names: str | Iterable[str] | Mapping[str,
     named = _named(model, "activate_adapters")
     strengths = strengths_of(names)
     check_names(model, strengths)
-    for name, found in named.items():
-        for _, adapter in found.values():
-            adapter.strength.assign(strengths.get(name, 0.0))
+    with changing_strengths(model):
+        for name, found in named.items():
+            for _, adapter in found.values():
+                adapter.strength.assign(strengths.get(name, 0.0))
     return model
 
 
@@ -90,9 +92,8 @@ def disable_adapters(model: Any) -> Iterator[Any]:
     """Context manager that runs the base model, with no adapter active. Nothing is compiled again.
 
     On exit every adapter has its previous strength. You may nest it, and use it inside `compute_loss` or `train_step`: then
-    the base is the reference of DPO, GRPO or a KL penalty, at the cost of the base alone. If biases or whole layers were
-    trained together with the adapters, they keep their trained values, so the outputs are not those of the base. You get a
-    warning then.
+    the base is the reference of DPO, GRPO or a KL penalty, at the cost of the base alone. What trained beside the adapters,
+    such as a head, has its values from before `apply_lora`. Do not train inside: nothing would learn.
 
     Args:
            model: An adapted model, or an adapted part of one.
@@ -112,15 +113,6 @@ def disable_adapters(model: Any) -> Iterator[Any]:
        {'default': 1.0}
     """
     named = _named(model, "disable_adapters")
-    trained = [
-        place.path
-        for place in walk(model)
-        if not isinstance(place.layer, adapters.Adapter) and flags.planned_variables(place.layer)
-    ]
-    if trained:
-        checks.warn(
-            f"Without its adapters '{model.name}' is not its base: {trained} train beside them, and stay as they are."
-        )
     each = [adapter for found in named.values() for _, adapter in found.values()]
     # A strength of 0 also reaches functions that are compiled already. But a step that is being traced, or whose gradient
     # is still to come, must not write to variables: there, calls leave the adapters out.
@@ -133,7 +125,8 @@ def disable_adapters(model: Any) -> Iterator[Any]:
         else:
             adapter.strength.assign(0.0)
     try:
-        yield model
+        with beside.base_shown(model):
+            yield model
     finally:
         for adapter, off, strength in before:
             adapter.off = off
@@ -144,8 +137,8 @@ def disable_adapters(model: Any) -> Iterator[Any]:
 def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
     """Choose which adapters train. The others are frozen, active or not.
 
-    Other trainable layers, such as a head, still train. An adapter that trains should be active: an inactive one gets no
-    gradient, but weight decay still shrinks it.
+    What trains beside an adapter, such as a head, trains with it. An adapter that trains should be active: an inactive one
+    gets no gradient, but weight decay still shrinks it.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -174,6 +167,9 @@ def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
             for layer in adapters.with_sublayers(adapter):
                 flags.plan_again(layer, name in chosen)
             flags.plan_again(linear.layer, None)
+    for place in walk(model):
+        if (trains := beside.trains(place.layer, chosen)) is not None:
+            flags.plan_again(place.layer, trains)
     reset_compilation(model)
     return model
 
@@ -207,12 +203,21 @@ def delete_adapter(model: AnyLayer, name: str) -> AnyLayer:
     if len(named) == 1:
         take_out(model)
     else:
+        beside.store(model)
+        for place in walk(model):
+            others = [each for each in beside.owners(place.layer) if each != name]
+            if (kept := beside.trains(place.layer, others)) is not None:
+                planned = {id(v) for v in flags.planned_variables(place.layer)}
+                own = keras_internals.own_trainable_variables(place.layer)
+                flags.plan_again(place.layer, [id(v) in planned and each for v, each in zip(own, kept, strict=True)])
         for linear, adapter in named[name].values():
             slots.take(linear, adapter)
             layer: Any = linear.layer
             if isinstance(layer, AdaptedLayer) and not slots.adapters_in(layer):
                 set_plain(layer)
                 flags.plan_again(layer, None)
+        show_beside(model)
+        beside.forget(model, name)
         set_containers(model)
     keras_internals.forget_compilation(model)
     reset_compilation(model)

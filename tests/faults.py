@@ -750,4 +750,32 @@ FAULTS = [
         "            if has < had:",
         "test_apply",
     ),
+    Fault(
+        "what a head learned is lost at a switch",
+        "swap/adapters_of_model.py",
+        "    beside.store(model)",
+        "    pass",
+        "test_beside",
+    ),
+    Fault(
+        "a head stays that of the adapter before",
+        "swap/adapters_of_model.py",
+        "    yield\n    show_beside(model)",
+        "    yield",
+        "test_beside",
+    ),
+    Fault(
+        "the base inside a step has the head of an adapter",
+        "switching.py",
+        "        with beside.base_shown(model):",
+        "        if True:",
+        "test_beside",
+    ),
+    Fault(
+        "a whole model loses the heads of adapters that are off",
+        "swap/beside.py",
+        '            saved[f"{key}.{variable}"] = array',
+        "            pass",
+        "test_beside",
+    ),
 ]

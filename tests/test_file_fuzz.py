@@ -21,7 +21,7 @@ from keras_lora.compat import keras_internals
 from keras_lora.files import tensor_file
 from keras_lora.swap.addresses import walk
 
-pytestmark = [once, pytest.mark.filterwarnings("ignore:.* holds more than an adapter:UserWarning")]
+pytestmark = once
 
 
 def examples(number):

@@ -300,3 +300,10 @@ def test_a_backbone_forgets_its_lora_and_its_layers_are_counted_as_keras_hub_cou
     assert all(counted[index].lora_enabled for index in model._lora_enabled_layers)
     internals.forget_backbone_lora(model)
     assert not hasattr(model, "_lora_enabled_layers")
+
+
+def test_an_optimizer_of_torch_is_written_by_its_public_name():
+    config = keras.saving.serialize_keras_object(keras.optimizers.Adam(1e-2))
+    theirs = {"optimizer": {**config, "module": "keras.src.backend.torch.optimizers.torch_adam"}}
+    assert internals.with_portable_names(theirs)["optimizer"]["module"] == "keras.optimizers"
+    assert internals.with_portable_names(["loss"]) == ["loss"]

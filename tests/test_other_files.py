@@ -63,6 +63,7 @@ def test_an_untrained_dora_follows_other_base_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", SOME)
+@pytest.mark.filterwarnings("ignore:Skipping nested container")  # Keras says so before it raises
 def test_adapted_weights_are_refused_by_a_plain_model(tmp_path, name):
     trained, plain = adapted(name), ZOO[name]()
     trained.model.save_weights(tmp_path / "m.weights.h5")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -28,6 +29,30 @@ def traces() -> bool:
     import tensorflow as tf
 
     return not tf.executing_eagerly()
+
+
+@contextlib.contextmanager
+def holding(pairs: Iterable[tuple[keras.Variable, Any]]) -> Iterator[None]:
+    """Have these numbers in these variables for a while. It may be inside a step whose gradient is still to come."""
+    pairs = list(pairs)
+    if keras.backend.backend() == "torch":  # not written in place: torch keeps the tensor for the gradient
+        before = [variable.value.data for variable, _ in pairs]
+        try:
+            for variable, numbers in pairs:
+                variable.value.data = ops.cast(ops.convert_to_tensor(numbers), variable.dtype).to(variable.value.device)
+            yield
+        finally:
+            for (variable, _), data in zip(pairs, before, strict=True):
+                variable.value.data = data
+        return
+    tensors = [ops.copy(variable) for variable, _ in pairs]  # TensorFlow would give the variable itself
+    try:
+        for variable, numbers in pairs:
+            variable.assign(numbers)
+        yield
+    finally:
+        for (variable, _), tensor in zip(pairs, tensors, strict=True):
+            variable.assign(tensor)
 
 
 def each_example(function: Callable[..., Any], *arrays: Any) -> Any:

@@ -123,6 +123,16 @@ def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_ap
     return found
 
 
+def with_portable_names(config: Any) -> Any:
+    """Return `config` with public optimizer names: on torch, Keras writes a class that other backends cannot run."""
+    if not isinstance(config, dict):
+        return config
+    config = {key: with_portable_names(value) for key, value in config.items()}
+    if str(config.get("module")).startswith("keras.src.backend.") and ".optimizers." in config["module"]:
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    return config
+
+
 class _DrawnSeed(keras.random.SeedGenerator):
     def __init__(self, generator: keras.random.SeedGenerator, drawn: Any):
         self._initial_seed, self._drawn = generator._initial_seed, drawn

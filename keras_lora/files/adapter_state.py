@@ -26,10 +26,10 @@ from keras_lora.applying import inject, reset_compilation
 from keras_lora.compat import keras_internals
 from keras_lora.files import fingerprint, huggingface, misfits, tensor_file
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import flags, slots
-from keras_lora.swap.adapted import maps_by_address, maps_of, named_adapters
-from keras_lora.swap.adapters_of_model import new_name, only_name
-from keras_lora.swap.addresses import by_address, walk
+from keras_lora.swap import beside, flags, slots
+from keras_lora.swap.adapted import maps_by_address, named_adapters
+from keras_lora.swap.adapters_of_model import new_name, only_name, show_beside
+from keras_lora.swap.addresses import by_address
 from keras_lora.swap.flags import Flags
 
 #: In the key of a tensor, the separator between the address of a layer and a variable of the base.
@@ -139,20 +139,27 @@ class AdapterState:
     @classmethod
     def of(cls, model: Any, name: str | None = None, *, fingerprint_weights: bool = False) -> AdapterState:
         """The state of an adapter of a model, and of everything that was trained with it."""
-        adapted = named_adapters(model)[only_name(model, name)]
+        name = only_name(model, name)
+        adapted = named_adapters(model)[name]
         state = cls(base_structure=fingerprint.structure(model))
         for address, (linear, adapter) in adapted.items():
             tensors = {key: fingerprint.to_numpy(v) for key, v in adapter.saved_weights.items()}
             state.adapters[address] = AdapterEntry.of(linear, adapter, tensors)
-        for address, layer in _trained_layers(model).items():
+        beside.store(model)
+        for layer in by_address(model).values():
+            if not isinstance(layer, adapters.Adapter):
+                beside.start_what_trains(layer, name)
+        for address, (layer, values) in beside.owned(model, name).items():
             state.trained[address] = entry = TrainedEntry.of(layer)
-            trained = flags.trained_variables(layer)
-            trains = [any(v is each for each in trained) for v in keras_internals.own_trainable_variables(layer)]
-            entry.flags = Flags(True, trains)
-            entry.tensors = {key: fingerprint.to_numpy(v) for key, v in _chosen_variables(layer, entry.flags).items()}
+            entry.flags = Flags(True, beside.trains(layer, [name]) or [])
+            entry.tensors = dict(values)
         if fingerprint_weights:
             layers = by_address(model)
-            chosen = [v for at, entry in state.trained.items() for v in _chosen_variables(layers[at], entry.flags).values()]
+            chosen = [
+                v
+                for at, each in state.trained.items()
+                for v in beside.variables(layers[at], list(each.flags.variables)).values()
+            ]
             state.base_weights = fingerprint.weights({at: linear for at, (linear, _) in adapted.items()}, chosen)
         return state
 
@@ -238,24 +245,23 @@ class AdapterState:
         of_base = {
             f"{address}{_BASE}{key}": v
             for address, trained in self.trained.items()
-            for key, v in _chosen_variables(found[address], trained.flags).items()
+            for key, v in beside.variables(found[address], list(trained.flags.variables)).items()
         }
         of_adapters = {f"{at}:{key}": v for at, adapter in started.items() for key, v in adapter.saved_weights.items()}
         misfits.raise_problems(
             source, model, problems + misfits.of_tensors(tensors, {**of_adapters, **of_base}), self.base_structure
         )
-        self._warn(model, source, {address: maps[address] for address in self.adapters}, of_base, bool(named) and not own)
+        self._warn(model, source, {address: maps[address] for address in self.adapters}, of_base)
         if not own:
             inject(model, [(maps[address], adapter) for address, adapter in started.items()], name)
             for address, trained in self.trained.items():
                 before = vars(found[address])[flags.MARK]["found"]
                 flags.mark(found[address], found=before, plan=trained.flags)
+                beside.start(found[address], name, list(trained.flags.variables))
             reset_compilation(model)
-        _assign(of_base, tensors)
-        for address in self.trained if of_base else ():
-            for linear in maps_of(found[address]):  # first, so that values computed from the kernel are up to date
-                for adapter in slots.adapters_of(linear):
-                    adapter.base_changed(linear)
+        beside.store(model)
+        beside.give(model, name, {address: trained.tensors for address, trained in self.trained.items()})
+        show_beside(model)  # first, so that values computed from a kernel are up to date
         _assign(of_adapters, tensors)
         if not trainable:
             for layer in [layer for adapter in started.values() for layer in adapters.with_sublayers(adapter)]:
@@ -264,20 +270,12 @@ class AdapterState:
                 trains = [False] * len(keras_internals.own_trainable_variables(found[address]))
                 flags.set_flags(found[address], Flags(found[address].trainable, trains))
 
-    def _warn(
-        self, model: Any, source: str, kernels: dict[str, LinearMap], of_base: dict[str, keras.Variable], beside: bool
-    ) -> None:
-        """Warn if the base has other weights, or if other adapters share trained base variables."""
+    def _warn(self, model: Any, source: str, kernels: dict[str, LinearMap], of_base: dict[str, keras.Variable]) -> None:
+        """Warn if the base has other weights."""
         if self.base_weights is not None and fingerprint.weights(kernels, of_base.values()) != self.base_weights:
             checks.warn(
                 f"{source} was made from other weights than '{model.name}' has in the kernels that the adapter changes, or "
                 "from the same ones in another dtype. It fits, and is loaded. Load the weights it was trained on first."
-            )
-        if beside and self.trained:
-            checks.warn(
-                f"{source} holds more than an adapter: the layers at {sorted(self.trained)} train with it, and all "
-                f"adapters of '{model.name}' share them. They have the file's values now. An adapter on a head "
-                "(`head=None`) is its own."
             )
 
     # Problems.
@@ -304,7 +302,7 @@ class AdapterState:
             for address in own:
                 if address not in self.adapters:
                     problems.append(f"the model has an adapter at '{address}'; the file has none")
-            in_model = _trained_layers(model)
+            in_model = beside.owned(model, next(iter(own.values())).adapter_name)
             for address in in_model.keys() - self.trained.keys():
                 problems.append(f"the model trains variables of '{address}'; the file has none")
             for address in self.trained.keys() - in_model.keys():
@@ -322,19 +320,6 @@ def _as_json(value: Any) -> str:
 
 
 # The model's variables and adapters.
-
-
-def _chosen_variables(layer: keras.layers.Layer, chosen: Flags) -> dict[str, keras.Variable]:
-    """The layer's variables that the flags choose, by place and name; all of them if the layer trains in full."""
-    own, trains = keras_internals.own_variables(layer), chosen.variables
-    in_full = all(trains)  # then its statistics are included too
-    return {f"{i}.{v.name}": v for i, v in enumerate(own) if in_full or (i < len(trains) and trains[i])}
-
-
-def _trained_layers(model: Any) -> dict[str, keras.layers.Layer]:
-    """The layers with trained base variables, by address."""
-    places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
-    return {place.address: place.layer for place in places if flags.trained_variables(place.layer)}
 
 
 def _is_within(values: dict[str, np.ndarray], own: Adapter) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_lora import adapters, checks
 from keras_lora.adapters import factors
-from keras_lora.applying import reset_compilation
+from keras_lora.applying import own_beside, reset_compilation
 from keras_lora.combining import CombinationReport, CombinedKernel
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
@@ -162,6 +162,7 @@ def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = 
         if place.layer.weights:
             now = flags.flags_of(place.layer)
             flags.mark(place.layer, now, now)
+    own_beside(model, name)
     set_containers(model)
     reset_compilation(model)
     return report(started)

@@ -22,7 +22,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import flags, rebuilding, refusals, slots
+from keras_lora.swap import beside, flags, rebuilding, refusals, slots
 from keras_lora.swap.addresses import by_address, walk
 
 #: The extra key in a config, and in the weights of an adapted layer.
@@ -73,6 +73,13 @@ class AdaptedContainer:
             keras_internals.when_built(layer, lambda: restore(layer, description))
         return layer
 
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)  # type: ignore[misc]
+        beside.save_into(self, store)
+
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(beside.load_from(self, store))  # type: ignore[misc]
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Keras pickles a bound method of the class, and this class has no name to import it by.
         return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
@@ -85,8 +92,12 @@ class AdaptedModel(AdaptedContainer):
         self.get_config()  # raises what is to be refused before Keras has emptied the old file
         super().save(*args, **kwargs)  # type: ignore[misc]
 
+    def load_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().load_weights(*args, **kwargs)  # type: ignore[misc]
+        beside.store(self)  # of a file of the base alone, its values are those found now
+
     def get_compile_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = _portable(super().get_compile_config())  # type: ignore[misc]
+        found: dict[str, Any] = keras_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]
         return found
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -97,16 +108,6 @@ class AdaptedModel(AdaptedContainer):
         self.compile(**keras.saving.deserialize_keras_object(config))  # type: ignore[attr-defined]
         if self.built:  # type: ignore[attr-defined]
             self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
-
-
-def _portable(config: Any) -> Any:
-    """Return `config` with public optimizer names: on torch, Keras writes a class that other backends cannot run."""
-    if not isinstance(config, dict):
-        return config
-    config = {key: _portable(value) for key, value in config.items()}
-    if str(config.get("module")).startswith("keras.src.backend.") and ".optimizers." in config["module"]:
-        config |= {"module": "keras.optimizers", "registered_name": None}
-    return config
 
 
 class AdaptedLayer(AdaptedContainer):
@@ -164,11 +165,12 @@ class AdaptedLayer(AdaptedContainer):
 
     def save_own_variables(self, store: Any) -> None:
         view_of(self, self.base_class).save_own_variables(store)
+        beside.save_into(self, store)
         store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
         view = view_of(self, self.base_class)
-        view.load_own_variables({key: store[key] for key in store.keys() if key != KEY})  # noqa: SIM118
+        view.load_own_variables({key: each for key, each in beside.load_from(self, store).items() if key != KEY})
         vars(self).update(vars(view))  # a layer may set attributes when it is loaded
         for linear, adapter in self.adapted_maps():
             if adapter.built:
@@ -356,6 +358,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "base_dtypes": {},
         "quantized": {},
         "training": flags.marks_of(owner),
+        "beside": beside.describe(owner),
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
@@ -398,6 +401,9 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             holder = place.layer  # an adapter belongs to a layer and gets its weights once that layer is built
         if place.address in description["training"]:
             _when_built(holder, functools.partial(flags.mark, place.layer, **description["training"][place.address]))
+    for address, names in description.get("beside", {}).items():
+        for name, trains in names.items():
+            _when_built(layers[address], beside.start, layers[address], name, trains)
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
             _when_built(layer, layer._freeze_base)

@@ -1,12 +1,30 @@
-"""Adapter names: the names in a model, and names for new adapters."""
+"""The adapters of a model by name: their strengths, which names there are, and names for new ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from keras_lora import adapters
-from keras_lora.swap.adapted import named_adapters
+from keras_lora.swap import beside, slots
+from keras_lora.swap.adapted import maps_of, named_adapters
+
+
+@contextlib.contextmanager
+def changing_strengths(model: Any) -> Iterator[None]:
+    """Change strengths inside this context: the variables that train beside the adapters follow them."""
+    beside.store(model)
+    yield
+    show_beside(model)
+
+
+def show_beside(model: Any) -> None:
+    """Write the values that belong to the strengths into the variables that train beside the adapters."""
+    for layer in beside.show(model):
+        for linear in maps_of(layer):  # a kernel may be among them, on which another adapter computed something
+            for adapter in slots.adapters_of(linear):
+                adapter.base_changed(linear)
 
 
 def new_name(model: Any, name: str | None) -> str:

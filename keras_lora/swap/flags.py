@@ -81,11 +81,12 @@ def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None
     set_flags(layer, Flags(*(plan if now is None else now)))
 
 
-def plan_again(layer: keras.layers.Layer, trains: bool | None) -> None:
-    """Plan whether the variables of a marked layer train; `None` keeps their plan and sets the layer's flag from it."""
+def plan_again(layer: keras.layers.Layer, trains: bool | list[bool] | None) -> None:
+    """Plan which variables of a marked layer train: all, none or some. `None` keeps the plan and sets the layer's flag."""
     if MARK in vars(layer):
         before = vars(layer)[MARK]
-        variables = before["plan"].variables if trains is None else [trains] * len(before["plan"].variables)
+        planned = before["plan"].variables
+        variables = planned if trains is None else trains if isinstance(trains, list) else [trains] * len(planned)
         mark(layer, before["found"], Flags(any(variables) or bool(keras_internals.sublayers(layer)), variables))
 
 
@@ -136,9 +137,3 @@ def planned_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     own = keras_internals.own_trainable_variables(layer)
     plan = vars(layer)[MARK]["plan"].variables if MARK in vars(layer) else [False] * len(own)
     return [v for v, planned in zip(own, plan, strict=True) if planned]
-
-
-def trained_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Return the direct variables of `layer` that train now, or would with `model.trainable = True`."""
-    planned = {id(v) for v in planned_variables(layer)}
-    return [v for v in keras_internals.own_trainable_variables(layer) if v.trainable or id(v) in planned]

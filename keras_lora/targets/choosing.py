@@ -13,7 +13,7 @@ from rich.table import Table
 from keras_lora import adapters, checks, reports
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import flags, slots
+from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import ADAPTED_CLASSES, address_of, maps_of
 from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import Place, walk, walking_once
@@ -198,7 +198,7 @@ def _rows_of(
     if place.key in trained and variables:
         count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
         return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
-    planned = flags.planned_variables(place.layer)
+    planned = [] if beside.owners(place.layer) else flags.planned_variables(place.layer)  # those of another adapter
     if planned and len(planned) == len(keras_internals.own_trainable_variables(place.layer)):
         return [_row(place, variables, action="train", why=ALREADY, trainable=sum(map(_size, planned)))]
     with_bias = bias == "all" or (bias == "lora_only" and any(id(place.layer) == key[0] for key in chosen))
