@@ -281,7 +281,7 @@ FAULTS = [
     ),
     Fault(
         "statistics of a layer that trains are not among what travels",
-        "files/adapter_state.py",
+        "swap/beside.py",
         "if in_full or (i < len(trains) and trains[i])",
         "if i < len(trains) and trains[i]",
         "test_adapter_file",
