@@ -16,8 +16,9 @@ from keras_lora.swap import flags, slots
 from keras_lora.swap.adapted import adapted_maps, named_adapters, set_adapter, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import walk, walking_once
-from keras_lora.targets.choosing import ALREADY, Target, list_targets
+from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
+from keras_lora.targets.target_list import ALREADY, Target
 
 #: The allowed values of `base_dtype`. bfloat16 has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -101,9 +102,7 @@ def apply_lora(
     Reference:
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
-    method = adapters.get(adapter, rank=rank, alpha=alpha)
+    method = method_for(model, adapter, rank, alpha)
     if base_dtype not in (None, *BASE_DTYPES):
         raise ValueError(f"`base_dtype` must be None or one of {BASE_DTYPES}. Received: base_dtype={base_dtype!r}.")
     name = new_name(model, name)

@@ -374,9 +374,9 @@ FAULTS = [
     # Targets.
     Fault(
         "the output head is adapted by default",
-        "targets/choosing.py",
-        "    if _is_dense(operation):\n        return [operation]",
-        "    if _is_dense(operation):\n        return []",
+        "targets/heads.py",
+        "    if isinstance(layer, kinds):\n        return [layer]",
+        "    if isinstance(layer, kinds):\n        return []",
         "test_targets",
     ),
     Fault(
@@ -396,8 +396,8 @@ FAULTS = [
     Fault(
         "a name matches inside another name",
         "targets/patterns.py",
-        'return f"/{pattern.strip(\'/\')}/" in f"/{place.path}/"',
-        "return pattern.strip('/') in place.path",
+        'return f"/{pattern}/" in f"/{path}/"',
+        "return pattern in path",
         "test_targets",
     ),
     Fault(
