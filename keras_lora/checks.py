@@ -128,9 +128,9 @@ def _plain(value: Any) -> float:
     return value if type(value) in (int, float) else float(value)
 
 
-def keras_layer(model: Any, second: Any = None) -> None:
-    """Raise unless `model` is a Keras model or layer; `second` is the next argument, which may be the model."""
-    if not isinstance(model, keras.layers.Layer):
+def keras_layer(model: Any, second: Any = None, no: tuple[type, ...] = ()) -> None:
+    """Raise unless `model` is a Keras model or layer, but `no` such layer; `second`, the next argument, may be the model."""
+    if not isinstance(model, keras.layers.Layer) or isinstance(model, no):
         hint = " Expected the model first: swap the two." if isinstance(second, keras.layers.Layer) else ""
         raise TypeError(f"`model` must be a Keras model or layer. Received: {described(model)}.{hint}")
 

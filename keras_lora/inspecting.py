@@ -111,7 +111,8 @@ def list_adapters(model: Any) -> AdapterList:
 
     Returns:
         A list of `AdapterRow`: one for each adapter of each kernel, and one for each layer with other trainable variables.
-        Printing it prints a table. `list_adapters(model).data()` is the same as plain data; `.total` is a one-line summary.
+        Printing it prints a table, in which equal blocks are one. `list_adapters(model).data()` has every row as plain data;
+        `.total` is a one-line summary.
 
     Raises:
         TypeError: `model` is not a Keras layer.

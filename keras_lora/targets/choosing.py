@@ -65,7 +65,9 @@ def list_targets(
         rank_pattern, alpha_pattern, adapter_pattern, blocks, name: As for `keras_lora.apply_lora`.
 
     Returns:
-        A list of `Target`, one for each layer that has variables itself. Printing it prints a table.
+        A list of `Target`, one for each layer that has variables itself. Printing it prints a table that fits the
+        terminal; there equal blocks are one ("× 12"), and so are the layers of a type that has no adapter. `total` is one
+        line, and `notes` says what to look at, such as a new head that stays frozen.
 
     Raises:
         ValueError: As `keras_lora.apply_lora` would.
@@ -132,9 +134,7 @@ def list_targets(
 
 def method_for(model: Any, adapter: Any, rank: int | None, alpha: float | None) -> adapters.Adapter:
     """The method that the first arguments of `apply_lora` name, or an error that says which of them is wrong."""
-    if isinstance(model, adapters.Adapter):
-        model = type(model).__name__  # a Keras layer too
-    checks.keras_layer(model, adapter)
+    checks.keras_layer(model, adapter, no=(adapters.Adapter,))
     cls = adapters.TABLE.get(adapter.lower()) if isinstance(adapter, str) else type(adapter)
     if cls is not None and issubclass(cls, adapters.Adapter):
         known = inspect.signature(cls).parameters

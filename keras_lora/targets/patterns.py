@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import keras
 
+from keras_lora import checks
 from keras_lora.swap import adapted
 from keras_lora.swap.addresses import Place, walk
 
@@ -109,7 +110,7 @@ def matches(pattern: Any, place: Place) -> bool:
         return bool(pattern(place.layer))
     raise TypeError(
         "A pattern must be a name, a path, a glob, a compiled regular expression, a layer class, a function or a layer. "
-        f"Received: {pattern!r} of type {type(pattern).__name__}."
+        f"Received: {checks.described(pattern)}."
     )
 
 
