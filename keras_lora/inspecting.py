@@ -78,29 +78,33 @@ class AdapterList(reports.Printed, list[AdapterRow]):
         return {"rows": rows, "adapters": self.adapters, "trainable": self.trainable, "parameters": self.parameters}
 
     def table(self, width: float) -> Table:
-        """The table: equal blocks once, then a row for each adapter."""
+        """The table: equal blocks once, then a row for each adapter. If it is too wide, without bytes."""
+        table = self._table(with_bytes=True)
+        return self._table(with_bytes=False) if reports.is_wider(table, width) else table
+
+    def _table(self, with_bytes: bool) -> Table:
         groups = reports.folded(self, lambda row: tuple({**asdict(row), "layer": reports.stem(row.layer)}.values()))
-        numbers = ("rank", "scale", "active", "params", "trained", "bytes")
-        table = reports.table_of(("layer", "adapter", "method"), numbers)
         sizes = ("parameters", "trainable", "bytes")
         lines = [asdict(group[0]) | {key: sum(getattr(row, key) for row in group) for key in sizes} for group in groups]
         paths = [reports.span([row.layer for row in group]) for group in groups]
-        reports.add_branches(table, zip(paths, map(_cells, lines), strict=True))
+        numbers = ("rank", "scale", "active", "params", "trained", *(["bytes"] if with_bytes else []))
+        table = reports.table_of(("layer", "adapter", "method"), numbers)
+        reports.add_branches(table, zip(paths, (_cells(line, with_bytes) for line in lines), strict=True))
         table.add_section()
         for name, line in self.adapters.items():
-            table.add_row(f"{line['layers']} layers", *_cells({"name": name, **line}))
+            table.add_row(f"{line['layers']} layers", *_cells({"name": name, **line}, with_bytes))
         return table
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], with_bytes: bool) -> tuple[str, ...]:
     """The cells of a row after the first."""
 
     def number(value: Any) -> str:
         return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 
     numbers = [number(row["rank"]), number(row["scale"]), "no" if row["strength"] == 0 else number(row["strength"])]
-    sizes = [reports.short(row[key]) for key in ("parameters", "trainable", "bytes")]
-    return (row["name"] or "", row["method"] or "trains itself", *numbers, *sizes)
+    sizes = [reports.short(row[key]) for key in ("parameters", "trainable", *(["bytes"] if with_bytes else []))]
+    return (row["name"] or "", row["method"] or "in full", *numbers, *sizes)
 
 
 def list_adapters(model: Any) -> AdapterList:

@@ -18,6 +18,8 @@ from rich.table import Table
 _Row = TypeVar("_Row")
 #: The names that lead to a layer, and the other cells of its row.
 _Branch = tuple[list[str], tuple[str, ...]]
+#: Names are joined on one line of a tree up to this length.
+_JOINED = 24
 
 
 class Printed:
@@ -88,8 +90,10 @@ def add_branches(table: Table, rows: Iterable[_Branch], indent: str = "") -> Non
     """Add rows as a tree: what several layers are in has a row of its own, with their rows below it."""
     for name, group in itertools.groupby(rows, key=lambda row: row[0][0]):
         inside = [(names[1:], cells) for names, cells in group]
-        while len({tuple(names[:1]) for names, _ in inside}) == 1 and inside[0][0]:
-            name = f"{name}/{inside[0][0][0]}"
+        while len({tuple(names[:1]) for names, _ in inside}) == 1 and inside[0][0]:  # a single child
+            if len(joined := f"{name}/{inside[0][0][0]}") > _JOINED:
+                break
+            name = joined
             inside = [(names[1:], cells) for names, cells in inside]
         own = [cells for names, cells in inside if not names]
         for cells in own or [()]:

@@ -428,6 +428,41 @@ FAULTS = [
         "            found += []",
         "test_families",
     ),
+    Fault(
+        "a convolution before pooling is taken for the head",
+        "targets/heads.py",
+        "DENSE if isinstance(operation, POOLING) else kinds",
+        "kinds",
+        "test_targets",
+    ),
+    Fault(
+        "a sublayer that a model does not use keeps it from being adapted",
+        "targets/choosing.py",
+        "return {place.key for place in places if place.key in ran and not place.layer.built}",
+        "return set()",
+        "test_targets",
+    ),
+    Fault(
+        "a glob must match the whole path",
+        "targets/patterns.py",
+        "runs = itertools.combinations(range(len(names) + 1), 2)",
+        "runs = [(0, len(names))]",
+        "test_targets",
+    ),
+    Fault(
+        "the numbers of equal blocks are printed once",
+        "targets/target_list.py",
+        "sum(each.parameters for each in group)",
+        "row.parameters",
+        "test_targets",
+    ),
+    Fault(
+        "indices of blocks count the layers of a flat model",
+        "targets/blocks.py",
+        "        if any(checks.is_integer(end) for end in ends):",
+        "        if False:",
+        "test_targets",
+    ),
     # Merging, switching, combining.
     Fault(
         "unmerging restores the merged kernels",

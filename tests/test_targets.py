@@ -350,6 +350,7 @@ def test_a_subclassed_model_with_layers_it_does_not_use_is_adapted(guide, tmp_pa
     unused = ["spare/inner", "spare/norm", "recurrent/lstm_cell"]
     assert list(rows) == ["hidden", *unused, "head"]
     assert [(rows[path].action, rows[path].why, rows[path].parameters) for path in unused] == [("freeze", UNUSED, 0)] * 3
+    assert "3 not used" in keras_lora.list_targets(guide, rank=1, train="head").notes[0]
     keras_lora.apply_lora(guide, rank=1, train="head")
     perturb(guide)
     assert [v.name for v in guide.trainable_variables] == ["lora_a", "lora_b", "kernel", "bias"]
@@ -603,14 +604,16 @@ def test_an_adapter_that_is_larger_than_its_kernel_is_said():
     model = keras.Sequential([keras.Input((16,)), layers.Dense(16, name="a"), layers.Dense(16, name="b"), layers.Dense(2)])
     rows = keras_lora.list_targets(model, rank=8, rank_pattern={"b": 9}).of("adapt")
     assert [row.why for row in rows] == ["target", "target, larger than its kernel"]
+    assert "1 marked large" in keras_lora.list_targets(model, rank=8, rank_pattern={"b": 9}).notes[0]
 
 
 def test_a_new_head_that_stays_frozen_is_pointed_out():
     def said(model, **arguments):
-        return keras_lora.list_targets(model, **arguments).notes
+        return keras_lora.list_targets(model, rank=1, **arguments).notes
 
-    model = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.Dense(2, name="out")])
+    model = keras.Sequential([keras.Input((32,)), layers.Dense(32), layers.Dense(2, name="out")])
     assert [note for note in said(model) if "'out' looks new" in note and "add train='head'" in note] == said(model)
+    assert len(said(model)) == 1
     assert "add train='head'" in str(keras_lora.list_targets(model)).replace("\n", " ")
     assert said(model, train="head") == said(model, train="out") == said(model, head=None) == []
     model.layers[-1].bias.assign([0.0, 0.1])  # it was trained

@@ -22,7 +22,7 @@ from keras_lora.targets import blocks as blocks_
 from keras_lora.targets import presets
 from keras_lora.targets.heads import find_head, layers_to_train, looks_new
 from keras_lora.targets.patterns import Key, Pattern, Patterns, Search, as_list, matches
-from keras_lora.targets.target_list import ALREADY, NO_ADAPTER, TARGET, UNUSED, Target, TargetList
+from keras_lora.targets.target_list import ALREADY, LARGE, NO_ADAPTER, TARGET, UNUSED, Target, TargetList
 
 #: Why the output head gets no adapter.
 HEAD = "output head"
@@ -156,12 +156,17 @@ def _why_not(site: Site, why_not: dict[Key, str], trained: dict[Key, Any]) -> st
 
 
 def _notes(heads: list[Place], rows: list[Target]) -> list[str]:
-    """What to look at before training: a new head that stays frozen."""
+    """What to look at before training."""
+    large = sum(row.why == LARGE for row in rows)
+    unused = sum(row.why == UNUSED for row in rows)
     frozen = {id(row.layer) for row in rows if row.action == "freeze"}
     new = [f"'{head.path}'" for head in heads if id(head.layer) in frozen and looks_new(head.layer)]
-    if not new:
-        return []
-    return [f"The output head {', '.join(new[:4])} looks new (its bias is zero) and stays frozen: add train='head'."]
+    notes = {
+        f"{large} marked large: the adapter has more parameters than its kernel. A lower rank is enough.": large,
+        f"{unused} not used: if `call` uses them in training alone, call the model with training=True first.": unused,
+        f"The output head {', '.join(new[:4])} looks new (its bias is zero) and stays frozen: add train='head'.": new,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _rows_of(
@@ -197,8 +202,7 @@ def _rows_of(
                 "linear": linear,
             }
             count = adapter.parameter_count(linear.matrix_shape) + biases
-            larger = adapter.size(linear.matrix_shape) > math.prod(linear.matrix_shape)
-            why = f"{TARGET}, larger than its kernel" if larger else TARGET
+            why = LARGE if adapter.size(linear.matrix_shape) > math.prod(linear.matrix_shape) else TARGET
             rows.append(_row(each, own, action="adapt", why=why, trainable=count, **row))
         else:
             known = isinstance(each, Site)

@@ -12,8 +12,9 @@ from keras_lora.linear_map import LinearMap
 
 #: Why a row has the action "train" although this call did not ask for it.
 ALREADY = "trains already"
-#: How the reason starts why a row has the action "adapt".
+#: Why a row has the action "adapt", and what is said if its adapter has more parameters than its kernel.
 TARGET = "target"
+LARGE = f"{TARGET}, larger than its kernel"
 #: How the reason starts why a layer that is no known linear map stays frozen.
 NO_ADAPTER = "no adapter for"
 #: Why a layer stays frozen that has no weights although the model has run.
@@ -107,7 +108,7 @@ def _equality(row: Target) -> tuple[object, ...]:
 def _cells(group: list[Target], with_types: bool) -> tuple[str, ...]:
     """The cells of equal rows after the first; the numbers of parameters are those of all."""
     row = group[0]
-    why = row.why.removeprefix(TARGET).removeprefix(", ").removesuffix(f" for {row.layer_type}")
+    why = {TARGET: "", LARGE: "large"}.get(row.why, row.why.removesuffix(f" for {row.layer_type}"))
     words = [row.layer_type] if with_types else []
     words.append(f"{row.action}: {why}" if why else row.action)
     shape = "" if row.shape is None else "×".join(map(str, row.shape))
