@@ -219,7 +219,20 @@ def test_the_head_is_found_inside_a_nested_model():
         ([layers.Dense(3, name="out"), keras.Sequential([keras.Input((8, 3)), layers.Softmax()])], ["out"]),
         ([layers.LSTM(3)], []),
     ],
-    ids=lambda each: each[-1] if each and isinstance(each[0], str) else "",
+    ids=[
+        "time_distributed",
+        "time_distributed_softmax",
+        "conv",
+        "transposed_cropped",
+        "separable_sigmoid",
+        "global_pooling",
+        "pooling",
+        "two_poolings",
+        "norm",
+        "dense_pooling",
+        "nested_softmax",
+        "lstm",
+    ],
 )
 def test_the_head_is_found_by_its_role(last, expected):
     assert heads_of(keras.Sequential([keras.Input((8, 4)), layers.Conv1D(4, 1, name="first"), *last])) == expected
@@ -523,7 +536,7 @@ GRU = ["gru/gru_cell/kernel", "gru/gru_cell/recurrent_kernel"]
         ("sep/pointwise*", ["sep/pointwise_kernel"]),
         ("kernel", [LSTMS[0], LSTMS[2], GRU[0]]),
     ],
-    ids=str,
+    ids=lambda each: "" if isinstance(each, list) else getattr(each, "__name__", each),
 )
 def test_patterns_reach_the_kernels_of_a_cell(targets, expected):
     rows = keras_lora.list_targets(recurrent(), targets=targets)
