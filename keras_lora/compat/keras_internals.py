@@ -76,8 +76,10 @@ def makes_weights(layer: keras.layers.Layer) -> bool:
 
 def has_run(layer: keras.layers.Layer) -> bool:
     """Whether the `call` of `layer` has run, so that every layer which it uses is built (Keras notes it privately)."""
-    by_build = type(layer).build is keras.layers.Layer.build and bool(layer.weights)  # Keras builds a loaded model so
-    return bool(getattr(layer, "outputs", None)) or (layer.built and (layer._called or by_build))
+    if getattr(layer, "outputs", None) or (layer.built and layer._called):
+        return True
+    # Keras builds a loaded model without a `build` by running its `call`.
+    return layer.built and type(layer).build is keras.layers.Layer.build and bool(layer.weights)
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
