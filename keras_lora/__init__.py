@@ -12,7 +12,8 @@ from keras_lora.layers.registering import register_layer
 from keras_lora.merging import merge_lora, unmerge_lora
 from keras_lora.serving import MultiAdapterModel
 from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
-from keras_lora.targets.choosing import Target, TargetList, list_targets
+from keras_lora.targets.choosing import list_targets
+from keras_lora.targets.target_list import Target, TargetList
 
 __version__ = "0.1.0"
 

@@ -16,8 +16,9 @@ from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import changing_strengths, new_name
 from keras_lora.swap.addresses import walk, walking_once
-from keras_lora.targets.choosing import ALREADY, Target, list_targets
+from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
+from keras_lora.targets.target_list import ALREADY, Target
 
 #: The allowed values of `base_dtype`. bfloat16 has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -60,22 +61,25 @@ def apply_lora(
         rank, alpha: Arguments of the method, if `adapter` is a name. `alpha` does not depend on the rank: its default
             is 16.
         targets: Which layers get an adapter: one pattern or several. A pattern is a name or path of names (of a layer, or
-            of a block, meaning the layers in it), a glob over paths (`"*/query"`), a compiled regular expression that
-            matches the whole path, a layer class, a function from a layer to a bool, or a layer. If a layer has several
-            kernels, add the kernel's name to the path (`"lstm_cell/recurrent_kernel"`). The default is every linear layer
-            except the output head and what `keras_lora.presets` excludes in known models; `"all-linear"` ignores the
+            of a block, meaning the layers in it), a glob for these (`"query*"`, `"block_?/query"`), a compiled regular
+            expression that matches the whole path, a layer class, a function from a layer to a bool, or a layer. If a layer
+            has several kernels, add the kernel's name to the path (`"lstm/recurrent_kernel"`). The default is every linear
+            layer except the output head and what `keras_lora.presets` excludes in known models; `"all-linear"` ignores the
             presets. Embeddings and depthwise kernels are adapted only if you name them.
         exclude: Patterns of layers that get no adapter.
         head: The output head, which the default targets leave out: `"auto"` finds it (see
-            `keras_lora.targets.find_head`), patterns name it, `None` leaves nothing out.
-        train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head.
+            `keras_lora.targets.heads.find_head`), patterns name it, `None` leaves nothing out.
+        train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head. `"head"`
+            also means the output head that was found, whatever its name; in a KerasHub task that is every layer outside the
+            backbone.
         bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
         rank_pattern, alpha_pattern: Other ranks and alphas by pattern; if several match, the first wins.
         adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`.
             These layers are adapted even if `targets` does not name them.
         blocks: Adapt only inside these repeated blocks of the model: an index, several, or a slice of indices
             (`slice(-4, None)`, the last four) or of fractions of the depth (`slice(0.5, None)`, the upper half). Each series
-            of blocks (an encoder, a decoder) is counted separately.
+            of blocks (an encoder, a decoder) is counted separately. In a model without repeated blocks, fractions count the
+            adaptable layers in their order.
         base_dtype: `"bfloat16"` stores the float kernels of the adapted layers in bfloat16, at half the memory of float32,
             and computes their products in bfloat16; the adapters stay float32. By default kernels keep their dtype. During
             a step, XLA on JAX and TensorFlow may widen the kernels again. `remove_lora` and `merge_lora` restore the dtype,
@@ -101,9 +105,7 @@ def apply_lora(
     Reference:
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
-    method = adapters.get(adapter, rank=rank, alpha=alpha)
+    method = method_for(model, adapter, rank, alpha)
     if base_dtype not in (None, *BASE_DTYPES):
         raise ValueError(f"`base_dtype` must be None or one of {BASE_DTYPES}. Received: base_dtype={base_dtype!r}.")
     name = new_name(model, name)

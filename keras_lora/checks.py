@@ -9,7 +9,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 import keras
@@ -92,6 +92,11 @@ def positive_integer(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer, Python's or NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite real number, Python's or NumPy's, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -123,10 +128,22 @@ def _plain(value: Any) -> float:
     return value if type(value) in (int, float) else float(value)
 
 
-def keras_layer(model: Any) -> None:
-    """Raise unless `model` is a Keras model or layer."""
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
+def keras_layer(model: Any, second: Any = None, no: tuple[type, ...] = ()) -> None:
+    """Raise unless `model` is a Keras model or layer, but `no` such layer; `second`, the next argument, may be the model."""
+    if not isinstance(model, keras.layers.Layer) or isinstance(model, no):
+        hint = " Expected the model first: swap the two." if isinstance(second, keras.layers.Layer) else ""
+        raise TypeError(f"`model` must be a Keras model or layer. Received: {described(model)}.{hint}")
+
+
+def described(value: Any) -> str:
+    """Any value in a few words: a list of variables would print all their numbers."""
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple, set, dict)):
+        of = f", the first of type {type(next(iter(value))).__name__}" if value else ""
+        return f"a {kind} of length {len(value)}{of}"
+    if value is None or isinstance(value, (str, bytes, Real)):
+        return f"{repr(value)[:80]} of type {kind}"
+    return f"an object of type {kind}"
 
 
 def bullets(problems: Iterable[str]) -> str:

@@ -129,6 +129,8 @@ def combine_adapters(
     check_names(model, weights)
     name = new_name(model, name)
     _check_arguments(method, weights, rank, energy, density)
+    rank, energy = _plain_numbers(rank, energy)
+    density = None if density is None else checks.share("density", density)
     rng = np.random.default_rng(seed)
     terms: dict[str, _Terms] = {}
     linears: dict[str, LinearMap] = {}
@@ -184,6 +186,7 @@ def compress_adapter(
     require_adapted(model, "compress_adapter")
     name = only_name(model, name)
     old = named_adapters(model)[name]
+    rank, energy = _plain_numbers(rank, energy)
     made = {address: _approximated(linear, [(1.0, adapter)], rank, energy) for address, (linear, adapter) in old.items()}
     new = {address: _plain_lora(old[address][0], found) for address, (found, _) in made.items()}
     replace(model, name, new)
@@ -289,6 +292,12 @@ def _report(model: Any, linears: dict[str, LinearMap], made: dict[str, tuple[int
         linear = linears[address]
         rows.append(CombinedKernel(address_of(paths[id(linear.layer)], linear), rank, error))
     return rows
+
+
+def _plain_numbers(rank: Any, energy: Any) -> tuple[int | None, float | None]:
+    """A rank and an energy as Python numbers."""
+    rank = None if rank is None else checks.positive_integer("rank", rank)
+    return rank, None if energy is None else checks.share("energy", energy)
 
 
 def _check_arguments(method: str, weights: dict[str, float], rank: Any, energy: Any, density: Any) -> None:

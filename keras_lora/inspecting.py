@@ -10,7 +10,8 @@ from typing import Any
 import keras
 from rich.table import Table
 
-from keras_lora import adapters, reports
+from keras_lora import adapters, checks, reports
+from keras_lora.compat import keras_internals
 from keras_lora.swap import flags
 from keras_lora.swap.adapted import address_of, named_adapters
 from keras_lora.swap.addresses import walk
@@ -43,7 +44,7 @@ class AdapterRow:
     bytes: int
 
 
-class AdapterList(list[AdapterRow]):
+class AdapterList(reports.Printed, list[AdapterRow]):
     """A list of `AdapterRow`; printing it prints a table with totals."""
 
     def __init__(self, rows: list[AdapterRow], trainable: int, parameters: int):
@@ -54,9 +55,10 @@ class AdapterList(list[AdapterRow]):
     @property
     def total(self) -> str:
         """One line that shows how much of the model trains."""
-        return (
-            f"trainable: {self.trainable:,} of {self.parameters:,} ({100 * self.trainable / max(self.parameters, 1):.3g} %)"
-        )
+        return reports.total(self.trainable, self.parameters)
+
+    def lines(self) -> list[str]:
+        return [self.total]
 
     @property
     def adapters(self) -> dict[str, dict[str, Any]]:
@@ -75,28 +77,34 @@ class AdapterList(list[AdapterRow]):
         rows = [asdict(row) for row in self]
         return {"rows": rows, "adapters": self.adapters, "trainable": self.trainable, "parameters": self.parameters}
 
-    def __str__(self) -> str:
-        table = Table()
-        for column in ("layer", "adapter", "method"):
-            table.add_column(column, overflow="fold")
-        for column in ("rank", "scale", "active", "trainable", "parameters", "%", "bytes"):
-            table.add_column(column, justify="right")
-        for row in self:
-            table.add_row(row.layer, row.name or "", row.method or "trains itself", *self._cells(asdict(row)))
+    def table(self, width: float) -> Table:
+        """The table: equal blocks once, then a row for each adapter. If it is too wide, without bytes."""
+        table = self._table(with_bytes=True)
+        return self._table(with_bytes=False) if reports.is_wider(table, width) else table
+
+    def _table(self, with_bytes: bool) -> Table:
+        groups = reports.folded(self, lambda row: tuple({**asdict(row), "layer": reports.stem(row.layer)}.values()))
+        sizes = ("parameters", "trainable", "bytes")
+        lines = [asdict(group[0]) | {key: sum(getattr(row, key) for row in group) for key in sizes} for group in groups]
+        paths = [reports.span([row.layer for row in group]) for group in groups]
+        numbers = ("rank", "scale", "active", "params", "trained", *(["bytes"] if with_bytes else []))
+        table = reports.table_of(("layer", "adapter", "method"), numbers)
+        reports.add_branches(table, zip(paths, (_cells(line, with_bytes) for line in lines), strict=True))
         table.add_section()
         for name, line in self.adapters.items():
-            table.add_row(f"{line['layers']} layers", name, str(line["method"]), *self._cells(line))
-        return f"{reports.text(table)}{self.total}"
+            table.add_row(f"{line['layers']} layers", *_cells({"name": name, **line}, with_bytes))
+        return table
 
-    __repr__ = __str__
 
-    def _cells(self, row: dict[str, Any]) -> list[str]:
-        def number(value: Any) -> str:
-            return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+def _cells(row: dict[str, Any], with_bytes: bool) -> tuple[str, ...]:
+    """The cells of a row after the first."""
 
-        share = 100 * row["parameters"] / max(self.parameters, 1)
-        cells = [number(row["rank"]), number(row["scale"]), "no" if row["strength"] == 0 else number(row["strength"])]
-        return [*cells, f"{row['trainable']:,}", f"{row['parameters']:,}", f"{share:.3g}", f"{row['bytes']:,}"]
+    def number(value: Any) -> str:
+        return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+    numbers = [number(row["rank"]), number(row["scale"]), "no" if row["strength"] == 0 else number(row["strength"])]
+    sizes = [reports.short(row[key]) for key in ("parameters", "trainable", *(["bytes"] if with_bytes else []))]
+    return (row["name"] or "", row["method"] or "in full", *numbers, *sizes)
 
 
 def list_adapters(model: Any) -> AdapterList:
@@ -107,7 +115,8 @@ def list_adapters(model: Any) -> AdapterList:
 
     Returns:
         A list of `AdapterRow`: one for each adapter of each kernel, and one for each layer with other trainable variables.
-        Printing it prints a table. `list_adapters(model).data()` is the same as plain data; `.total` is a one-line summary.
+        Printing it prints a table, in which equal blocks are one. `list_adapters(model).data()` has every row as plain data;
+        `.total` is a one-line summary.
 
     Raises:
         TypeError: `model` is not a Keras layer.
@@ -119,8 +128,7 @@ def list_adapters(model: Any) -> AdapterList:
     >>> keras_lora.list_adapters(keras_lora.apply_lora(model, rank=4, name="french")).total
     'trainable: 192 of 803 (23.9 %)'
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
+    checks.keras_layer(model)
     adapters_at: dict[int, list[AdapterRow]] = {}
     places = walk(model)
     paths = {id(place.layer): place.path for place in places}
@@ -134,7 +142,7 @@ def list_adapters(model: Any) -> AdapterList:
         trained = [v for v in flags.planned_variables(place.layer) if v.trainable]
         if trained and not isinstance(place.layer, adapters.Adapter):
             rows.append(AdapterRow(place.path, None, None, None, None, None, *_sizes(trained)))
-    return AdapterList(rows, *_sizes(model.weights)[:2])
+    return AdapterList(rows, *_sizes(keras_internals.variables_of(place.layer for place in places))[:2])
 
 
 def _row(path: str, name: str, adapter: adapters.Adapter) -> AdapterRow:

@@ -374,9 +374,9 @@ FAULTS = [
     # Targets.
     Fault(
         "the output head is adapted by default",
-        "targets/choosing.py",
-        "    if _is_dense(operation):\n        return [operation]",
-        "    if _is_dense(operation):\n        return []",
+        "targets/heads.py",
+        "    if isinstance(layer, kinds):\n        return [layer]",
+        "    if isinstance(layer, kinds):\n        return []",
         "test_targets",
     ),
     Fault(
@@ -396,8 +396,8 @@ FAULTS = [
     Fault(
         "a name matches inside another name",
         "targets/patterns.py",
-        'return f"/{pattern.strip(\'/\')}/" in f"/{place.path}/"',
-        "return pattern.strip('/') in place.path",
+        'return f"/{pattern}/" in f"/{path}/"',
+        "return pattern in path",
         "test_targets",
     ),
     Fault(
@@ -427,6 +427,41 @@ FAULTS = [
         "            found += [(place, preset.why) for preset in presets for place in preset.places_in(backbone, within)]",
         "            found += []",
         "test_families",
+    ),
+    Fault(
+        "a convolution before pooling is taken for the head",
+        "targets/heads.py",
+        "DENSE if isinstance(operation, POOLING) else kinds",
+        "kinds",
+        "test_targets",
+    ),
+    Fault(
+        "a sublayer that a model does not use keeps it from being adapted",
+        "targets/choosing.py",
+        "return {place.key for place in places if place.key in ran and not place.layer.built}",
+        "return set()",
+        "test_targets",
+    ),
+    Fault(
+        "a glob must match the whole path",
+        "targets/patterns.py",
+        "runs = itertools.combinations(range(len(names) + 1), 2)",
+        "runs = [(0, len(names))]",
+        "test_targets",
+    ),
+    Fault(
+        "the numbers of equal blocks are printed once",
+        "targets/target_list.py",
+        "sum(each.parameters for each in group)",
+        "row.parameters",
+        "test_targets",
+    ),
+    Fault(
+        "indices of blocks count the layers of a flat model",
+        "targets/blocks.py",
+        "        if any(checks.is_integer(end) for end in ends):",
+        "        if False:",
+        "test_targets",
     ),
     # Merging, switching, combining.
     Fault(

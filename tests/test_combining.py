@@ -265,3 +265,13 @@ def test_compressing_a_model_that_is_switched_off_keeps_the_plan():
     assert not model.trainable_variables
     model.trainable = True
     assert [tuple(v.shape) for v in model.trainable_variables] == [(6, 1), (1, 8)]
+
+
+def test_numbers_of_numpy_are_numbers():
+    layer = two("dense")
+    weights = {"a": np.float32(0.5), "b": np.int64(2)}
+    report = keras_lora.combine_adapters(layer, weights, name="new", method="svd", rank=np.int64(1))
+    assert [row.rank for row in report] == [1]
+    arguments = {"method": "ties", "energy": np.float32(0.9), "density": np.float16(0.5)}
+    keras_lora.combine_adapters(layer, weights, name="newer", **arguments)
+    assert [row.rank for row in keras_lora.compress_adapter(layer, name="b", rank=np.uint8(1))] == [1]

@@ -50,6 +50,36 @@ def test_a_method_knows_the_words_too():
         keras_lora.apply_lora(keras.Sequential([layers.Dense(2)]), "trainable_tokens")
 
 
+def test_a_method_without_a_rank_says_so():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4), layers.Dense(2)])
+    for function in (keras_lora.apply_lora, keras_lora.list_targets):
+        with pytest.raises(TypeError, match=r"`TrainableTokens\(\)` has no argument `rank`: this method takes `tokens`\."):
+            function(model, "trainable_tokens", rank=4)
+        with pytest.raises(TypeError, match=r"has no argument `alpha`.* Received: alpha=2\. Leave it out"):
+            function(model, keras_lora.TrainableTokens([1]), alpha=2)
+
+
+def test_what_is_no_model_is_said_in_a_few_words(model):
+    heavy = [keras.Variable(np.ones((100, 100))), keras.Variable(np.ones(3))]
+    for function in (keras_lora.apply_lora, keras_lora.list_targets, keras_lora.list_adapters):
+        with pytest.raises(TypeError, match="`model` must be a Keras model or layer") as error:
+            function(heavy)
+        assert str(error.value).endswith(f"Received: a list of length 2, the first of type {type(heavy[0]).__name__}.")
+        with pytest.raises(TypeError, match=r"Received: None of type NoneType\."):
+            function(None)
+        with pytest.raises(TypeError, match=r"Received: an object of type ndarray\."):
+            function(np.ones(9))
+
+
+def test_swapped_arguments_are_noticed(model):
+    for function in (keras_lora.apply_lora, keras_lora.list_targets):
+        for method, shown in [("lora", "'lora' of type str"), (keras_lora.LoRA(rank=2), "an object of type LoRA")]:
+            with pytest.raises(TypeError, match=rf"Received: {shown}\. Expected the model first: swap the two\."):
+                function(method, model)
+    with pytest.raises(TypeError, match=r"must be a name.*of type Functional"):
+        keras_lora.apply_lora(model, model)
+
+
 def test_a_rank_for_some_layers_is_refused_by_a_method_that_has_none():
     ids = keras.Input((3,), dtype="int32")
     model = keras.Model(ids, layers.Dense(2)(layers.Embedding(9, 4, name="tokens")(ids)))
@@ -83,6 +113,10 @@ def test_numbers_of_numpy_are_numbers(model):
     method = keras_lora.LoRA(rank=np.int64(4), alpha=np.float32(8), dropout=np.float64(0.5))
     assert (method.rank, method.alpha, method.dropout) == (4, 8.0, 0.5)
     assert {type(each) for each in (method.rank, method.alpha, method.dropout)} == {int, float}
+    rows = keras_lora.list_targets(
+        model, rank=np.int32(4), alpha=np.int64(8), rank_pattern={"query": np.int64(2)}, alpha_pattern={"key": np.float32(3)}
+    )
+    assert [(row.rank, row.adapter.alpha) for row in rows.of("adapt")] == [(2, 8), (4, 3.0), (4, 8), (4, 8)]
     for wrong in ({"rank": True}, {"rank": 2.0}, {"rank": 0}, {"alpha": np.nan}, {"alpha": "8"}, {"dropout": 1}):
         with pytest.raises(ValueError, match="must be a"):
             keras_lora.LoRA(**wrong)

@@ -42,6 +42,46 @@ def test_own_variables_are_without_those_of_sublayers():
     assert internals.own_variables(keras.Sequential([norm])) == []
 
 
+def test_variables_of_layers_are_theirs_alone_each_once(dense):
+    model = keras.Sequential([dense, layers.BatchNormalization()])
+    model.build((None, 2))
+    found = internals.variables_of([model, *model.layers, dense])
+    assert {id(v) for v in found} == {id(v) for v in model.weights}
+    assert len(found) == 6
+
+
+def test_makes_weights_of_layers_that_are_not_built():
+    made = [layers.Dense(1), layers.MultiHeadAttention(1, 1), layers.LSTM(1), layers.BatchNormalization()]
+    none = [layers.RandomFlip(), layers.Normalization(), layers.Rescaling(1.0), layers.Dropout(0.1), layers.Concatenate()]
+    none += [layers.TimeDistributed(layers.Dense(1)), layers.Bidirectional(layers.LSTM(1)), keras.Sequential([])]
+    assert [internals.makes_weights(layer) for layer in made] == [True] * len(made)
+    assert [internals.makes_weights(layer) for layer in none] == [False] * len(none)
+
+
+def test_has_run_says_whether_everything_that_is_used_is_built(dense):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = Model()
+    assert not internals.has_run(model)
+    assert not internals.has_run(dense)
+    with pytest.warns(UserWarning, match="does not have a `build"):
+        model.build((None, 2))  # which builds nothing in it
+    assert not internals.has_run(model)
+    called, loaded = Model(), Model()
+    called(np.ones((1, 2)))
+    loaded.build_from_config({"input_shape": (None, 2)})
+    loaded.built = True  # as Keras's loader sets it
+    assert internals.has_run(called)
+    assert internals.has_run(loaded)
+    assert internals.has_run(keras.Sequential([keras.Input((2,)), dense]))
+
+
 def test_a_flag_is_set_on_one_layer_only(dense):
     model = keras.Sequential([dense])
     internals.set_own_trainable(model, False)

@@ -193,7 +193,7 @@ def test_what_trained_still_does_and_the_model_is_one_like_any_other(kind, tmp_p
 def test_a_truncated_rank_is_numpys_and_so_is_its_error(kind):
     layer = with_keras_lora(CASES[kind].built(), rank=3)
     change = keras_change(layer)
-    (row,) = from_enable_lora(layer, rank=1)
+    (row,) = from_enable_lora(layer, rank=np.int64(1))
     ((linear, adapter),) = adapted_maps(layer).values()
     whole = value(linear.as_matrix(keras.ops.convert_to_tensor(change.astype("float32"))))
     u, s, v = np.linalg.svd(whole, full_matrices=False)

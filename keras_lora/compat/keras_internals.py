@@ -11,7 +11,7 @@ import functools
 import inspect
 import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -58,9 +58,40 @@ def set_past_tracking(layer: keras.layers.Layer) -> dict[str, Any]:
     return {name: vars(layer)[name] for name in early if name != "_modules"}  # torch's dict of later attributes
 
 
+#: Modules of Keras with classes whose `build` makes no weights, beside those of sublayers.
+_WITHOUT_WEIGHTS = (
+    "keras.src.layers.core.wrapper",
+    "keras.src.layers.layer",
+    "keras.src.layers.merging",
+    "keras.src.layers.preprocessing",
+    "keras.src.layers.rnn.bidirectional",
+    "keras.src.layers.rnn.time_distributed",
+    "keras.src.models.sequential",
+)
+
+
+def makes_weights(layer: keras.layers.Layer) -> bool:
+    """Whether the `build` of `layer` may make weights; Keras tells this only of a layer that is built."""
+    owner = next(cls for cls in type(layer).__mro__ if "build" in vars(cls))
+    return not owner.__module__.startswith(_WITHOUT_WEIGHTS)
+
+
+def has_run(layer: keras.layers.Layer) -> bool:
+    """Whether the `call` of `layer` has run, so that every layer which it uses is built (Keras notes it privately)."""
+    if getattr(layer, "outputs", None) or (layer.built and layer._called):
+        return True
+    # Keras builds a loaded model without a `build` by running its `call`.
+    return layer.built and type(layer).build is keras.layers.Layer.build and bool(layer.weights)
+
+
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Return the variables of `layer` without those of its sublayers, trainable ones first."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def variables_of(layers: Iterable[keras.layers.Layer]) -> list[keras.Variable]:
+    """Return the own variables of these layers, each once; `weights` of a model lacks those that Keras does not track."""
+    return list({id(v): v for layer in layers for v in own_variables(layer)}.values())
 
 
 def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:

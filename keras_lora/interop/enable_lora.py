@@ -78,7 +78,7 @@ class LastAxisLoRA:
         if not same:
             (a, b), error = factors.truncate((a, scale * b), energy=1 - _ZERO**2)
             if rank is not None and rank < a.shape[-1]:
-                (a, b), error = factors.truncate((a, b), rank)
+                (a, b), error = factors.truncate((a, b), int(rank))
         if a.any() and b.any():
             adapter = adapters.LoRA(rank=a.shape[-1], alpha=self.alpha if same else a.shape[-1])
             with adapters.skip_init():
@@ -170,10 +170,9 @@ def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = 
 
 def checked_arguments(function: str, model: Any, rank: int | None, name: str | None) -> str:
     """Return the name for the adapter, or raise an error if the arguments are wrong or the model has adapters."""
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"`rank` must be a positive integer or None. Received: rank={rank!r}.")
+    checks.keras_layer(model)
+    if rank is not None:
+        checks.positive_integer("rank", rank)
     if taken := list(named_adapters(model)):
         raise ValueError(
             f"`{function}()` wants a model without adapters of keras_lora. Received: '{model.name}' with the adapters "

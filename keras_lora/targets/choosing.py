@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
-from rich.table import Table
 
-from keras_lora import adapters, checks, reports
+from keras_lora import adapters, checks
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, slots
@@ -19,10 +20,12 @@ from keras_lora.swap.adapters_of_model import new_name
 from keras_lora.swap.addresses import Place, walk, walking_once
 from keras_lora.targets import blocks as blocks_
 from keras_lora.targets import presets
-from keras_lora.targets.patterns import Key, Pattern, Patterns, Search
+from keras_lora.targets.heads import find_head, layers_to_train, looks_new
+from keras_lora.targets.patterns import Key, Pattern, Patterns, Search, as_list, matches
+from keras_lora.targets.target_list import ALREADY, LARGE, NO_ADAPTER, TARGET, UNUSED, Target, TargetList
 
-#: Why a row has the action "train" although this call did not ask for it.
-ALREADY = "trains already"
+#: Why the output head gets no adapter.
+HEAD = "output head"
 
 
 @dataclass(frozen=True)
@@ -34,65 +37,6 @@ class Site(Place):
     @property
     def key(self) -> Key:
         return (id(self.layer), self.linear.part)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What would happen to one layer that has variables, or to one of its kernels if it has several.
-
-    Attributes:
-        path: The path of the layer, with the kernel's name if it has several.
-        layer_type: The name of its class.
-        action: `"adapt"`, `"train"` (in full) or `"freeze"`.
-        why: The reason, in words.
-        shape: Shape of its kernel as a matrix, `(in_dim, out_dim)`, or `None` if it is not a known linear map.
-        rank: Rank of the adapter, or `None`.
-        parameters: The number of parameters of the layer.
-        trainable: The number of parameters that would train because of this row.
-    """
-
-    path: str
-    layer_type: str
-    action: str
-    why: str
-    shape: tuple[int, ...] | None
-    rank: int | None
-    parameters: int
-    trainable: int
-    layer: keras.layers.Layer = field(repr=False)
-    linear: LinearMap | None = field(repr=False, default=None)
-    adapter: adapters.Adapter | None = field(repr=False, default=None)
-
-
-class TargetList(list[Target]):
-    """A list of `Target`; printing it prints a table."""
-
-    def of(self, action: str) -> list[Target]:
-        """The rows with this action."""
-        return [target for target in self if target.action == action]
-
-    def __str__(self) -> str:
-        table = Table()
-        for column in ("layer", "type", "action", "why", "matrix", "rank", "parameters", "trainable"):
-            table.add_column(
-                column, overflow="fold", justify="right" if column in ("rank", "parameters", "trainable") else "left"
-            )
-        for row in self:
-            shape = "" if row.shape is None else " × ".join(map(str, row.shape))
-            rank = "" if row.rank is None else str(row.rank)
-            table.add_row(
-                row.path, row.layer_type, row.action, row.why, shape, rank, f"{row.parameters:,}", f"{row.trainable:,}"
-            )
-        return f"{reports.text(table)}{self.total}"
-
-    __repr__ = __str__
-
-    @property
-    def total(self) -> str:
-        """One line that shows how much of the model would train."""
-        trainable, everything = sum(row.trainable for row in self), sum(row.parameters for row in self)
-        everything += sum(row.adapter.size(row.shape) + 1 for row in self if row.adapter and row.shape)  # strength
-        return f"trainable: {trainable:,} of {everything:,} ({100 * trainable / max(everything, 1):.3g} %)"
 
 
 @checks.helpful
@@ -121,7 +65,9 @@ def list_targets(
         rank_pattern, alpha_pattern, adapter_pattern, blocks, name: As for `keras_lora.apply_lora`.
 
     Returns:
-        A list of `Target`, one for each layer that has variables itself. Printing it prints a table.
+        A list of `Target`, one for each layer that has variables itself. Printing it prints a table that fits the
+        terminal; there equal blocks are one ("× 12"), and so are the layers of a type that has no adapter. `total` is one
+        line, and `notes` says what to look at, such as a new head that stays frozen.
 
     Raises:
         ValueError: As `keras_lora.apply_lora` would.
@@ -134,30 +80,33 @@ def list_targets(
     >>> [(target.path, target.action, target.trainable) for target in keras_lora.list_targets(model, rank=4)]
     [('hidden', 'adapt', 192), ('out', 'freeze', 0)]
     """
-    method = adapters.get(adapter, rank=rank, alpha=alpha)
+    method = method_for(model, adapter, rank, alpha)
     new_name(model, name)
     places = [place for place in walk(model) if not isinstance(place.layer, adapters.Adapter)]
-    _refuse_unfit_model(model, places, bias)
-    sites = [site for place in places for site in _sites_of(place)]
-    search = Search(model, places)
+    unused = _unused(places)
+    _refuse_unfit_model(model, places, unused, bias)
+    used = [place for place in places if place.key not in unused]
+    sites = [site for place in used for site in _sites_of(place)]
+    search = Search(model, places, unused)
 
     kernels = [site for site in sites if site.linear.part]
     excluded = _with_insides(search.find("exclude", exclude, [*places, *kernels]), places)
-    trained = _with_insides(search.find("train", train, places), places)
+    heads = _heads(search, model, head, places)
+    trained = _with_insides(_trained(search, model, train, heads, used), used)
     named = search.find_values("adapter_pattern", adapter_pattern, sites)
     why_not = {key: "excluded" for key in excluded}
     if targets is None or targets == "all-linear":
         chosen = {site.key: site for site in sites if site.layer is model or site.linear.by_default}
-        for key in _with_insides(_heads(search, model, head, places), places):
-            why_not.setdefault(key, "output head")
+        for key in _with_insides({place.key: place for place in heads}, places):
+            why_not.setdefault(key, HEAD)
         for place, why in presets.left_out(places) if targets is None else []:
             why_not.setdefault(place.key, why)
         _warn_of_subclasses(places)
     else:
         chosen = search.find("targets", targets, sites)
     if blocks is not None:
-        found, problems = blocks_.choose(model, places, blocks)
-        inside = _with_insides(found, places)
+        chosen_blocks, problems = blocks_.choose(model, places, sites, blocks)
+        inside = _with_insides(chosen_blocks, places)
         search.problems += problems
         for key in chosen if not problems else ():
             if (key[0], "") not in inside:
@@ -173,18 +122,56 @@ def list_targets(
         search.problems += _problems_of(site, methods[key])
     for place in trained.values():
         search.problems += _problems_of_training(place)
-    if not chosen:
-        search.found_nothing(targets, sites)
+    if not chosen and not search.problems:
+        search.found_nothing(sites, Counter(_why_not(site, why_not, trained) for site in sites))
     search.raise_problems()
 
-    rows = TargetList()
-    for place in places:
-        rows += _rows_of(place, chosen, methods, trained, why_not, bias)
-    return rows
+    rows = [row for place in places for row in _rows_of(place, unused, chosen, methods, trained, why_not, bias)]
+    variables = keras_internals.variables_of(place.layer for place in walk(model))
+    new = [row.adapter.size(row.shape) + 1 for row in rows if row.adapter and row.shape]  # one more for the strength
+    return TargetList(rows, sum(map(_size, variables)) + sum(new), _notes(heads, rows))
+
+
+def method_for(model: Any, adapter: Any, rank: int | None, alpha: float | None) -> adapters.Adapter:
+    """The method that the first arguments of `apply_lora` name, or an error that says which of them is wrong."""
+    checks.keras_layer(model, adapter, no=(adapters.Adapter,))
+    cls = adapters.TABLE.get(adapter.lower()) if isinstance(adapter, str) else type(adapter)
+    if cls is not None and issubclass(cls, adapters.Adapter):
+        known = inspect.signature(cls).parameters
+        given = {word: value for word, value in (("rank", rank), ("alpha", alpha)) if value is not None}
+        if unknown := [word for word in given if word not in known]:
+            own = ", ".join(f"`{word}`" for word in known if word not in ("name", "dtype", "trainable", "kwargs"))
+            raise TypeError(
+                f"`{cls.__name__}()` has no argument `{unknown[0]}`: this method takes {own or 'no arguments'}. Received: "
+                f"{unknown[0]}={given[unknown[0]]!r}. Leave it out."
+            )
+    return adapters.get(adapter, rank=rank, alpha=alpha)
+
+
+def _why_not(site: Site, why_not: dict[Key, str], trained: dict[Key, Any]) -> str:
+    """Why a kernel that could be adapted is not."""
+    if (site.key[0], "") in trained:
+        return "named in `train`"
+    return why_not.get(site.key) or why_not.get((site.key[0], "")) or "not a target"
+
+
+def _notes(heads: list[Place], rows: list[Target]) -> list[str]:
+    """What to look at before training."""
+    large = sum(row.why == LARGE for row in rows)
+    unused = sum(row.why == UNUSED for row in rows)
+    frozen = {id(row.layer) for row in rows if row.action == "freeze"}
+    new = [f"'{head.path}'" for head in heads if id(head.layer) in frozen and looks_new(head.layer)]
+    notes = {
+        f"{large} marked large: the adapter has more parameters than its kernel. A lower rank is enough.": large,
+        f"{unused} not used: if `call` uses them in training alone, call the model with training=True first.": unused,
+        f"The output head {', '.join(new[:4])} looks new (its bias is zero) and stays frozen: add train='head'.": new,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _rows_of(
     place: Place,
+    unused: set[Key],
     chosen: dict[Key, Site],
     methods: dict[Key, adapters.Adapter],
     trained: dict[Key, Any],
@@ -193,8 +180,8 @@ def _rows_of(
 ) -> list[Target]:
     """The rows of one layer: none if it has no variables, several if it has several kernels."""
     variables = keras_internals.own_variables(place.layer)
-    if not place.layer.built and maps_of(place.layer):
-        return [_row(place, [], action="freeze", why="the model does not use it: it has no weights", trainable=0)]
+    if place.key in unused and _makes_own_weights(place.layer):
+        return [_row(place, variables, action="freeze", why=UNUSED, trainable=0)]
     if place.key in trained and variables:
         count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
         return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
@@ -215,11 +202,12 @@ def _rows_of(
                 "linear": linear,
             }
             count = adapter.parameter_count(linear.matrix_shape) + biases
-            rows.append(_row(each, own, action="adapt", why="target", trainable=count, **row))
+            why = LARGE if adapter.size(linear.matrix_shape) > math.prod(linear.matrix_shape) else TARGET
+            rows.append(_row(each, own, action="adapt", why=why, trainable=count, **row))
         else:
             known = isinstance(each, Site)
             why = why_not.get(each.key) or why_not.get(place.key) or "not a target"
-            why = why if known or why == "excluded" else f"no adapter for {type(place.layer).__name__}"
+            why = why if known or why == "excluded" else f"{NO_ADAPTER} {type(place.layer).__name__}"
             shape = each.linear.matrix_shape if isinstance(each, Site) and _is_readable(each.linear) else None
             rows.append(_row(each, own, action="freeze", why=why, trainable=biases, shape=shape))
         biases = 0  # they are in the first row
@@ -251,49 +239,25 @@ def _row(place: Place, variables: list[Any], **more: Any) -> Target:
     return Target(place.path, type(place.layer).__name__, parameters=size, layer=place.layer, **columns)
 
 
-def _heads(search: Search, model: keras.layers.Layer, head: Any, places: list[Place]) -> dict[Key, Any]:
+def _heads(search: Search, model: keras.layers.Layer, head: Any, places: list[Place]) -> list[Place]:
     if head == "auto":
-        return {place.key: place for place in find_head(model, places)}
-    return {} if head is None else search.find("head", head, places)
+        return find_head(model, places)
+    return [] if head is None else list(search.find("head", head, places).values())
 
 
-def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
-    """Find the output head, which `apply_lora` leaves out by default.
-
-    - A model with a `backbone` (a KerasHub task): every linear layer outside the backbone.
-    - A model with a graph (Functional, Sequential): the search goes back from each output through layers with one input
-      and no variables. The first `Dense` or `EinsumDense` is a head. If a normalization, a merge or a block comes first,
-      that output has no head.
-    - Any other model: the last of its direct sublayers with variables, if that is a `Dense` or `EinsumDense`.
-    - A single layer has no head.
-    """
-    backbone = getattr(model, "backbone", None)
-    if isinstance(backbone, keras.layers.Layer):
-        inside = {id(place.layer) for place in walk(backbone)}
-        return [place for place in places if id(place.layer) not in inside and maps_of(place.layer)]
-    if not isinstance(model, keras.Model):
-        return []
-    if getattr(model, "outputs", None):
-        heads = {id(layer) for tensor in model.outputs for layer in _heads_behind(tensor)}
-    else:
-        own = [layer for layer in keras_internals.sublayers(model) if layer.weights]
-        heads = {id(own[-1])} if own and _is_dense(own[-1]) else set()
-    return [place for place in places if id(place.layer) in heads]
-
-
-def _heads_behind(tensor: Any) -> list[keras.layers.Layer]:
-    operation, inputs = keras_internals.producer_of(tensor)
-    if _is_dense(operation):
-        return [operation]
-    if getattr(operation, "outputs", None) and isinstance(operation, keras.Model):
-        return [layer for output in operation.outputs for layer in _heads_behind(output)]
-    if len(inputs) != 1 or getattr(operation, "weights", None):
-        return []
-    return _heads_behind(inputs[0])
-
-
-def _is_dense(layer: Any) -> bool:
-    return isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+def _trained(
+    search: Search, model: keras.layers.Layer, train: Patterns | None, heads: list[Place], places: list[Place]
+) -> dict[Key, Place]:
+    """The places that `train` names; the word "head" also means the output head that was found."""
+    patterns = as_list(train)
+    found = search.find("train", [pattern for pattern in patterns if pattern != "head"], places)
+    if "head" in patterns:
+        named = [place for place in places if matches("head", place)]
+        head = {place.key: place for place in [*layers_to_train(model, heads, places), *named]}
+        if not head:
+            search.problems.append("train='head': no layer has this name, and no output head was found; name a layer")
+        found |= head
+    return found
 
 
 def _with_insides(found: dict[Key, Any], places: list[Place]) -> dict[Key, Any]:
@@ -333,11 +297,11 @@ def _problems_of_training(place: Place) -> list[str]:
     return [f"'{place.path}' cannot train in full beside its adapters {bound}, which measured its kernel"] if bound else []
 
 
-def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
+def _refuse_unfit_model(model: Any, places: list[Place], unused: set[Key], bias: str) -> None:
     if bias not in flags.BIAS_OPTIONS:
         raise ValueError(f"`bias` must be one of {flags.BIAS_OPTIONS}. Received: bias={bias!r}.")
-    unused = _inside_graphs(places)
-    unbuilt = [place.path for place in places if not place.layer.built and place.key not in unused]
+    waiting = [place for place in places if not place.layer.built and place.key not in unused]
+    unbuilt = [place.path for place in waiting if _makes_own_weights(place.layer)]
     if unbuilt:
         raise ValueError(
             f"'{model.name}' is not built: {', '.join(unbuilt[:8])} have no weights yet. Expected a built model. Call the "
@@ -351,13 +315,19 @@ def _refuse_unfit_model(model: Any, places: list[Place], bias: str) -> None:
         )
 
 
-def _inside_graphs(places: list[Place]) -> set[Key]:
-    """Every layer at or below a model with a graph. Making the graph builds all layers it uses; unbuilt ones are unused."""
-    inside: set[Key] = set()
+def _unused(places: list[Place]) -> set[Key]:
+    """The layers that are not built, at or below one whose `call` has run: it has built every layer that it uses."""
+    ran: set[Key] = set()
     for place in places:
-        if getattr(place.layer, "outputs", None) or (place.holder is not None and (id(place.holder), "") in inside):
-            inside.add(place.key)
-    return inside
+        if (place.holder is not None and (id(place.holder), "") in ran) or keras_internals.has_run(place.layer):
+            ran.add(place.key)
+    return {place.key for place in places if place.key in ran and not place.layer.built}
+
+
+def _makes_own_weights(layer: keras.layers.Layer) -> bool:
+    """Whether a layer that is not built may have weights one day, and not those of its sublayers alone."""
+    inside = any(keras_internals.makes_weights(each) for each in keras_internals.sublayers(layer))
+    return bool(maps_of(layer)) or (keras_internals.makes_weights(layer) and not inside)
 
 
 def _warn_of_subclasses(places: list[Place]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import keras
 
+from keras_lora import checks
 from keras_lora.swap import adapted
 from keras_lora.swap.addresses import Place, walk
 
-#: A layer or group by name or path ("query", "encoder/layer_0"), a glob over paths ("*/query"), a compiled regular
+#: A layer or group by name or path ("query", "encoder/layer_0"), a glob for these ("layer_?/query*"), a compiled regular
 #: expression that must match the whole path, a layer class, a function from a layer to a bool, or a layer itself.
 Pattern: TypeAlias = str | re.Pattern[str] | type | Callable[[Any], bool] | keras.layers.Layer
 Patterns: TypeAlias = Pattern | Iterable[Pattern]
@@ -31,15 +33,16 @@ class Found(NamedTuple):
 class Search:
     """Finds places by pattern, and collects all problems with the patterns so that one error lists them."""
 
-    def __init__(self, model: keras.layers.Layer, places: list[Place]):
-        self.model, self.places = model, places
+    def __init__(self, model: keras.layers.Layer, places: list[Place], unused: set[Key]):
+        self.model, self.places, self.unused = model, places, unused
         self.problems: list[str] = []
 
     def find(self, argument: str, patterns: Any, among: Iterable[Any]) -> dict[Key, Any]:
         found: dict[Key, Any] = {}
         among = list(among)
         for pattern in as_list(patterns):
-            matched = {place.key: place for place in among if matches(pattern, place)}
+            inside = self._inside(pattern)
+            matched = {place.key: place for place in among if id(place.layer) in inside or matches(pattern, place)}
             if not matched:
                 self._unmatched(argument, pattern, among)
             found |= matched
@@ -54,25 +57,35 @@ class Search:
                 found.values.setdefault(key, value)
         return found
 
+    def _inside(self, pattern: Any) -> set[int]:
+        """The layers inside those of a class, such as the cell of an LSTM."""
+        of_class = isinstance(pattern, type) and issubclass(pattern, keras.layers.Layer)
+        holders = [place.layer for place in self.places if of_class and isinstance(place.layer, pattern)]
+        return {id(each.layer) for holder in holders for each in walk(holder)}
+
     def _unmatched(self, argument: str, pattern: Any, among: list[Place]) -> None:
-        elsewhere = sorted({type(place.layer).__name__ for place in self.places if matches(pattern, place)})
+        elsewhere = [place for place in self.places if matches(pattern, place)]
         if elsewhere:
-            self.problems.append(
-                f"{argument}={shown(pattern)} matches only layers that cannot be chosen here: {', '.join(elsewhere)}"
-            )
+            unused = all(place.key in self.unused for place in elsewhere)
+            which = "that the model does not use" if unused else "that cannot be chosen here"
+            kinds = ", ".join(sorted({type(place.layer).__name__ for place in elsewhere}))
+            self.problems.append(f"{argument}={shown(pattern)} matches only layers {which}: {kinds}")
             return
         names = sorted({name for place in among for name in (*place.path.split("/"), place.path)})
         near = nearest(str(pattern), names)
         self.problems.append(f"{argument}={shown(pattern)} matches no layer; the nearest names are {near}")
 
-    def found_nothing(self, targets: Any, linear: Sequence[Place]) -> None:
-        kinds = ", ".join(sorted(base.__name__ for base in adapted.ADAPTED_CLASSES))
-        names = ", ".join(place.path for place in linear[:8])
-        self.problems.append(
-            f"nothing is left to adapt (targets={shown(targets)}); adaptable are {kinds}, and the model has "
-            f"{len(linear)} of them{': ' + names if names else ''} (embeddings and depthwise kernels are adapted only when "
-            "`targets` names them)"
-        )
+    def found_nothing(self, sites: Sequence[Place], why_not: Mapping[str, int]) -> None:
+        if sites:
+            names = ", ".join([*(site.path for site in sites[:8]), *(["…"] if len(sites) > 8 else [])])
+            reasons = ", ".join(f"{count} {why}" for why, count in why_not.items())
+            problem = f"the kernels that could be ({names}) are: {reasons}"
+            if "not a target" in why_not:
+                problem += ". Embeddings and depthwise kernels are adapted only when `targets` names them"
+        else:
+            kinds = ", ".join(sorted(base.__name__ for base in adapted.ADAPTED_CLASSES))
+            problem = f"the model has no layer that could be. Adaptable are {kinds}"
+        self.problems.append(f"nothing is left to adapt: {problem}")
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -84,11 +97,9 @@ class Search:
 
 
 def matches(pattern: Any, place: Place) -> bool:
-    """Whether `pattern` matches this layer, or a layer that contains it."""
+    """Whether `pattern` matches this layer, or by name a layer that contains it."""
     if isinstance(pattern, str):
-        if any(character in pattern for character in "*?["):
-            return fnmatch.fnmatchcase(place.path, pattern)
-        return f"/{pattern.strip('/')}/" in f"/{place.path}/"
+        return any(_names(pattern.strip("/"), path) for path in _paths(place))
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(place.path) is not None
     if isinstance(pattern, type):
@@ -99,8 +110,23 @@ def matches(pattern: Any, place: Place) -> bool:
         return bool(pattern(place.layer))
     raise TypeError(
         "A pattern must be a name, a path, a glob, a compiled regular expression, a layer class, a function or a layer. "
-        f"Received: {pattern!r} of type {type(pattern).__name__}."
+        f"Received: {checks.described(pattern)}."
     )
+
+
+def _paths(place: Any) -> list[str]:
+    """The path of a place; that of a kernel of several also without its layer: "gru/kernel" for "gru/gru_cell/kernel"."""
+    part = getattr(getattr(place, "linear", None), "part", "")
+    return [place.path, "/".join([*place.path.split("/")[:-2], part])] if part else [place.path]
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether a name, a path or a glob is a run of whole names in `path`."""
+    if not any(character in pattern for character in "*?["):
+        return f"/{pattern}/" in f"/{path}/"
+    names = path.split("/")
+    runs = itertools.combinations(range(len(names) + 1), 2)
+    return any(fnmatch.fnmatchcase("/".join(names[start:end]), pattern) for start, end in runs)
 
 
 #: The Keras and KerasHub names of the modules that PEFT users know by these names.
