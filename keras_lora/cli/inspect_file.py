@@ -19,6 +19,8 @@ from keras_lora.files import tensor_file
 from keras_lora.swap import adapted
 
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: The length of an entry of a .keras file that is unpacked in any case, in bytes.
+_SHORT = 1_000_000
 _EXPECTED = f"Expected an adapter file (.safetensors), a .keras file, or the folder of a PEFT adapter ({_PEFT_CONFIG})."
 
 
@@ -182,9 +184,9 @@ def _show_peft(path: Path, data: dict[str, Any]) -> None:
 def keras_file(path: Path) -> dict[str, Any]:
     """The facts about a `.keras` file, from its metadata and config."""
     old_file(str(path), ".keras")
-    kinds = (zipfile.BadZipFile, KeyError, ValueError, OSError, AttributeError, TypeError)
-    with refusing(*kinds, before=f"{path} is not a whole .keras file: "), zipfile.ZipFile(path) as archive:
-        metadata, config = (json.loads(archive.read(name)) for name in ("metadata.json", "config.json"))
+    # A damaged archive raises errors of many kinds.
+    with refusing(Exception, before=f"{path} is not a whole .keras file: "), zipfile.ZipFile(path) as archive:
+        metadata, config = (_json_in(archive, name, path.stat().st_size) for name in ("metadata.json", "config.json"))
         weights = sum(each.file_size for each in archive.infolist() if each.filename.endswith(".h5"))
         return {
             "kind": "keras",
@@ -195,6 +197,14 @@ def keras_file(path: Path) -> dict[str, Any]:
             "adapters": _adapters_in(config["config"]),
             "total": {"file": path.stat().st_size, "weights": weights},
         }
+
+
+def _json_in(archive: zipfile.ZipFile, name: str, held: int) -> Any:
+    """The table in an entry of an archive of `held` bytes. An entry can say that it is a thousand times as long."""
+    entry = archive.getinfo(name)
+    if entry.file_size > max(_SHORT, 10 * held) or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"its {name} would have {entry.file_size:,} bytes unpacked, and the whole file has {held:,}")
+    return json.loads(archive.read(entry))
 
 
 def _adapters_in(config: Any) -> list[dict[str, Any]]:

@@ -346,11 +346,11 @@ def _is_within(values: dict[str, np.ndarray], own: Adapter) -> bool:
 def _started(linear: LinearMap, address: str, entry: AdapterEntry) -> tuple[Adapter | None, list[str]]:
     """An adapter with weights for a kernel, or the reasons why it cannot be made."""
     adapter, held = entry.made(), sum(tensor.size for tensor in entry.tensors.values())
-    wanted = adapter.size(linear.matrix_shape)
-    if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory
-        return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
-    with adapters.skip_init():
-        slots.start(linear, adapter)
+    try:
+        with adapters.skip_init(), adapters.at_most(max(2 * held, 2 * math.prod(linear.matrix_shape), 10_000)):
+            slots.start(linear, adapter)
+    except adapters.TooLarge as error:  # a header that asks for all memory
+        return None, [f"the adapter at '{address}' cannot be made: {error} The file has {held}"]
     return adapter, []
 
 
