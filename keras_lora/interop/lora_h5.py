@@ -115,9 +115,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, tuple[Any, Any]]
     try:
         with h5py.File(os.fspath(path), "r") as file:
             found, problems = _data_sets(file)
-            declared, held = sum(math.prod(each.shape) * each.dtype.itemsize for each in found.values()), os.path.getsize(path)
+            declared, held = (
+                sum(math.prod(each.shape) * each.dtype.itemsize for each in found.values()),
+                os.path.getsize(path),
+            )
             if declared > held:
-                return 0, {}, [*problems, f"its data sets declare {declared} bytes of numbers, and the whole file has {held}"]
+                return (
+                    0,
+                    {},
+                    [*problems, f"its data sets declare {declared} bytes of numbers, and the whole file has {held}"],
+                )
             entries = {key: np.asarray(each[()]) for key, each in found.items()}
     except FileNotFoundError:
         raise
