@@ -175,14 +175,18 @@ def _data_sets(file: Any) -> tuple[dict[str, Any], list[str]]:
                 groups.append((f"{key}/", item))
             elif not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
                 problems.append(f"the file has an entry '{key}', a {_kind(item)}, that fits nothing")
-            elif item.external or item.is_virtual:
-                problems.append(f"the numbers of '{key}' are in another file, which is not read")
-            elif item.chunks is not None:
-                problems.append(f"'{key}' is stored in chunks, perhaps compressed; KerasHub writes plain numbers")
+            elif (stored := _storage(item)) != "plain":
+                problems.append(f"'{key}' is {stored}, which is not read; KerasHub writes plain numbers")
             else:
                 found[key] = item
             seen.add(address)
     return found, problems
+
+
+def _storage(item: Any) -> str:
+    plan = item.id.get_create_plist()
+    layout = {h5py.h5d.CHUNKED: "stored in chunks, perhaps compressed", h5py.h5d.VIRTUAL: "made of data sets elsewhere"}
+    return layout.get(plan.get_layout(), "stored in another file" if plan.get_external_count() else "plain")
 
 
 def _kind(item: Any) -> str:
