@@ -6,8 +6,8 @@
 A good file is damaged: bits are flipped, it is cut, parts of it and of other good files are spliced, and what it says (JSON,
 lengths, names in HDF5 and zip) is edited. Then the reader reads it, in this process. Three things may happen: it is refused
 with a `ValueError` (of the command line `Refused`; of a `.keras` or `.h5` file, which Keras reads, any `Exception`), it is
-read, or the run fails and prints the number of the input, which `--start NUMBER --count 1` makes again. A crash of the process,
-an input that takes over 10 seconds, and memory of more than 2 GB are failures too: inputs run in a child process.
+read, or the run fails and prints the number of the input, which `--start NUMBER --count 1` makes again. A crash of the
+process, an input that takes over 10 seconds, and memory of more than 2 GB are failures too: inputs run in a child process.
 
 Readers: `adapter` (an adapter file), `command` (what `inspect`, `diff` and `compress` read of one), `peft` (a PEFT folder),
 `lora_h5` (a KerasHub `.lora.h5`), `keras_facts` (`inspect` of a `.keras`): these build no model. `load_adapter` loads an
@@ -49,9 +49,13 @@ from keras_lora.interop import lora_h5, peft_folder
 RESULTS = Path(__file__).parents[1] / ".cache" / "fuzz.jsonl"
 PAGE = Path(__file__).with_name("fuzz_results.md")
 LONGEST, MOST_MEMORY = 10, 2 * 2**30
-JUNK = [None, True, False, 0, -1, 1, 2, 3, 2**31, 2**63, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", "\0", "..",
-        "../../etc/passwd", "__class__", "F64", "BF16", "ключ", "\ud800", "a" * 3000, [], {}, [[]], [None], {"a": 1}, [2**62, 4],
-        {"class_name": "__lambda__", "config": {"value": "4wEA"}}, {"module": "os", "class_name": "system", "config": "x"}]  # fmt: skip
+JUNK: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2, 3, 2**31, 2**63, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf")),
+    *("", "\0", "..", "../../etc/passwd", "__class__", "F64", "BF16", "ключ", "\ud800", "a" * 3000),
+    *([], {}, [[]], [None], {"a": 1}, [2**62, 4]),
+    {"class_name": "__lambda__", "config": {"value": "4wEA"}},
+    {"module": "os", "class_name": "system", "config": "x"},
+]
 
 
 # Damage. Each function takes a source of random numbers and a good file, and returns another file.
@@ -459,8 +463,8 @@ def page(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Results of fuzzing",
         "",
-        "Written by `python tests/fuzz.py --report`; `make fuzz` runs it. `tests/fuzz.py` says what the readers are, and what a",
-        "failure is. Memory is what the process took more than before, at most, over a whole run.",
+        "Written by `python tests/fuzz.py --report`; `make fuzz` runs it. `tests/fuzz.py` says what the readers are, and",
+        "what a failure is. Memory is what the process took more than before, at most, over a whole run.",
         "",
         f"Keras {keras.__version__}, backend {keras.backend.backend()}, safetensors {safetensors.__version__}, h5py "
         f"{h5py.__version__} with HDF5 {h5py.version.hdf5_version}.",
