@@ -10,12 +10,13 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import keras
+if TYPE_CHECKING:
+    import keras  # the command line checks arguments too, and starts without Keras
 
 #: A model or layer that a function changes in place and returns, with its type.
-AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
+AnyLayer = TypeVar("AnyLayer", bound="keras.layers.Layer")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -94,7 +95,10 @@ def positive_integer(name: str, value: Any, least: int = 1) -> int:
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite real number, Python's or NumPy's, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def positive_number(name: str, value: Any) -> float:
@@ -125,6 +129,8 @@ def _plain(value: Any) -> float:
 
 def keras_layer(model: Any) -> None:
     """Raise unless `model` is a Keras model or layer."""
+    import keras
+
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r} of type {type(model).__name__}.")
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from keras_lora import adapters
-from keras_lora.cli.common import Refused, old_file, read_adapter, refusing, scale_of, show, table
+from keras_lora.cli.common import METHODS, Refused, old_file, read_adapter, refusing, scale_of, show, table
 from keras_lora.files import tensor_file
-from keras_lora.swap import adapted
 
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: The key in the config of an adapted layer, as in `keras_lora.swap.adapted`.
+KEY = "keras_lora"
 #: The length of an entry of a .keras file that is unpacked in any case, in bytes.
 _SHORT = 1_000_000
 _EXPECTED = f"Expected an adapter file (.safetensors), a .keras file, or the folder of a PEFT adapter ({_PEFT_CONFIG})."
@@ -67,12 +67,12 @@ def _adapter_file(path: Path) -> dict[str, Any]:
     data |= {"kind": "adapter", "adapters": [], "trained": []}
     for address, entry in state.adapters.items():
         with refusing(ValueError, before=f"The adapter at '{address}' of {path} is damaged: "):
-            scale = scale_of(entry.config)
-        row = {"layer": address, "class": entry.layer_class, "kernel": entry.kernel_shape, "method": entry.method}
-        data["adapters"].append({**row, "rank": entry.config.get("rank"), "scale": scale, **_sizes(entry.tensors)})
+            scale = scale_of(entry.said["config"])
+        row = {"layer": address, **{key: entry.said[key] for key in ("class", "kernel", "method")}}
+        data["adapters"].append({**row, "rank": entry.said["config"].get("rank"), "scale": scale, **_sizes(entry.tensors)})
     for address, trained in state.trained.items():
         names = [name.partition(".")[2] for name in trained.tensors]
-        row = {"layer": address, "class": trained.layer_class, "variables": names}
+        row = {"layer": address, "class": trained.said["class"], "variables": names}
         data["trained"].append({**row, **_sizes(trained.tensors)})
     return {**data, "total": {**_sizes(state.tensors), "file": path.stat().st_size}}
 
@@ -213,15 +213,14 @@ def _adapters_in(config: Any) -> list[dict[str, Any]]:
         return [row for each in config for row in _adapters_in(each)]
     if not isinstance(config, dict):
         return []
-    if not isinstance(config.get(adapted.KEY), dict):
+    if not isinstance(config.get(KEY), dict):
         return [row for each in config.values() for row in _adapters_in(each)]
-    return [_row_of(config, entry) for entry in config[adapted.KEY]["adapters"]]
+    return [_row_of(config, entry) for entry in config[KEY]["adapters"]]
 
 
 def _row_of(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     adapter = entry["adapter"]
-    names = {cls.__name__: name for name, cls in adapters.TABLE.items()}  # as in an adapter file
-    method = names.get(adapter["class_name"], adapter["class_name"])
+    method = METHODS.get(adapter["class_name"], adapter["class_name"])  # as in an adapter file
     row = {"in": config.get("name"), "layer": entry["address"], "adapter": entry["name"], "method": method}
     rank, scale = adapter["config"].get("rank"), scale_of(adapter["config"])
     return {**row, "rank": rank, "scale": scale, "strength": entry["strength"]}

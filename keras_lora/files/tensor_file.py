@@ -22,6 +22,8 @@ import safetensors.numpy
 VERSION = 2
 #: The entry of the metadata that contains the header.
 ENTRY = "keras_lora"
+#: In the key of a tensor, what is between the address of a layer and a variable of the base.
+BASE = ":base."
 _DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
 #: The ending of a file while it is written, and the age in seconds after which the next save removes such a leftover.
 _UNFINISHED, _LEFT_OVER = ".unfinished", 3600
@@ -57,6 +59,24 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not 1 <= version <= VERSION:
         raise ValueError(f"{path} has format version {version}. Expected at most {VERSION}. A newer keras_lora may read it.")
     return header, tensors
+
+
+def by_place(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The tensors of a file, by part of the header, by address and by name.
+
+    The parts are `"adapters"` and `"trained"`. Tensors that belong to neither are in the part `"unplaced"`, by key.
+    """
+    found: dict[str, dict[str, Any]] = {part: {at: {} for at in header[part]} for part in ("adapters", "trained")}
+    found["unplaced"] = {}
+    for key, tensor in tensors.items():
+        part, (address, base, name) = "trained", key.rpartition(BASE)
+        if not base:
+            part, (address, _, name) = "adapters", key.rpartition(":")
+        if address in found[part]:
+            found[part][address][name] = tensor
+        else:
+            found["unplaced"][key] = tensor
+    return found
 
 
 def _tensor(file: Any, key: str) -> np.ndarray:
