@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -60,6 +61,7 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         unknown_keywords(function.__name__, kwargs, names)
+        _in_order(function.__name__, positional, args)
         if len(args) > len(positional):
             given = ", ".join(repr(each)[:80] for each in args[len(positional) :])
             raise TypeError(
@@ -69,6 +71,16 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def _in_order(function: str, names: list[str], given: tuple[Any, ...]) -> None:
+    """Raise if a path was given in the place of the model, and something else in the place of the path."""
+    paths = [isinstance(each, (str, os.PathLike)) for each in given[:2]]
+    if paths == [True, False] and names[1:2] in (["path"], ["folder"]):
+        raise TypeError(
+            f"`{function}()` takes the {names[0]} first, and then the {names[1]}. Received: {str(given[0])!r}, and "
+            f"then a {type(given[1]).__name__}. Write `{function}({names[0]}, {names[1]})`."
+        )
 
 
 def warn(message: str) -> None:
