@@ -390,22 +390,22 @@ def _fast_folder() -> str | None:
 notes = -1
 
 
-def run(name: str, seed: int, start: int, count: int) -> dict[str, Any]:
-    """Read all inputs, in child processes of at most 50,000 each. A child that dies is a failure of its last input."""
+def run(name: str, seed: int, start: int, count: int, minutes: float) -> dict[str, Any]:
+    """Read inputs until `minutes` are over, 5,000 in a child process. A child that dies is a failure of its last input."""
     global notes
     total: dict[str, Any] = {"reader": name, "seed": seed, "start": start, "inputs": 0, "loaded": 0, "refused": 0,
                              "kinds": collections.Counter(), "memory": 0, "failed": []}  # fmt: skip
     begun, end = time.time(), start + count
     with tempfile.TemporaryFile() as numbers:
         notes = numbers.fileno()
-        while start < end:
+        while start < end and time.time() < begun + 60 * minutes:
             receive, send = os.pipe()
             child = os.fork()
             if child == 0:
                 os.close(receive)
                 status = 1
                 try:
-                    batch(name, seed, start, min(50_000, end - start), send)
+                    batch(name, seed, start, min(5_000, end - start), send)
                     status = 0
                 finally:
                     os._exit(status)
@@ -440,6 +440,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many minutes for each reader")
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     if given.report:
@@ -447,7 +448,7 @@ def main() -> int:
         return 0
     failed = False
     for name in given.reader or READERS:
-        found = run(name, given.seed, given.start, given.count)
+        found = run(name, given.seed, given.start, given.count, given.minutes)
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(found) + "\n")
@@ -463,8 +464,9 @@ def page(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Results of fuzzing",
         "",
-        "Written by `python tests/fuzz.py --report`; `make fuzz` runs it. `tests/fuzz.py` says what the readers are, and",
-        "what a failure is. Memory is what the process took more than before, at most, over a whole run.",
+        "Written by `python tests/fuzz.py --report` from the runs of `make fuzz`. `tests/fuzz.py` says what the readers are and",
+        "what a failure is. `--reader NAME --seed SEED --start NUMBER --count 1` makes an input again. Memory is what a process",
+        "took more than before, at most.",
         "",
         f"Keras {keras.__version__}, backend {keras.backend.backend()}, safetensors {safetensors.__version__}, h5py "
         f"{h5py.__version__} with HDF5 {h5py.version.hdf5_version}.",

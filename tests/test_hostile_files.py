@@ -8,11 +8,13 @@ import io
 import json
 import os
 import pickle
+import random
 import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
 
+import fuzz
 import h5py
 import keras
 import numpy as np
@@ -24,6 +26,7 @@ from test_huggingface import hub  # noqa: F401  # a fixture
 import keras_lora
 from keras_lora import adapters, cli
 from keras_lora.adapters import LowRank
+from keras_lora.cli import compress
 from keras_lora.files import tensor_file
 from keras_lora.interop import from_lora_h5, from_peft, peft_folder
 
@@ -519,3 +522,19 @@ def test_a_hostile_file(watched, hub, capsys, name, make, reader, reads):  # noq
 def made_by_hub(watched):
     cache = watched.parent / "cache"
     return {each.name for each in cache.rglob("*")} | {"cache"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["adapter", "command", "peft", "lora_h5", "keras_facts", "load_adapter"])
+def test_a_damaged_file_is_read_or_refused(tmp_path, monkeypatch, name):
+    """A little of `make fuzz`, so that it cannot rot."""
+    monkeypatch.setattr(compress, "show", compress.show)  # the reader silences it
+    reader = fuzz.READERS[name](tmp_path)
+    reader.read(reader.good[0])
+    refused = 0
+    for number in range(50):
+        try:
+            reader.read(reader.damaged(random.Random(f"2:{number}")))
+        except reader.refusal:
+            refused += 1
+    assert 20 < refused <= 50
