@@ -3,6 +3,7 @@
 #   make quick      one backend (torch, or KERAS_BACKEND), lint and types: after each change
 #   make test       lint, types, the three backends, Keras's own layer tests, the examples in their quick form
 #   make test-all   everything, the sweeps too: for releases and at night
+#   make fuzz       damaged files for every reader; FUZZ="--reader peft --count 1000000 --seed 1" (tests/fuzz_results.md)
 #   make mutants    seeded faults, one at a time: which tests notice each (tests/seeded_faults.md)
 
 PYTHON ?= python3
@@ -30,7 +31,7 @@ ALL_EXAMPLES := $(foreach backend,$(BACKENDS),$(addprefix example-,$(addsuffix -
 SUITES := $(addprefix test-,$(BACKENDS))
 OWN := $(addprefix own-,$(BACKENDS))
 
-.PHONY: demo quick test test-all test-one-backend mutants cpu lint docs bench clean $(SUITES) $(OWN) $(ALL_EXAMPLES) \
+.PHONY: demo quick test test-all test-one-backend mutants fuzz cpu lint docs bench clean $(SUITES) $(OWN) $(ALL_EXAMPLES) \
 	$(addprefix examples-,$(BACKENDS))
 
 demo: export KERAS_BACKEND ?= jax
@@ -52,7 +53,7 @@ test: .venv/tests
 test-all:
 	$(MAKE) test SPEED=all
 
-# What someone has who installed one backend: no KerasHub, no PEFT. `make test-one-backend KERAS=3.14.0` for a certain Keras.
+# What someone has who installed one backend: no KerasHub, no PEFT. `make test-one-backend KERAS=3.15.0` for a certain Keras.
 test-one-backend:
 	$(PYTHON) -m venv .cache/one
 	.cache/one/bin/pip --disable-pip-version-check install --quiet $(KERAS_WANTED) -r requirements/jax.txt \
@@ -63,6 +64,10 @@ KERAS_WANTED = $(if $(KERAS),$(if $(findstring git+,$(KERAS)),$(KERAS),keras==$(
 
 mutants: .venv/tests
 	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+fuzz: .venv/tests
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(FUZZ)
+	$(BIN)/python tests/fuzz.py --report
 
 cpu:
 	$(MAKE) quick

@@ -1,19 +1,22 @@
 """LoRA and its family for Keras 3, on TensorFlow, JAX and PyTorch."""
 
-from keras_lora import interop, layers, testing
-from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
-from keras_lora.adapters.registering import register_adapter
-from keras_lora.applying import apply_lora, remove_lora
-from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
-from keras_lora.files.saving import load_adapter, save_adapter
-from keras_lora.inspecting import AdapterList, AdapterRow, list_adapters
-from keras_lora.layers import LoRADense
-from keras_lora.layers.registering import register_layer
-from keras_lora.merging import merge_lora, unmerge_lora
-from keras_lora.serving import MultiAdapterModel
-from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
-from keras_lora.targets.choosing import list_targets
-from keras_lora.targets.target_list import Target, TargetList
+import sys
+
+if "keras_lora_command" not in sys.modules:  # see there: the command line imports only what a command needs
+    from keras_lora import interop, layers, testing
+    from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
+    from keras_lora.adapters.registering import register_adapter
+    from keras_lora.applying import apply_lora, remove_lora
+    from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
+    from keras_lora.files.saving import load_adapter, save_adapter
+    from keras_lora.inspecting import AdapterList, AdapterRow, list_adapters
+    from keras_lora.layers import LoRADense
+    from keras_lora.layers.registering import register_layer
+    from keras_lora.merging import merge_lora, unmerge_lora
+    from keras_lora.serving import MultiAdapterModel
+    from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
+    from keras_lora.targets.choosing import list_targets
+    from keras_lora.targets.target_list import Target, TargetList
 
 __version__ = "0.1.0"
 

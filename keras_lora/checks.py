@@ -7,15 +7,17 @@ import functools
 import inspect
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import keras
+if TYPE_CHECKING:
+    import keras  # the command line checks arguments too, and starts without Keras
 
 #: A model or layer that a function changes in place and returns, with its type.
-AnyLayer = TypeVar("AnyLayer", bound=keras.layers.Layer)
+AnyLayer = TypeVar("AnyLayer", bound="keras.layers.Layer")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -59,6 +61,7 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         unknown_keywords(function.__name__, kwargs, names)
+        _in_order(function.__name__, positional, args)
         if len(args) > len(positional):
             given = ", ".join(repr(each)[:80] for each in args[len(positional) :])
             raise TypeError(
@@ -68,6 +71,16 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def _in_order(function: str, names: list[str], given: tuple[Any, ...]) -> None:
+    """Raise if a path was given in the place of the model, and something else in the place of the path."""
+    paths = [isinstance(each, (str, os.PathLike)) for each in given[:2]]
+    if paths == [True, False] and names[1:2] in (["path"], ["folder"]):
+        raise TypeError(
+            f"`{function}()` takes the {names[0]} first, and then the {names[1]}. Received: {str(given[0])!r}, and "
+            f"then a {type(given[1]).__name__}. Write `{function}({names[0]}, {names[1]})`."
+        )
 
 
 def warn(message: str) -> None:
@@ -99,7 +112,10 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite real number, Python's or NumPy's, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def positive_number(name: str, value: Any) -> float:
@@ -130,6 +146,8 @@ def _plain(value: Any) -> float:
 
 def keras_layer(model: Any, second: Any = None, no: tuple[type, ...] = ()) -> None:
     """Raise unless `model` is a Keras model or layer, but `no` such layer; `second`, the next argument, may be the model."""
+    import keras
+
     if not isinstance(model, keras.layers.Layer) or isinstance(model, no):
         hint = " Expected the model first: swap the two." if isinstance(second, keras.layers.Layer) else ""
         raise TypeError(f"`model` must be a Keras model or layer. Received: {described(model)}.{hint}")

@@ -43,6 +43,7 @@ NEEDS = {
     "test_coverage_page.py": ("keras_hub",),
     "test_factors.py": ("hypothesis",),
     "test_families.py": ("keras_hub",),
+    "test_hostile_files.py": ("huggingface_hub", "keras_hub"),
     "test_huggingface.py": ("huggingface_hub", "keras_hub"),
     "test_migration.py": ("keras_hub",),
     "test_peft.py": ("keras_hub", "peft", "torch", "transformers"),

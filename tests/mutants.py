@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "tests" / "seeded_faults.md"
 COPIED = (
     "keras_lora",
+    "keras_lora_command.py",
     "tests",
     "docs",
     "examples",

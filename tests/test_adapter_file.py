@@ -217,7 +217,7 @@ def test_a_config_that_asks_for_all_memory_or_for_nonsense(file):
 
     original = file.read_bytes()
     for config, match in [
-        ({"rank": 10**12}, r"would have \d+ numbers; the file has 32"),
+        ({"rank": 10**12}, r"would have \d+ numbers and more. Expected at most 10000. The file has 32"),
         ({"rank": "two"}, "cannot be made: `rank` must be"),
         ({"ranks": 2}, "cannot be made"),
         ({"rank": 2}, "its scale is 8.0 by its config, and 1.6e-11 by the file"),

@@ -30,7 +30,7 @@ ORDER = [
     ["linear_map"],
     ["adapters"],
     ["compat"],
-    ["checks", "reports"],
+    ["checks", "factors", "reports"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FOLDERS = {path.parent.name for path in FILES} - {PACKAGE.name}

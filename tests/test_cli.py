@@ -19,7 +19,7 @@ from helpers import difference, once, outputs, value
 from keras import layers
 
 import keras_lora
-from keras_lora import cli
+from keras_lora import adapters, cli, swap
 from keras_lora.files import tensor_file
 from keras_lora.swap.adapted import named_adapters
 
@@ -512,12 +512,62 @@ def test_a_bar_is_shown_on_a_terminal_alone(here, monkeypatch, arguments):
 @pytest.mark.full
 def test_the_installed_command(here):
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {
-        "keras-lora": "keras_lora.cli:main"
+        "keras-lora": "keras_lora_command:main"
     }
     command = [sys.executable, "-m", "keras_lora", "diff", "a.safetensors", "dora.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     assert done.returncode == 1, done.stderr
     assert "method: lora / dora" in done.stdout
+
+
+def in_a_fresh_process(here, *arguments, **environment):
+    """The exit code, what was printed on both sides, and the packages that `keras-lora` has imported."""
+    script = """
+import sys
+from keras_lora_command import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as error:
+    code = error.code
+print(code, *(each for each in ("keras", "jax", "tensorflow", "torch") if each in sys.modules))
+"""
+    command = [sys.executable, "-c", script, *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{ROOT}", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=here)
+    *printed, last = done.stdout.splitlines()
+    code, *packages = last.split()
+    return int(code), "\n".join(printed) + done.stderr, packages
+
+
+@pytest.mark.full
+def test_what_needs_no_model_does_not_import_keras(here):
+    compress = ["compress", "a.safetensors", "b.safetensors", "--rank=1"]
+    for arguments in (["--help"], ["inspect", "a.safetensors"], ["inspect", "base.keras"], compress):
+        code, printed, packages = in_a_fresh_process(here, *arguments)
+        assert (code, packages) == (0, []), printed
+    assert in_a_fresh_process(here, "diff", "a.safetensors", "b.safetensors")[::2] == (1, [])
+
+
+@pytest.mark.full
+def test_what_needs_a_model_has_the_whole_package_and_says_what_keras_lacks(here):
+    code, printed, packages = in_a_fresh_process(here, "merge", "base.keras", "a.safetensors", "out.keras")
+    assert (code, "keras" in packages) == (0, True), printed
+    (here / "tensorflow.py").write_text("raise ModuleNotFoundError(\"No module named 'tensorflow'\")\n")
+    code, printed, _ = in_a_fresh_process(
+        here, "merge", "base.keras", "a.safetensors", "new.keras", KERAS_BACKEND="tensorflow"
+    )
+    assert code == 2
+    assert "No module named 'tensorflow'. Keras needs the package of its backend, and KERAS_BACKEND to name it" in printed
+    assert "Traceback" not in printed
+
+
+def test_the_words_of_the_command_line_are_those_of_the_package():
+    assert {cls.__name__: name for name, cls in adapters.TABLE.items()} == cli.common.METHODS
+    assert adapters.method_of(keras_lora.LoRA(1, 1)) == cli.common.LORA
+    assert cli.inspect_file.KEY == swap.adapted.KEY
+    for name, words in cli.COMMANDS.items():
+        if isinstance(words, str):
+            assert re.search(rf"^ +{name} +{words[:40]}", cli.parser(name).format_help(), re.MULTILINE), name
 
 
 def test_the_commands_of_the_page(here, capsys):

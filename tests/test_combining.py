@@ -10,7 +10,7 @@ from keras import layers
 from test_law import CASES, numbers
 
 import keras_lora
-from keras_lora.adapters import factors
+from keras_lora import factors
 from keras_lora.swap.adapted import named_adapters
 from keras_lora.swap.addresses import walk
 

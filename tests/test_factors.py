@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_lora.adapters.factors import (
+from keras_lora.factors import (
     concatenate,
     dare,
     keep_largest,

@@ -1,11 +1,17 @@
 """Words that people bring from PEFT and Keras, mistyped keywords and misplaced arguments: the error has the right word."""
 
+import json
+import zipfile
+
+import h5py
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 from keras import layers
 
 import keras_lora
+from keras_lora.interop import from_peft
 
 pytestmark = pytest.mark.torch_first
 
@@ -120,3 +126,91 @@ def test_numbers_of_numpy_are_numbers(model):
     for wrong in ({"rank": True}, {"rank": 2.0}, {"rank": 0}, {"alpha": np.nan}, {"alpha": "8"}, {"dropout": 1}):
         with pytest.raises(ValueError, match="must be a"):
             keras_lora.LoRA(**wrong)
+
+
+# Files and paths.
+
+
+def write_peft(path):
+    path.mkdir()
+    (path / "adapter_config.json").write_text("{}")
+
+
+def write_torch(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+
+
+def write_h5(path):
+    h5py.File(path, "w").close()
+
+
+def write_tensors(*names):
+    return lambda path: safetensors.numpy.save_file({name: np.ones((2, 2)) for name in names}, path)
+
+
+KINDS = {
+    "french": (write_peft, r"the folder of a PEFT adapter, which `keras_lora.interop.from_peft\(model, folder\)` reads"),
+    "french.safetensors": (write_peft, "folder of a PEFT adapter"),
+    "peft.safetensors": (
+        write_tensors("base_model.model.q.lora_A.weight"),
+        r"the tensors of a PEFT adapter. `keras_lora.interop.from_peft\(model, folder\)` reads the folder it lies in",
+    ),
+    "other.safetensors": (write_tensors("a", "b"), "a safetensors file of another kind, with 2 tensors such as a, b"),
+    "net.keras": (write_torch, r"a whole Keras model, which `keras.saving.load_model\(path\)` reads"),
+    "net.h5": (write_h5, r"`keras_lora.interop.from_lora_h5\(backbone, path\)`.*`keras.saving.load_model\(path\)` an `.h5`"),
+    "h5.safetensors": (write_h5, "an HDF5 file"),
+    "net.pt": (write_torch, "a pickle, such as `torch.save` writes, or another archive. keras_lora never opens pickles"),
+    "torch.safetensors": (write_torch, "a pickle, such as `torch.save` writes"),
+    "pickle.safetensors": (lambda path: path.write_bytes(b"\x80\x04N."), "a pickle"),
+    "stuff": (lambda path: (path / "x").mkdir(parents=True), "a folder, with x in it. Expected one file"),
+    "cut.safetensors": (lambda path: path.write_bytes(b"\x20"), "It may be cut off or damaged"),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_of_another_kind_is_named_with_what_reads_it(model, tmp_path, name):
+    write, said = KINDS[name]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=said):
+        keras_lora.load_adapter(model, tmp_path / name)
+
+
+@pytest.mark.once
+def test_arguments_that_are_swapped_are_named(model, tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    for function in (keras_lora.load_adapter, keras_lora.save_adapter):
+        with pytest.raises(
+            TypeError, match=r"takes the model first, and then the path. Received: .*a.safetensors', and then a"
+        ):
+            function(path, model)
+    with pytest.raises(TypeError, match="takes the model first, and then the folder"):
+        from_peft(tmp_path, model)
+    with pytest.raises(TypeError, match=r"`model` must be a Keras model or layer. Received: 'net'"):
+        keras_lora.load_adapter("net", path)
+
+
+@pytest.mark.once
+def test_a_folder_that_is_missing_or_closed_is_named_as_it_was_given(model, tmp_path, monkeypatch):
+    keras_lora.apply_lora(model, rank=1)
+    path = tmp_path / "none" / "a.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*none to write a.safetensors into. Make it first"):
+        keras_lora.save_adapter(model, path)
+
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied", "/tmp/.a.safetensors.x.unfinished")
+
+    monkeypatch.setattr("tempfile.mkstemp", closed)
+    with pytest.raises(PermissionError, match=r"Permission denied, so it cannot be written: '.*/a.safetensors'"):
+        keras_lora.save_adapter(model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.once
+def test_the_file_of_an_adapted_model_names_the_package(model, tmp_path):
+    keras_lora.apply_lora(model, rank=1)
+    model.save(tmp_path / "net.keras")
+    with zipfile.ZipFile(tmp_path / "net.keras") as archive:
+        config = json.loads(archive.read("config.json"))
+    assert config["module"].startswith("keras_lora")  # Keras prints it where the package was not imported
+    assert config["registered_name"] == "keras_lora>Adapted"

@@ -9,7 +9,16 @@ from typing import Any
 import keras
 
 from keras_lora import checks
-from keras_lora.adapters.adapter import INIT_ARGUMENTS, Adapter, method_of, skip_init, strength_of, with_sublayers
+from keras_lora.adapters.adapter import (
+    INIT_ARGUMENTS,
+    Adapter,
+    TooLarge,
+    at_most,
+    method_of,
+    skip_init,
+    strength_of,
+    with_sublayers,
+)
 from keras_lora.adapters.dora import DoRA
 from keras_lora.adapters.lora import LoRA
 from keras_lora.adapters.low_rank import LowRank
@@ -93,7 +102,9 @@ __all__ = [
     "LowRank",
     "PerExample",
     "Sum",
+    "TooLarge",
     "TrainableTokens",
+    "at_most",
     "copy_of",
     "get",
     "method_of",

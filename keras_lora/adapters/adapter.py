@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap
 
 _SKIP_INIT = contextvars.ContextVar("skip_init", default=False)
+#: How many numbers the weights of an adapter may have, and how many they have so far.
+_LIMIT: contextvars.ContextVar[list[int]] = contextvars.ContextVar("limit")
 
 
 @contextlib.contextmanager
@@ -29,6 +32,21 @@ def skip_init() -> Iterator[None]:
         yield
     finally:
         _SKIP_INIT.reset(token)
+
+
+class TooLarge(ValueError):
+    """An adapter's weights would have more numbers than they may."""
+
+
+@contextlib.contextmanager
+def at_most(numbers: int) -> Iterator[None]:
+    """Let the weights of one adapter have this many numbers in all, trained or not. A file can ask for any number."""
+    outer = _LIMIT.get([numbers])[0]
+    token = _LIMIT.set([min(numbers, outer), 0])
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
 
 
 class Adapter(keras.layers.Layer):
@@ -61,6 +79,13 @@ class Adapter(keras.layers.Layer):
         known = inspect.signature(type(self)).parameters
         checks.unknown_keywords(type(self).__name__, kwargs, [*known, "trainable"])
         super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)
+
+    def add_weight(self, shape: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if limit := _LIMIT.get([]):
+            limit[1] += math.prod(shape or ())
+            if limit[1] > limit[0]:
+                raise TooLarge(f"{type(self).__name__} would have {limit[1]} numbers and more. Expected at most {limit[0]}.")
+        return super().add_weight(shape, *args, **kwargs)
 
     def add_strength(self) -> None:
         """Create `strength`, the number that multiplies the change: 0 is off, 1 is on.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import checks
+from keras_lora import checks, factors
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.compat import keras_internals
 
@@ -57,7 +56,7 @@ class LowRank(Adapter):
     @property
     def scale(self) -> float:
         """The factor that multiplies `A B`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return factors.scale(self.rank, self.alpha, self.rank_stabilized)
 
     def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
         """Return the factors `A (*groups, in_dim, k)` and `B (*groups, k, out_dim)` made from `weights`, without the scale.

@@ -1,18 +1,32 @@
-"""The command line, `keras-lora`. Each command is a file in this folder: `add` defines its arguments, `run` runs it."""
+"""The command line, `keras-lora`. Each command is a file in this folder: `add` defines its arguments, `run` runs it.
+
+`merge` and `convert` need Keras, which takes seconds to import. They are imported when they are asked for, and everything
+else here runs without Keras.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
-from keras_lora import __version__
-from keras_lora.cli import compress, convert, diff, inspect_file, merge
+import keras_lora
+from keras_lora.cli import compress, diff, inspect_file
 from keras_lora.cli.common import Refused, one_line
 
-COMMANDS = (inspect_file, merge, compress, convert, diff)
+#: The commands in the order of the help: a module, or the line of help of one that needs Keras.
+COMMANDS: dict[str, ModuleType | str] = {
+    "inspect": inspect_file,
+    "merge": "merge an adapter into its base model",
+    "compress": compress,
+    "convert": "convert an adapter file to a PEFT folder, or back",
+    "diff": diff,
+}
 
 _CODES = """\
 exit codes:
@@ -29,19 +43,38 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}. See `{self.prog} --help`.\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands. A command that needs Keras has its arguments only if it is `asked` for."""
     whole = _Parser(
         prog="keras-lora",
         description="Inspect, merge, compress, convert and compare adapters of Keras models.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole.add_argument("--version", action="version", version=f"keras_lora {__version__}")
+    whole.add_argument("--version", action="version", version=f"keras_lora {keras_lora.__version__}")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
+    for name, command in COMMANDS.items():
+        if not isinstance(command, str):
+            command.add(commands)
+        elif name == asked:
+            _with_keras(name).add(commands)
+        else:
+            commands.add_parser(name, help=command)
     return whole
+
+
+def _with_keras(name: str) -> ModuleType:
+    """The module of a command that needs Keras."""
+    try:
+        if sys.modules.pop("keras_lora_command", None):  # which left out most of the package
+            importlib.reload(keras_lora)
+        return importlib.import_module(f"keras_lora.cli.{name}")
+    except ModuleNotFoundError as error:
+        backend = os.environ.get("KERAS_BACKEND", "not set, which means TensorFlow unless ~/.keras/keras.json names another")
+        raise Refused(
+            f"A package cannot be imported: {error}. Keras needs the package of its backend, and KERAS_BACKEND to name it: "
+            f"tensorflow, jax or torch. Received: KERAS_BACKEND is {backend}. Example: KERAS_BACKEND=jax keras-lora {name}."
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,12 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    given = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    asked = words[0] if words else ""
     try:
+        given = parser(asked).parse_args(words)
         found: int = given.run(given)
         return found
     except Refused as error:
-        print(f"keras-lora {given.command}: {one_line(str(error))}", file=sys.stderr)
+        print(f"keras-lora {asked}: {one_line(str(error))}", file=sys.stderr)
         return 2
     except Exception:  # Python would exit with 1, which `diff` uses for "differ"
         traceback.print_exc()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from keras_lora import adapters
-from keras_lora.files.adapter_state import AdapterState
+from keras_lora import checks, factors
+from keras_lora.factors import Factors
+from keras_lora.files import tensor_file
 
 
 class Refused(Exception):
@@ -79,16 +83,80 @@ def new_folder(path: str, force: bool) -> Path:
     return out
 
 
-def read_adapter(path: str) -> AdapterState:
+@dataclass
+class Entry:
+    """One adapter, or one layer that was trained with it, in an adapter file: its part of the header, and its tensors."""
+
+    said: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+@dataclass
+class AdapterFile:
+    """An adapter file as plain data, read without Keras. `keras_lora.files.adapter_state` is for models."""
+
+    header: dict[str, Any]
+    adapters: dict[str, Entry]
+    trained: dict[str, Entry]
+    unplaced: dict[str, np.ndarray]
+
+    @property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors by their keys in the file."""
+        found = {f"{at}:{name}": each for at, entry in self.adapters.items() for name, each in entry.tensors.items()}
+        for at, entry in self.trained.items():
+            found |= {f"{at}{tensor_file.BASE}{name}": each for name, each in entry.tensors.items()}
+        return {**found, **self.unplaced}
+
+    def write(self, path: Path) -> None:
+        """Write it as an adapter file."""
+        parts = {"adapters": self.adapters, "trained": self.trained}
+        said = {part: {at: entry.said for at, entry in entries.items()} for part, entries in parts.items()}
+        tensor_file.write(path, {**self.header, **said}, self.tensors)
+
+
+def read_adapter(path: str) -> AdapterFile:
     """The contents of an adapter file."""
     with refusing(ValueError, OSError):
-        return AdapterState.read(old_file(path, ".safetensors"))
+        header, tensors = tensor_file.read(old_file(path, ".safetensors"))
+    found = tensor_file.by_place(header, tensors)
+    parts = {part: {at: Entry(header[part][at], found[part][at]) for at in header[part]} for part in ("adapters", "trained")}
+    return AdapterFile(header, parts["adapters"], parts["trained"], found["unplaced"])
+
+
+#: The method names of an adapter file by class, as in `keras_lora.adapters.TABLE`.
+METHODS = {"DoRA": "dora", "LoRA": "lora", "TrainableTokens": "trainable_tokens"}
+#: The config of a LoRA of rank 1 with the scale 1, as in an adapter file.
+LORA = {"alpha": 1, "dropout": 0.0, "freeze_a": False, "rank": 1, "rank_stabilized": False}
 
 
 def scale_of(config: dict[str, Any]) -> float | None:
     """The number that multiplies `A B` in an adapter with this config, or `None` if it has no such product."""
-    size = {key: config[key] for key in ("rank", "alpha", "rank_stabilized") if key in config}
-    return adapters.LoRA(**size).scale if "alpha" in size else None
+    if "alpha" not in config:
+        return None
+    rank = checks.positive_integer("rank", config.get("rank"))
+    alpha, stabilized = checks.positive_number("alpha", config["alpha"]), config.get("rank_stabilized", False)
+    if not isinstance(stabilized, bool) or rank > 2**63:
+        raise ValueError(f"its config has a wrong {'rank' if rank > 2**63 else 'rank_stabilized'}")
+    return factors.scale(rank, alpha, stabilized)
+
+
+def lora_factors(entry: Entry) -> Factors | None:
+    """The change as an exact product, scale included, if the adapter is a LoRA. Raises an error if it is damaged."""
+    if entry.said["method"] != "lora":
+        return None
+    config, scale = entry.said["config"], scale_of(entry.said["config"])
+    wrong = sorted({*config} ^ {*LORA} if "scale" in entry.said else {*config} - {*LORA})
+    if wrong or scale is None:
+        raise ValueError(f"its config has a wrong {', '.join(wrong) or 'alpha'}")
+    if not math.isclose(said := entry.said.get("scale", scale), scale, rel_tol=1e-6):
+        raise ValueError(f"its scale is {scale} by its config, and {said} by the file")
+    if missing := [key for key in ("lora_a", "lora_b") if key not in entry.tensors]:
+        raise ValueError(f"the file lacks {' and '.join(missing)}")
+    a, b = (np.asarray(entry.tensors[key], "float64") for key in ("lora_a", "lora_b"))
+    if a.ndim < 2 or a.shape[-1] != config["rank"]:
+        raise ValueError(f"the file says rank {config['rank']}, and lora_a has shape {a.shape}")
+    return a, scale * b
 
 
 # Printing.

@@ -7,10 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora import adapters
-from keras_lora.adapters import factors
-from keras_lora.cli.common import Refused, new_file, progress, read_adapter, refusing, show, table
-from keras_lora.files.adapter_state import AdapterState
+from keras_lora import factors
+from keras_lora.cli.common import (
+    LORA,
+    AdapterFile,
+    Refused,
+    lora_factors,
+    new_file,
+    progress,
+    read_adapter,
+    refusing,
+    show,
+    table,
+)
 
 
 def add(commands: Any) -> None:
@@ -64,15 +73,16 @@ def run(given: argparse.Namespace) -> int:
         for address, entry in state.adapters.items():
             step(address)
             with refusing(ValueError, before=f"The adapter at '{address}' of {given.file} is damaged: "):
-                whole = entry.factors() if entry.method in adapters.TABLE else None
+                whole, said = lora_factors(entry), entry.said
                 if whole is None:
-                    others.append(entry.method)
+                    others.append(said["method"])
                     continue
                 (a, b), error = factors.truncate(whole, given.rank, given.energy)
-            lora = adapters.LoRA(rank=a.shape[-1], alpha=a.shape[-1])
-            rows.append({"layer": address, "rank before": entry.config.get("rank"), "rank": lora.rank, "error": error})
-            entry.method, entry.config = "lora", adapters.method_of(lora)
-            entry.scale = None if entry.scale is None else lora.scale  # files of version 1 have no scale
+            rank = a.shape[-1]
+            rows.append({"layer": address, "rank before": said["config"]["rank"], "rank": rank, "error": error})
+            entry.said = {**said, "config": {**LORA, "rank": rank, "alpha": rank}}
+            if "scale" in said:  # files of version 1 have none
+                entry.said["scale"] = 1.0
             new = {"lora_a": a, "lora_b": b}
             entry.tensors = {name: np.ascontiguousarray(factor, "float32") for name, factor in new.items()}
     if others:
@@ -92,5 +102,5 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _bytes(state: AdapterState) -> int:
+def _bytes(state: AdapterFile) -> int:
     return sum(tensor.nbytes for tensor in state.tensors.values())

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_lora.adapters import factors
-from keras_lora.adapters.factors import Factors
-from keras_lora.cli.common import read_adapter, show, table
-from keras_lora.files.adapter_state import AdapterEntry, AdapterState
+from keras_lora import factors
+from keras_lora.cli.common import AdapterFile, Entry, lora_factors, read_adapter, show, table
+from keras_lora.factors import Factors
 
 
 class _Part(NamedTuple):
@@ -20,7 +19,7 @@ class _Part(NamedTuple):
 
     said: dict[str, Any]
     tensors: dict[str, np.ndarray]
-    entry: AdapterEntry | None = None
+    entry: Entry | None = None
 
 
 def add(commands: Any) -> None:
@@ -54,14 +53,13 @@ def run(given: argparse.Namespace) -> int:
     return 1
 
 
-def _parts(state: AdapterState) -> dict[tuple[str, str], _Part]:
+def _parts(state: AdapterFile) -> dict[tuple[str, str], _Part]:
     parts: dict[tuple[str, str], _Part] = {}
     for address, entry in state.adapters.items():
-        said = {"method": entry.method, "class": entry.layer_class, "kernel": entry.kernel_shape, **entry.config}
+        said = {**{key: entry.said[key] for key in ("method", "class", "kernel")}, **entry.said["config"]}
         parts[address, "adapter"] = _Part(said, entry.tensors, entry)
     for address, trained in state.trained.items():
-        said = {"class": trained.layer_class, "plan": list(trained.flags), "shapes": trained.shapes}
-        parts[address, "trained"] = _Part(said, trained.tensors)
+        parts[address, "trained"] = _Part(trained.said, trained.tensors)
     for key, tensor in state.unplaced.items():
         parts[key, "unplaced"] = _Part({}, {key: tensor})
     return parts
@@ -91,7 +89,7 @@ def _change_apart(a: _Part, b: _Part) -> float | None:
     if a.entry is None or b.entry is None:
         return None
     try:
-        first, second = a.entry.factors(), b.entry.factors()
+        first, second = lora_factors(a.entry), lora_factors(b.entry)
         if first is None or second is None:
             return None
         apart = factors.concatenate([(1.0, first), (-1.0, second)])

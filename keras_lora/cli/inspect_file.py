@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from keras_lora import adapters
-from keras_lora.cli.common import Refused, old_file, read_adapter, refusing, scale_of, show, table
+from keras_lora.cli.common import METHODS, Refused, old_file, read_adapter, refusing, scale_of, show, table
 from keras_lora.files import tensor_file
-from keras_lora.swap import adapted
 
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: The key in the config of an adapted layer, as in `keras_lora.swap.adapted`.
+KEY = "keras_lora"
+#: The length of an entry of a .keras file that is unpacked in any case, in bytes.
+_SHORT = 1_000_000
 _EXPECTED = f"Expected an adapter file (.safetensors), a .keras file, or the folder of a PEFT adapter ({_PEFT_CONFIG})."
 
 
@@ -65,12 +67,12 @@ def _adapter_file(path: Path) -> dict[str, Any]:
     data |= {"kind": "adapter", "adapters": [], "trained": []}
     for address, entry in state.adapters.items():
         with refusing(ValueError, before=f"The adapter at '{address}' of {path} is damaged: "):
-            scale = scale_of(entry.config)
-        row = {"layer": address, "class": entry.layer_class, "kernel": entry.kernel_shape, "method": entry.method}
-        data["adapters"].append({**row, "rank": entry.config.get("rank"), "scale": scale, **_sizes(entry.tensors)})
+            scale = scale_of(entry.said["config"])
+        row = {"layer": address, **{key: entry.said[key] for key in ("class", "kernel", "method")}}
+        data["adapters"].append({**row, "rank": entry.said["config"].get("rank"), "scale": scale, **_sizes(entry.tensors)})
     for address, trained in state.trained.items():
         names = [name.partition(".")[2] for name in trained.tensors]
-        row = {"layer": address, "class": trained.layer_class, "variables": names}
+        row = {"layer": address, "class": trained.said["class"], "variables": names}
         data["trained"].append({**row, **_sizes(trained.tensors)})
     return {**data, "total": {**_sizes(state.tensors), "file": path.stat().st_size}}
 
@@ -182,9 +184,9 @@ def _show_peft(path: Path, data: dict[str, Any]) -> None:
 def keras_file(path: Path) -> dict[str, Any]:
     """The facts about a `.keras` file, from its metadata and config."""
     old_file(str(path), ".keras")
-    kinds = (zipfile.BadZipFile, KeyError, ValueError, OSError, AttributeError, TypeError)
-    with refusing(*kinds, before=f"{path} is not a whole .keras file: "), zipfile.ZipFile(path) as archive:
-        metadata, config = (json.loads(archive.read(name)) for name in ("metadata.json", "config.json"))
+    # A damaged archive raises errors of many kinds.
+    with refusing(Exception, before=f"{path} is not a whole .keras file: "), zipfile.ZipFile(path) as archive:
+        metadata, config = (_json_in(archive, name, path.stat().st_size) for name in ("metadata.json", "config.json"))
         weights = sum(each.file_size for each in archive.infolist() if each.filename.endswith(".h5"))
         return {
             "kind": "keras",
@@ -197,21 +199,28 @@ def keras_file(path: Path) -> dict[str, Any]:
         }
 
 
+def _json_in(archive: zipfile.ZipFile, name: str, held: int) -> Any:
+    """The table in an entry of an archive of `held` bytes. An entry can say that it is a thousand times as long."""
+    entry = archive.getinfo(name)
+    if entry.file_size > max(_SHORT, 10 * held) or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"its {name} would have {entry.file_size:,} bytes unpacked, and the whole file has {held:,}")
+    return json.loads(archive.read(entry))
+
+
 def _adapters_in(config: Any) -> list[dict[str, Any]]:
     """The adapters listed in a config or in the configs inside it. An outer list includes the adapters of inner models."""
     if isinstance(config, list):
         return [row for each in config for row in _adapters_in(each)]
     if not isinstance(config, dict):
         return []
-    if not isinstance(config.get(adapted.KEY), dict):
+    if not isinstance(config.get(KEY), dict):
         return [row for each in config.values() for row in _adapters_in(each)]
-    return [_row_of(config, entry) for entry in config[adapted.KEY]["adapters"]]
+    return [_row_of(config, entry) for entry in config[KEY]["adapters"]]
 
 
 def _row_of(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     adapter = entry["adapter"]
-    names = {cls.__name__: name for name, cls in adapters.TABLE.items()}  # as in an adapter file
-    method = names.get(adapter["class_name"], adapter["class_name"])
+    method = METHODS.get(adapter["class_name"], adapter["class_name"])  # as in an adapter file
     row = {"in": config.get("name"), "layer": entry["address"], "adapter": entry["name"], "method": method}
     rank, scale = adapter["config"].get("rank"), scale_of(adapter["config"])
     return {**row, "rank": rank, "scale": scale, "strength": entry["strength"]}

@@ -67,7 +67,7 @@ def load_base(base: Path) -> Any:
     """The model in a `.keras` file, not compiled."""
     try:
         return keras.saving.load_model(base, compile=False)
-    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # a damaged or hostile file gives an error of any kind
         said = " ".join(str(error).split())
         raise Refused(
             f"Keras cannot load {base} ({type(error).__name__}: {said[:300]}{'...' * (len(said) > 300)}). Expected a whole "

@@ -1,6 +1,6 @@
 """Every use of a private Keras name, in one function each.
 
-Every function documents why no public API works. All were checked on Keras 3.14 and 3.15. If Keras changes one of them,
+Every function documents why no public API works. All were checked on Keras 3.15. If Keras changes one of them,
 `tests/test_keras_internals.py` fails first.
 """
 

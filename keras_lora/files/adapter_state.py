@@ -32,9 +32,6 @@ from keras_lora.swap.adapters_of_model import new_name, only_name, show_beside
 from keras_lora.swap.addresses import by_address
 from keras_lora.swap.flags import Flags
 
-#: In the key of a tensor, the separator between the address of a layer and a variable of the base.
-_BASE = ":base."
-
 
 @dataclass
 class AdapterEntry:
@@ -179,18 +176,14 @@ class AdapterState:
         state = cls(
             base_structure=header.get("base_structure"), base_weights=header.get("base_weights"), version=header["version"]
         )
+        found = tensor_file.by_place(header, tensors)
         for address, entry in header["adapters"].items():
             said = entry["class"], entry["kernel"], entry["method"], entry["config"], entry.get("scale")
-            state.adapters[address] = AdapterEntry(*said)
+            state.adapters[address] = AdapterEntry(*said, found["adapters"][address])
         for address, entry in header["trained"].items():
-            state.trained[address] = TrainedEntry(entry["class"], entry["shapes"], Flags(*entry["plan"]))
-        for key, tensor in tensors.items():
-            address, base, name = key.rpartition(_BASE)
-            entries: Any = state.trained if base else state.adapters
-            if not base:
-                address, _, name = key.rpartition(":")
-            place = entries[address].tensors if address in entries else state.unplaced
-            place[name if address in entries else key] = tensor
+            own = found["trained"][address]
+            state.trained[address] = TrainedEntry(entry["class"], entry["shapes"], Flags(*entry["plan"]), own)
+        state.unplaced = found["unplaced"]
         return state
 
     @property
@@ -212,7 +205,9 @@ class AdapterState:
     def tensors(self) -> dict[str, np.ndarray]:
         """The tensors by their keys in a file."""
         found = {f"{at}:{key}": tensor for at, entry in self.adapters.items() for key, tensor in entry.tensors.items()}
-        of_base = {f"{at}{_BASE}{key}": each for at, entry in self.trained.items() for key, each in entry.tensors.items()}
+        of_base = {
+            f"{at}{tensor_file.BASE}{key}": each for at, entry in self.trained.items() for key, each in entry.tensors.items()
+        }
         return {**found, **of_base, **self.unplaced}
 
     def put_into(self, model: Any, source: str, *, name: str | None = None, trainable: bool = True) -> None:
@@ -243,7 +238,7 @@ class AdapterState:
                 fitted = own[address].values_from(entry.made(), entry.tensors)
                 tensors |= {f"{address}:{key}": value for key, value in fitted.items()}
         of_base = {
-            f"{address}{_BASE}{key}": v
+            f"{address}{tensor_file.BASE}{key}": v
             for address, trained in self.trained.items()
             for key, v in beside.variables(found[address], list(trained.flags.variables)).items()
         }
@@ -332,11 +327,11 @@ def _is_within(values: dict[str, np.ndarray], own: Adapter) -> bool:
 def _started(linear: LinearMap, address: str, entry: AdapterEntry) -> tuple[Adapter | None, list[str]]:
     """An adapter with weights for a kernel, or the reasons why it cannot be made."""
     adapter, held = entry.made(), sum(tensor.size for tensor in entry.tensors.values())
-    wanted = adapter.size(linear.matrix_shape)
-    if wanted > held and wanted > max(2 * math.prod(linear.matrix_shape), 10_000):  # a header that asks for all memory
-        return None, [f"the adapter at '{address}' would have {wanted} numbers; the file has {held}"]
-    with adapters.skip_init():
-        slots.start(linear, adapter)
+    try:
+        with adapters.skip_init(), adapters.at_most(max(2 * held, 2 * math.prod(linear.matrix_shape), 10_000)):
+            slots.start(linear, adapter)
+    except adapters.TooLarge as error:  # a header that asks for all memory
+        return None, [f"the adapter at '{address}' cannot be made: {error} The file has {held}"]
     return adapter, []
 
 

@@ -98,5 +98,6 @@ def load_adapter(
     >>> len(keras_lora.load_adapter(base(), path).trainable_variables)
     2
     """
+    checks.keras_layer(model)
     AdapterState.read(path).put_into(model, f"The adapter file {path}", name=name, trainable=trainable)
     return model

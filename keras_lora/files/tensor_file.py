@@ -22,6 +22,8 @@ import safetensors.numpy
 VERSION = 2
 #: The entry of the metadata that contains the header.
 ENTRY = "keras_lora"
+#: In the key of a tensor, what is between the address of a layer and a variable of the base.
+BASE = ":base."
 _DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
 #: The ending of a file while it is written, and the age in seconds after which the next save removes such a leftover.
 _UNFINISHED, _LEFT_OVER = ".unfinished", 3600
@@ -31,8 +33,40 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     """`path` as a `Path`. Raises an error if an adapter file cannot have this path."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"The path of an adapter file must end in '.safetensors'. Received: {str(path)!r}.")
+        other = what_it_is(path)
+        raise ValueError(
+            f"The path of an adapter file must end in '.safetensors'. Received: {str(path)!r}."
+            f"{f' It is {other}' if other else ''}"
+        )
     return path
+
+
+def what_it_is(path: Path) -> str | None:
+    """The kind of a file or folder that is no adapter file, and what reads it, in words; `None` if it is not known."""
+    names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(8)
+    if "adapter_config.json" in names:
+        return "the folder of a PEFT adapter, which `keras_lora.interop.from_peft(model, folder)` reads."
+    if "config.json" in names or (start.startswith(b"PK") and path.suffix == ".keras"):
+        return (
+            "a whole Keras model, which `keras.saving.load_model(path)` reads, after `import keras_lora` if it is adapted."
+        )
+    if names:
+        return f"a folder, with {', '.join(sorted(names)[:8])} in it. Expected one file."
+    if start.startswith(b"\x89HDF"):
+        return (
+            "an HDF5 file. `keras_lora.interop.from_lora_h5(backbone, path)` reads the `.lora.h5` files of KerasHub, "
+            "`model.load_weights(path)` a `.weights.h5`, and `keras.saving.load_model(path)` an `.h5` of a whole model."
+        )
+    if start[:1] == b"\x80" or start.startswith(b"PK"):
+        return (
+            "a pickle, such as `torch.save` writes, or another archive. keras_lora never opens pickles, because they run "
+            "code; ask its author for safetensors."
+        )
+    return None
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -50,13 +84,46 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 _check_header(header)
                 tensors = {key: _tensor(file, key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        other = what_it_is(path) or _of_another_library(path)
         raise ValueError(
             f"{path} is not a whole adapter file of keras_lora ({type(error).__name__}: {_short(str(error))}). Expected a "
-            "file written by `keras_lora.save_adapter`. It may be cut off, damaged or of another kind."
+            f"file written by `keras_lora.save_adapter`. It {f'is {other}' if other else 'may be cut off or damaged.'}"
         ) from error
     if not 1 <= version <= VERSION:
         raise ValueError(f"{path} has format version {version}. Expected at most {VERSION}. A newer keras_lora may read it.")
     return header, tensors
+
+
+def _of_another_library(path: Path) -> str | None:
+    """What a whole safetensors file is that has no header of ours, in words."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            if ENTRY in (file.metadata() or {}):
+                return None
+    except (safetensors.SafetensorError, OSError):
+        return None
+    if any(".lora_" in name for name in names):
+        return "the tensors of a PEFT adapter. `keras_lora.interop.from_peft(model, folder)` reads the folder it lies in."
+    return f"a safetensors file of another kind, with {len(names)} tensors such as {_short(', '.join(names[:3]))}."
+
+
+def by_place(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The tensors of a file, by part of the header, by address and by name.
+
+    The parts are `"adapters"` and `"trained"`. Tensors that belong to neither are in the part `"unplaced"`, by key.
+    """
+    found: dict[str, dict[str, Any]] = {part: {at: {} for at in header[part]} for part in ("adapters", "trained")}
+    found["unplaced"] = {}
+    for key, tensor in tensors.items():
+        part, (address, base, name) = "trained", key.rpartition(BASE)
+        if not base:
+            part, (address, _, name) = "adapters", key.rpartition(":")
+        if address in found[part]:
+            found[part][address][name] = tensor
+        else:
+            found["unplaced"][key] = tensor
+    return found
 
 
 def _tensor(file: Any, key: str) -> np.ndarray:
@@ -132,13 +199,18 @@ def _short(text: str) -> str:
 
 def write(path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """Write an adapter file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
     _take_left_over(path)
     write_bytes(path, safetensors.numpy.save(tensors, {ENTRY: json.dumps({"version": VERSION, **header}, sort_keys=True)}))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a temporary file next to `path` and rename it, so an interrupted save leaves the old file unchanged."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+    try:
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, so it cannot be written", str(path)) from error  # not the name aside
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

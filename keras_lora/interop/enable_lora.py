@@ -15,8 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, checks
-from keras_lora.adapters import factors
+from keras_lora import adapters, checks, factors
 from keras_lora.applying import own_beside, reset_compilation
 from keras_lora.combining import CombinationReport, CombinedKernel
 from keras_lora.compat import keras_internals, quantization

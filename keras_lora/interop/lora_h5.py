@@ -6,6 +6,7 @@ counts the layers of the backbone that have weights. It has no alpha, no names a
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -111,20 +112,24 @@ def from_lora_h5(
 
 def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, tuple[Any, Any]], list[str]]:
     """Return the rank in a file, its two tensors by layer, and the problems of the file."""
-    problems: list[str] = []
-    entries: dict[str, np.ndarray] = {}
-
-    def read(key: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            entries[key] = np.asarray(item[()])
-
     try:
         with h5py.File(os.fspath(path), "r") as file:
-            file.visititems(read)
+            found, problems = _data_sets(file)
+            declared, held = (
+                sum(math.prod(each.shape) * each.dtype.itemsize for each in found.values()),
+                os.path.getsize(path),
+            )
+            if declared > held:
+                return (
+                    0,
+                    {},
+                    [*problems, f"its data sets declare {declared} bytes of numbers, and the whole file has {held}"],
+                )
+            entries = {key: np.asarray(each[()]) for key, each in found.items()}
     except FileNotFoundError:
         raise
-    except OSError as error:
-        return 0, {}, [f"it cannot be read as HDF5: {error}"]
+    except Exception as error:  # each damage gives an error of another kind
+        return 0, {}, [f"it cannot be read as HDF5: {type(error).__name__}: {str(error)[:500]}"]
     rank = entries.pop("lora/vars/rank", None)
     size = int(rank) if rank is not None and rank.shape == () and rank.dtype.kind in "iu" else 0
     if size < 1:
@@ -144,3 +149,45 @@ def _read(path: str | os.PathLike[str]) -> tuple[int, dict[str, tuple[Any, Any]]
         problems.append("the file has no layer with LoRA")
     ordered = sorted(tensors, key=lambda index: (len(index), index))
     return size, {index: (tensors[index].get(_TENSORS[0]), tensors[index].get(_TENSORS[1])) for index in ordered}, problems
+
+
+def _data_sets(file: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the data sets of numbers in a file by key, unread, and the problems with everything else in it.
+
+    HDF5 can take the numbers of a data set from another file (external storage, virtual data sets, links), compress them, or
+    name them many times. KerasHub does none of this, and a file that does may read or allocate what its sender wants.
+    """
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    seen, groups = set(), [("", file)]
+    while groups:
+        prefix, group = groups.pop()
+        for name in group:
+            key, link = prefix + name, group.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                problems.append(f"'{key}' is a {type(link).__name__} to another place, which is not followed")
+                continue
+            item = group[name]
+            address = h5py.h5o.get_info(item.id).addr
+            if address in seen:
+                problems.append(f"'{key}' is another name of what the file has already")
+            elif isinstance(item, h5py.Group):
+                groups.append((f"{key}/", item))
+            elif not isinstance(item, h5py.Dataset) or item.dtype.kind not in "fiu":
+                problems.append(f"the file has an entry '{key}', a {_kind(item)}, that fits nothing")
+            elif (stored := _storage(item)) != "plain":
+                problems.append(f"'{key}' is {stored}, which is not read; KerasHub writes plain numbers")
+            else:
+                found[key] = item
+            seen.add(address)
+    return found, problems
+
+
+def _storage(item: Any) -> str:
+    plan = item.id.get_create_plist()
+    layout = {h5py.h5d.CHUNKED: "stored in chunks, perhaps compressed", h5py.h5d.VIRTUAL: "made of data sets elsewhere"}
+    return layout.get(plan.get_layout(), "stored in another file" if plan.get_external_count() else "plain")
+
+
+def _kind(item: Any) -> str:
+    return f"{type(item).__name__} of {item.dtype}" if isinstance(item, h5py.Dataset) else type(item).__name__

@@ -61,11 +61,7 @@ class AdaptedContainer:
         if KEY not in config:
             return super().from_config(config)  # type: ignore[misc]
         description = config[KEY]
-        if description["version"] != _VERSION:
-            raise ValueError(
-                f"This file of an adapted model has format version {description['version']!r}. Expected {_VERSION}. Load it "
-                "with the keras_lora that wrote it."
-            )
+        rebuilding.check_description(description, _VERSION)
         layer = rebuilding.rebuilt({key: value for key, value in config.items() if key != KEY}, description, custom_objects)
         if {entry["address"] for entry in description["adapters"]} & {linear.part for linear in maps_of(layer)}:
             restore(layer, description)  # an adapted layer is adapted again before it is built

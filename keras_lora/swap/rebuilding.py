@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import keras
@@ -15,7 +16,41 @@ from keras_lora.swap.addresses import by_address
 def rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects: dict[str, Any] | None) -> Any:
     """Return the plain object described by `config`."""
     whole = {**description["base"], "config": config, "build_config": description["build_config"]}
-    return keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
+    found = keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
+    if not isinstance(found, keras.layers.Layer):
+        raise ValueError(f"The base of an adapted layer in this file is no layer: {description['base']}.")
+    return found
+
+
+def check_description(description: Any, expected: int) -> None:
+    """Raise unless the description of an adapted layer in a file has the parts that are read, of the right types."""
+
+    def table(value: Any, inside: type = object) -> bool:
+        return isinstance(value, dict) and all(isinstance(each, inside) for each in value.values())
+
+    def entry(value: Any) -> bool:
+        words = table(value) and all(isinstance(value.get(key), str) for key in ("address", "name", "slot"))
+        fits = words and isinstance(value.get("adapter"), dict) and isinstance(value.get("strength"), (int, float))
+        return fits and re.fullmatch(r"(\w+_)?adapter(_\d+)?", value["slot"]) is not None
+
+    if (version := description.get("version") if table(description) else None) != expected:
+        raise ValueError(
+            f"This file of an adapted model has format version {version!r}. Expected {expected}. Load it with the "
+            "keras_lora that wrote it."
+        )
+    fits: dict[str, Any] = {
+        "base": table,
+        "build_config": lambda value: value is None or table(value),
+        "adapters": lambda value: isinstance(value, list) and all(map(entry, value)),
+        "base_dtypes": lambda value: value is None or table(value, str),
+        "quantized": lambda value: table(value, dict),
+        "training": lambda value: table(value, dict),
+    }
+    if wrong := [key for key, check in fits.items() if not check(description.get(key))]:
+        raise ValueError(
+            f"The description of an adapted layer in this file lacks a right {', '.join(wrong)}. Expected a file that Keras "
+            "wrote of a model of keras_lora. It may be damaged."
+        )
 
 
 def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 
 import keras
 
@@ -18,6 +19,8 @@ from keras_lora.swap.addresses import forget_walks
 
 #: The change of a kernel: one adapter, or several.
 Change = adapters.Adapter | adapters.Sum
+#: How many numbers an adapter may have, if they are not 100 times those of its kernel: a gigabyte. No rank needs more.
+_MOST = 2**28
 
 
 def adapters_in(layer: keras.layers.Layer) -> list[adapters.Adapter]:
@@ -60,6 +63,7 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
     with contextlib.ExitStack() as scopes:
         for name in names:
             scopes.enter_context(keras.name_scope(name))
+        scopes.enter_context(adapters.at_most(max(_MOST, 100 * math.prod(linear.matrix_shape))))
         adapter.add_strength()
         adapter.create_for(linear)
 

@@ -22,6 +22,11 @@ DenseTerms = Sequence[tuple[float, np.ndarray]]
 _NOISE = 16 * np.finfo(np.float64).eps
 
 
+def scale(rank: int, alpha: float, rank_stabilized: bool = False) -> float:
+    """Return the number that multiplies `A B` in a LoRA."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+
 def product(factors: Factors) -> np.ndarray:
     """Return the change `a @ b`, as `(*groups, in_dim, out_dim)`."""
     a, b = _checked(factors)
