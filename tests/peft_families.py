@@ -116,6 +116,11 @@ FAMILIES = {
     "gemma": Family(
         _t.GemmaForCausalLM, _t.GemmaConfig(**{**DECODER, "num_key_value_heads": 1}, head_dim=4), _k.GemmaCausalLM
     ),
+    "gemma2": Family(
+        _t.Gemma2ForCausalLM,
+        _t.Gemma2Config(**DECODER, head_dim=4, query_pre_attn_scalar=4, sliding_window=8),
+        _k.GemmaCausalLM,
+    ),
     "gemma3": Family(
         _t.Gemma3ForCausalLM,
         _t.Gemma3TextConfig(

@@ -1,5 +1,6 @@
 """Adapters from and to PEFT, with PEFT and `transformers` themselves on the other side."""
 
+import importlib
 import json
 import warnings
 
@@ -179,6 +180,10 @@ OTHER_VARIANTS = {
     "gpt2, biases of its layers": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}),
     "bert, biases": ("bert", {"bias": "lora_only"}),
     "bert, embeddings": ("bert", {"target_modules": ["word_embeddings", "token_type_embeddings", "query"]}),
+    "gemma2, norms trained themselves": (
+        "gemma2",
+        {"modules_to_save": ["post_attention_layernorm", "pre_feedforward_layernorm"], "target_modules": ["q_proj"]},
+    ),
     "vit, DoRA of a convolution": ("vit", {"use_dora": True}),
     "vit, a convolution alone": ("vit", {"target_modules": ["projection"]}),
     "vit, head": ("vit", {"modules_to_save": ["classifier"]}),
@@ -213,6 +218,20 @@ def test_the_weight_of_an_embedding_that_peft_adds_must_be_that_of_the_base(chec
     with pytest.raises(ValueError, match=r"embed_tokens' has another weight in the file than in this base"):
         from_peft(other, tmp_path)
     assert np.array_equal(family.our_logits(other), before)
+
+
+def test_two_variables_with_one_name_are_refused_unless_names_tell_them_apart(monkeypatch, checkpoints, tmp_path):
+    """As Gemma's converter reads Gemma 2, which has two norms more."""
+    family, base = FAMILIES["gemma2"], checkpoints("gemma2")
+    converters = importlib.import_module("keras_lora.interop.converters")
+    monkeypatch.setattr(converters, "model_types_of", lambda backbone: ["gemma"])
+    model = keras_lora.apply_lora(family.ours(base), rank=1, targets="*query", train="pre_ffw_norm")
+    with pytest.raises(ValueError, match=r"one tensor .* fills \['.*post_attention_norm/scale', .* separate modules there"):
+        export(family, model, tmp_path / "ours")
+    blocks = f"{model.backbone.name}/decoder_block_"
+    names = {f"{blocks}{i}/pre_ffw_norm": f"model.layers.{i}.pre_feedforward_layernorm" for i in range(2)}
+    to_peft(model, tmp_path / "ours", names=names)
+    assert apart(in_peft(family, base, tmp_path / "ours"), family.our_logits(model)) < RELATIVE
 
 
 # For other readers.

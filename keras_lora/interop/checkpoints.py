@@ -113,6 +113,9 @@ class CheckpointMap:
         named = list(_named(places, names or {}))
         renamed = {(id(port.layer), port.attribute) for port in named}
         by_variable = {(id(port.layer), port.attribute): port for port in ports}  # a shared layer is filled several times
+        self._several = {
+            (id(port.layer), port.attribute) for port in ports if by_variable[id(port.layer), port.attribute].key != port.key
+        } - renamed
         kept = [port for variable, port in by_variable.items() if variable not in renamed]
         if rename is not None:
             kept = [replace(port, key=rename(port.key)) for port in kept]
@@ -140,15 +143,14 @@ class CheckpointMap:
             NotAReshape: The matrix is in no tensor, or differs in more than the order of inputs and outputs.
         """
         linear = self.maps[address]
-        port = self._ports.get((id(linear.layer), linear.kernel_name))
-        if port is None:
-            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
+        port = self._port(linear.layer, linear.kernel_name)
         if not port.key.endswith(".weight"):
             raise NotAReshape(f"it comes from what is no weight of a module ('{port.key}')")
         if len(linear.matrix_shape) > 2:
             raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
         for shape in self._shapes(port, linear):
             if (found := self._layout(port, shape, linear)) is not None:
+                self._refuse_overlap(port, shape)
                 kind, ins, outs = found
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
@@ -173,16 +175,33 @@ class CheckpointMap:
         Raises:
             NotAReshape: The variable is in no tensor, or differs in more than the order of its entries.
         """
-        port = self._ports.get((id(layer), attribute))
-        if port is None:
-            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
+        port = self._port(layer, attribute)
         plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2)
         linear = next((each for each in plain if each.kernel_name == attribute), None)
         for shape in self._shapes(port, linear):
             index = _index(port, shape, shape_of(layer, attribute))
             if index is not None and (linear is None or self._layout(port, shape, linear) is not None):
+                self._refuse_overlap(port, shape)
                 return Placement(port.key, shape, index)
         raise NotAReshape(f"its numbers are not those of a tensor in another order ('{port.key}')")
+
+    def _port(self, layer: keras.layers.Layer, attribute: str) -> Port:
+        port = self._ports.get((id(layer), attribute))
+        if port is None:
+            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
+        if (id(layer), attribute) in self._several:
+            raise NotAReshape(f"KerasHub's converter fills it from several tensors ('{port.key}' is one)")
+        return port
+
+    def _refuse_overlap(self, port: Port, shape: tuple[int, ...]) -> None:
+        """Raise `NotAReshape` if several variables are the same numbers of a tensor: not each can be that module."""
+        others = [each for each in self.keys[port.key] if each is not port]
+        sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in (port, *others)]
+        if sum(sizes) > math.prod(shape):
+            addresses = sorted(f"{self.addresses[id(each.layer)]}/{each.attribute}" for each in (port, *others))
+            raise NotAReshape(
+                f"one tensor ('{port.key}') fills {addresses}, which are separate modules there. `names` says which is which"
+            )
 
     def _layout(self, port: Port, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
         """Return the result of `_matrix`, cached for equal kernels: a large model has many, and each takes seconds."""
