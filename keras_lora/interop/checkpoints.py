@@ -96,6 +96,8 @@ class CheckpointMap:
 
     Attributes:
         keys: The tensors, with the variables that each contains.
+        converted: The names of those that KerasHub's converter named, and `names` did not.
+        config: The config of the checkpoint, as far as it is known, with its `model_type`; empty without a converter.
         reason: Why there is no map from KerasHub's converter for this model, or `""`.
     """
 
@@ -109,7 +111,7 @@ class CheckpointMap:
         self.model, places = model, walk(model)
         self.addresses = {id(place.layer): place.address for place in places}
         self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
-        ports, self.reason = _converted(model, prefix)
+        self.config, ports, self.reason = _converted(model, prefix)
         named = list(_named(places, names or {}))
         renamed = {(id(port.layer), port.attribute) for port in named}
         by_variable = {(id(port.layer), port.attribute): port for port in ports}  # a shared layer is filled several times
@@ -117,13 +119,24 @@ class CheckpointMap:
             (id(port.layer), port.attribute) for port in ports if by_variable[id(port.layer), port.attribute].key != port.key
         } - renamed
         kept = [port for variable, port in by_variable.items() if variable not in renamed]
-        if rename is not None:
-            kept = [replace(port, key=rename(port.key)) for port in kept]
+        self.converted = [port.key for port in kept]
         self.keys: dict[str, list[Port]] = {}
         for port in [*kept, *named]:
             if id(port.layer) in self.addresses:
                 self.keys.setdefault(port.key, []).append(port)
         self._layouts: dict[Any, _Layout | None] = {}
+        self._ports = {(id(port.layer), port.attribute): port for each in self.keys.values() for port in each}
+        if rename is not None:
+            self.rename(rename)
+
+    def rename(self, function: Callable[[str], str]) -> None:
+        """Give the tensors that the converter named new names."""
+        new = {key: function(key) for key in self.converted}
+        self.converted = list(new.values())
+        keys, self.keys = self.keys, {}
+        for key, ports in keys.items():
+            name = new.get(key, key)
+            self.keys.setdefault(name, []).extend(replace(port, key=name) for port in ports)
         self._ports = {(id(port.layer), port.attribute): port for each in self.keys.values() for port in each}
 
     @property
@@ -273,20 +286,20 @@ def _is_output(model: Any, layer: keras.layers.Layer) -> bool:
     return any(layer is each or any(layer is one for one in inside) for each, inside in zip(made, held, strict=True))
 
 
-def _converted(model: Any, prefix: str) -> tuple[list[Port], str]:
-    """Return the ports of KerasHub's converter for a model, or the reason why there are none."""
+def _converted(model: Any, prefix: str) -> tuple[dict[str, Any], list[Port], str]:
+    """Return the checkpoint's config and the ports of KerasHub's converter for a model, or why there are none."""
     backbone = getattr(model, "backbone", None) or model
     if not any(cls.__module__.partition(".")[0] == "keras_hub" for cls in type(backbone).__mro__):
-        return [], "it is no layer of a KerasHub model, and `names` gives no module for it"
+        return {}, [], "it is no layer of a KerasHub model, and `names` gives no module for it"
     converters = importlib.import_module("keras_lora.interop.converters")  # which imports KerasHub
     try:
-        ports = converters.watch(backbone)
+        config, ports = converters.watch(backbone)
         head = converters.watch_head(model) if backbone is not model else []
     except converters.ConverterError as error:
-        return [], str(error)
+        return {}, [], str(error)
     of_head = "lm_head."  # outside the backbone, although its converter fills it
     named = [port if port.key.startswith(of_head) else replace(port, key=prefix + port.key) for port in ports]
-    return [*named, *head], ""
+    return config, [*named, *head], ""
 
 
 def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:

@@ -29,25 +29,19 @@ class ConverterError(ValueError):
     """A converter could not be followed."""
 
 
-def watch(backbone: keras.Model) -> list[Port]:
-    """Return the ports of KerasHub's converter for a backbone, in its order. The backbone is not changed.
+def watch(backbone: keras.Model) -> tuple[dict[str, Any], list[Port]]:
+    """Return the config of a backbone's checkpoint, as far as known, and the ports of KerasHub's converter, in its order.
 
-    Values that the converter reads from the checkpoint's `config.json` are taken from the backbone's config.
+    The backbone is not changed. Several types of checkpoint may have one converter. We take the one that contradicts the
+    fewest entries of the backbone's config, and of these the one that fills most variables from most tensors: as Gemma's,
+    two norms of Gemma 2 would get one name. Values that a converter reads from the checkpoint's `config.json` are taken
+    from the backbone's config.
 
     Args:
         backbone: A KerasHub backbone, plain or adapted.
 
     Raises:
         ConverterError: KerasHub has no converter for the class, or it cannot be followed.
-    """
-    return _followed(backbone)[1]
-
-
-def _followed(backbone: keras.Model) -> tuple[dict[str, Any], list[Port]]:
-    """Return the checkpoint config and the ports of the `model_type` that fits a backbone best.
-
-    Several types may have one converter. The best contradicts the fewest entries of the backbone's config, and of these
-    the one that fills most variables from most tensors: Gemma's type gives two norms of Gemma 2 the same name.
     """
     found: list[tuple[tuple[int, int, int], dict[str, Any], list[Port]]] = []
     for model_type in model_types_of(backbone):

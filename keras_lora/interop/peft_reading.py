@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEn
 from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
+from keras_lora.interop.transformers_names import classes_with, recorded
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of
 from keras_lora.targets.patterns import nearest
@@ -178,29 +180,59 @@ def number_of(layer: Any, attribute: str) -> int | None:
     return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
 
 
-def aligned(modules: Iterable[str], checkpoint: CheckpointMap) -> dict[str, str]:
-    """Map each module name in a file to its name in the model: one may have a prefix (`bert.`) that the other lacks."""
+def aligned(modules: Iterable[str], checkpoint: CheckpointMap, ask: bool) -> dict[str, str]:
+    """Map each module name in a file to its name in the model: one may have a prefix (`bert.`) that the other lacks.
+
+    With `ask`, a file may also have the names that `transformers` has for the modules. We ask it only if the recorded
+    names do not do, because importing it is slow.
+    """
     modules = list(modules)
-    known = {key.rpartition(".")[0] for key in checkpoint.keys}
+    names = {key.rpartition(".")[0]: key.rpartition(".")[0] for key in checkpoint.keys}
+    found = _aligned(modules, names)
+    if ask and checkpoint.config and not set(found.values()) <= set(names):
+        found = _aligned(modules, names := names | _also(checkpoint, recorded(checkpoint.config["model_type"])))
+        if not set(found.values()) <= set(names.values()):
+            with contextlib.suppress(ImportError):
+                for each in classes_with(checkpoint, ""):
+                    names = _also(checkpoint, each.rename) | names
+                found = _aligned(modules, names)
+    return found
+
+
+def _also(checkpoint: CheckpointMap, rename: Callable[[str], str]) -> dict[str, str]:
+    """Return other names of modules, with their names in the converter."""
+    found = {}
+    for key in checkpoint.converted:
+        (module, _, variable), (other, _, same) = key.rpartition("."), rename(key).rpartition(".")
+        if variable == same:
+            found[other] = module
+    return found
+
+
+def _aligned(modules: list[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Map each module name in a file to the value of a name; only a prefix may differ."""
     votes: Counter[tuple[str, str]] = Counter({("", ""): 0})
     for module in modules:
-        for name in known:
+        for name in names:
             if f".{module}".endswith(f".{name}"):
                 votes[module[: len(module) - len(name)], ""] += 1
             elif f".{name}".endswith(f".{module}"):
                 votes["", name[: len(name) - len(module)]] += 1
-    readings = {each: _read_as(modules, known, *each) for each, _ in votes.most_common(8)}
-    fits = {each: sum(name in known for name in found.values()) for each, found in readings.items()}
+    readings = {each: _read_as(modules, names, *each) for each, _ in votes.most_common(8)}
+    fits = {each: sum(name in names for name in found.values()) for each, found in readings.items()}
     best = [each for each, number in fits.items() if number == max(fits.values())]
-    if len(best) > 1 and ("", "") not in best:
+    meant = {each: {module: names.get(name, name) for module, name in readings[each].items()} for each in best}
+    if ("", "") in best:
+        return meant["", ""]
+    if any(each != meant[best[0]] for each in meant.values()):
         raise ValueError(
             f"The modules of the adapter fit this model in several ways: with {best} as (beginning in the file, beginning "
             f"in the model). Expected one. Received: names such as {modules[0]!r}. Load it into a part of the model."
         )
-    return readings[("", "") if ("", "") in best else best[0]]
+    return meant[best[0]]
 
 
-def _read_as(modules: list[str], known: set[str], of_file: str, of_model: str) -> dict[str, str]:
+def _read_as(modules: list[str], known: Mapping[str, str], of_file: str, of_model: str) -> dict[str, str]:
     found = {}
     for module in modules:
         inside = module.startswith(of_file) and module not in known  # a head is outside the backbone

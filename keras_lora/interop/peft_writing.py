@@ -266,6 +266,12 @@ class Writer:
     # The written files.
 
     @property
+    def modules(self) -> set[str]:
+        """Return the names of all modules in the file."""
+        beside = {key.removesuffix(".base_layer") for key in (each.rpartition(".")[0] for each in self.variables)}
+        return {each.module for each in self.written} | set(self.tokens) | beside
+
+    @property
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the tensors by their keys in the file."""
         found: dict[str, np.ndarray] = {}
