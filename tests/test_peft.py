@@ -11,11 +11,13 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
+from families import MODELS, multimodal, text, vision  # noqa: F401  # entering the families
 from helpers import covering, value
 from peft_families import FAMILIES
 
 import keras_lora
-from keras_lora.interop import from_peft, serving_problems, to_peft
+from keras_lora.interop import from_peft, serving_problems, to_peft, transformers_names
+from keras_lora.interop.checkpoints import CheckpointMap
 
 RELATIVE = 1e-4
 # KerasHub compiles its tasks when they are made.
@@ -233,6 +235,58 @@ def test_two_variables_with_one_name_are_refused_unless_names_tell_them_apart(mo
     names = {f"{blocks}{i}/pre_ffw_norm": f"model.layers.{i}.pre_feedforward_layernorm" for i in range(2)}
     to_peft(model, tmp_path / "ours", names=names)
     assert apart(in_peft(family, base, tmp_path / "ours"), family.our_logits(model)) < RELATIVE
+
+
+# Names of modules, which `transformers` 5 has changed for some models.
+
+
+@pytest.fixture
+def no_transformers(monkeypatch):
+    """As where `transformers` is not installed."""
+
+    def missing(*arguments):
+        raise ImportError("No module named 'transformers'")
+
+    monkeypatch.setattr(transformers_names, "classes_of", missing)
+
+
+def test_without_transformers_both_names_are_read_and_a_warning_says_which_differ(no_transformers, checkpoints, tmp_path):
+    family, base = FAMILIES["dinov2"], checkpoints("dinov2")
+    wanted = their_adapter(family, base, tmp_path / "theirs")
+    model = taken(family, base, tmp_path / "theirs")
+    assert apart(family.our_logits(model), wanted) < RELATIVE
+    said = "other names for 8 of the 13 modules .*: 'encoder.layer.0.attention.attention.key' is 'encoder.*attention.k_proj'"
+    with pytest.warns(UserWarning, match=said):
+        export(family, keras_lora.apply_lora(family.ours(base), rank=1), tmp_path / "all")
+    with pytest.warns(UserWarning, match="Install `transformers`"):
+        export(family, model, tmp_path / "old")
+    assert apart(family.our_logits(taken(family, base, tmp_path / "old")), wanted) < RELATIVE
+    export(family, model, tmp_path / "ours", rename=transformers_names.recorded("dinov2"))
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_a_folder_with_names_that_the_model_lacks_warns(checkpoints, tmp_path):
+    family, base = FAMILIES["vit"], checkpoints("vit")
+    model = keras_lora.apply_lora(family.ours(base), rank=1)
+    said = r"no modules 'vit.encoder.layer.0.attention.attention.key', .* and 9 more in ViTForImageClassification"
+    with pytest.warns(UserWarning, match=said):
+        to_peft(model, tmp_path / "ours", rename=lambda name: name)
+    assert apart(family.our_logits(taken(family, base, tmp_path / "ours")), family.our_logits(model)) < RELATIVE
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["vit", "deit", "dinov2", "dinov3", "mixtral", "swin", "gemma3", "pali_gemma", "t5gemma2"])
+def test_the_recorded_names_are_those_of_transformers(kind):
+    """And a name of one list is never the other name of another module, so both can be read."""
+    paths = {"gemma3": "gemma3_vision/Gemma3Backbone", "swin": "swin_transformer/SwinTransformerBackbone"}
+    name = paths.get(kind) or next(each for each in MODELS if each.startswith(f"{kind}/") and each.endswith("Backbone"))
+    checkpoint = CheckpointMap(MODELS[name]()[0])
+    best = transformers_names.best_of(transformers_names.classes_with(checkpoint, ""), checkpoint.converted)
+    rename = transformers_names.recorded(checkpoint.config["model_type"])
+    new = {key: rename(key) for key in checkpoint.converted if "mlp.weights_in" not in key}  # two modules there
+    assert new == {key: best.rename(key) for key in new}
+    assert [key for key in new if new[key] != key]
+    assert not [key for key, other in new.items() if other != key and other in new]
 
 
 # For other readers.

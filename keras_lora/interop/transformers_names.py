@@ -48,6 +48,7 @@ _RECORDED: dict[str, dict[str, str]] = {
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": {r"(?<!model\.)layer\.": "model.layer."},
     "swin": {
+        r"attention\.self\.(?=relative_position_bias_table)": "attention.relative_position_bias.",
         r"attention\.self\.(q|k|v)(uery|ey|alue)(?!\w)": r"attention.\1_proj",
         r"attention\.output\.dense(?!\w)": "attention.o_proj",
         r"intermediate\.dense(?!\w)": "mlp.fc1",
