@@ -31,6 +31,8 @@ _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", 
 }
 
 
+#: Why trained tokens of an encoder or a decoder differ.
+TIED_OTHERWISE = "its rows are used in other places here than in PEFT, which ties trained tokens to the encoder's embedding"
 #: The kind of a weight, and for each input and output of a matrix its index there.
 _Layout = tuple[str, np.ndarray, np.ndarray]
 
@@ -118,6 +120,11 @@ class CheckpointMap:
         self._several = {
             (id(port.layer), port.attribute) for port in ports if by_variable[id(port.layer), port.attribute].key != port.key
         } - renamed
+        alike: dict[Any, set[tuple[int, str]]] = {}
+        for port in ports:
+            as_filled = (port.key, port.meaning, shape_of(port.layer, port.attribute))
+            alike.setdefault(as_filled, set()).add((id(port.layer), port.attribute))
+        self._copies = {variable for each in alike.values() if len(each) > 1 for variable in each}
         kept = [port for variable, port in by_variable.items() if variable not in renamed]
         self.converted = [port.key for port in kept]
         self.keys: dict[str, list[Port]] = {}
@@ -181,6 +188,18 @@ class CheckpointMap:
             keras_internals.is_called_in_reverse(linear.layer) or _is_output(self.model, linear.layer)
         )
         return bool(back) or key.removeprefix("model.") == "shared.weight"
+
+    def is_used_back_by_tasks(self, address: str) -> bool:
+        """Whether this is a backbone alone, and the language models on it use this embedding as their output projection."""
+        if not self.config or not getattr(self.maps[address].layer, "tie_weights", False):
+            return False
+        return bool(importlib.import_module("keras_lora.interop.converters").generates(self.model))
+
+    def ties_tokens_otherwise(self, address: str, module: str) -> bool:
+        """Whether trained tokens of an embedding of an encoder and decoder change other places here than in PEFT."""
+        linear = self.maps[address]
+        tied = self.is_used_elsewhere(address, f"{module}.weight") or self.is_used_back_by_tasks(address)
+        return (tied and "decoder" in module.split(".")) or (id(linear.layer), linear.kernel_name) in self._copies
 
     def placement_of(self, layer: keras.layers.Layer, attribute: str) -> Placement:
         """Return where a variable is.

@@ -78,6 +78,14 @@ def model_types_of(backbone: keras.Model) -> list[str]:
     return [name for name, each in converters().items() if each is converter]
 
 
+def generates(backbone: keras.Model) -> bool:
+    """Whether this is a backbone, and KerasHub has a language model with a tied output projection on its class."""
+    tasks: list[Any] = [each for each in vars(keras_hub.models).values() if inspect.isclass(each)]
+    of_language = [each for each in tasks if issubclass(each, (keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM))]
+    classes = [each.backbone_cls for each in of_language if each.backbone_cls]
+    return isinstance(backbone, keras_hub.models.Backbone) and isinstance(backbone, tuple(classes))
+
+
 @functools.cache
 def converters() -> dict[str, ModuleType]:
     """Return KerasHub's converters by the `model_type` of a Hugging Face config."""

@@ -14,7 +14,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
-from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
+from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
 from keras_lora.interop.transformers_names import classes_with, recorded
@@ -26,6 +26,10 @@ from keras_lora.targets.patterns import nearest
 _ELSEWHERE = (
     "is an embedding that this model uses in more places than one (its way back, or an encoder and a decoder), of which "
     "PEFT changes one"
+)
+_USED_BACK = (
+    "is the embedding of a backbone, which KerasHub's language models also use as their output projection; PEFT changes the "
+    "embedding alone"
 )
 
 
@@ -76,8 +80,7 @@ class Reader:
         b: np.ndarray,
         magnitude: np.ndarray | None,
     ) -> None:
-        if self.checkpoint.is_used_elsewhere(address, f"{source.module}.weight"):
-            self.problems.append(f"the module '{module}' {_ELSEWHERE}")
+        if self._is_shared(module, address, f"{source.module}.weight"):
             return
         rank, said, alpha = a.shape[0], self.config.rank_of(module), self.config.alpha_of(module)
         if rank != said:
@@ -108,12 +111,25 @@ class Reader:
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
         self.state.adapters[address] = AdapterEntry.of(linear, adapter, contiguous)
 
+    def _is_shared(self, module: str, address: str, key: str) -> bool:
+        """Whether a change of an embedding in PEFT is not its change here, which is then a problem."""
+        if self.checkpoint.is_used_elsewhere(address, key):
+            self.problems.append(f"the module '{module}' {_ELSEWHERE}")
+            return True
+        if self.checkpoint.is_used_back_by_tasks(address):
+            self.problems.append(f"the module '{module}' {_USED_BACK}")
+            return True
+        return False
+
     def _take_tokens(self, module: str, address: str, linear: LinearMap, source: Source, tokens: np.ndarray) -> None:
         indices = self.config.tokens_of(module)
         if source.kind != "embedding" or indices is None:
             self.problems.append(
                 f"the module '{module}' has trained tokens, and is no embedding or the config names no tokens"
             )
+            return
+        if self.checkpoint.ties_tokens_otherwise(address, source.module):
+            self.problems.append(f"the module '{module}' has trained tokens, and {TIED_OTHERWISE}")
             return
         if tokens.shape != (len(indices), source.out_dim) or max(indices) >= source.in_dim:
             self.problems.append(
@@ -160,8 +176,7 @@ class Reader:
             if self._is_kernel(port) and quantization.mode_of(port.layer) is not None:
                 self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and the layer is quantised here")
                 continue
-            if self._is_kernel(port) and self.checkpoint.is_used_elsewhere(address, port.key):
-                self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and {_ELSEWHERE}")
+            if self._is_kernel(port) and self._is_shared(module, address, port.key):
                 continue
             if tensor.shape != lie.shape or index is None:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")

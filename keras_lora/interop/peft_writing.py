@@ -14,7 +14,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
-from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
+from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_reading import number_of
 from keras_lora.interop.ports import Port
@@ -181,6 +181,9 @@ class Writer:
         part = parts[0]
         if len(parts) > 1 or part.source.kind != "embedding":
             self.problems.append(f"the trained tokens of {[each.address for each in parts]} have no place there")
+            return
+        if self.checkpoint.ties_tokens_otherwise(part.address, module):
+            self.problems.append(f"the trained tokens of '{part.address}' have no place there: {TIED_OTHERWISE}")
             return
         rows = keras.ops.take(part.linear.kernel, np.array(part.adapter.tokens), axis=0)
         self.tokens[module] = list(part.adapter.tokens)
