@@ -26,6 +26,7 @@ SIZES = {
 }
 DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {**SIZES, "num_labels": 3, "pad_token_id": 0}
+MODULE = {**DECODER, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 8}
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
 DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
 VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}
@@ -89,6 +90,10 @@ class Family:
     @property
     def inputs(self) -> Any:
         """The input of our model."""
+        if issubclass(self.task, keras_hub.models.Seq2SeqLM):
+            ids = {"encoder": TOKENS, "decoder": TOKENS[:, ::-1]}
+            masks = {f"{part}_padding_mask": np.ones_like(each) for part, each in ids.items()}
+            return masks | {f"{part}_token_ids": each for part, each in ids.items()}
         if self.of_images:
             name = {keras_hub.models.DINOV2Backbone: "images", keras_hub.models.DINOV3Backbone: "pixel_values"}
             return {name[self.task]: IMAGES} if self.task in name else IMAGES
@@ -100,6 +105,8 @@ class Family:
 
     def their_logits(self, model: Any) -> np.ndarray:
         given = {"pixel_values": IMAGES.transpose(0, 3, 1, 2)} if self.of_images else {"input_ids": TOKENS.astype("int64")}
+        if issubclass(self.task, keras_hub.models.Seq2SeqLM):
+            given["decoder_input_ids"] = given["input_ids"][:, ::-1].copy()
         with torch.no_grad():
             found = model.eval()(**{name: torch.tensor(each) for name, each in given.items()})
         names = ("cls_logits", "logits", "last_hidden_state")  # of DeiT with a teacher, KerasHub has the first
@@ -160,6 +167,13 @@ FAMILIES = {
         _t.ViTConfig(**VIT),
         _k.ViTImageClassifier,
         targets=["q_proj", "v_proj", "fc1", "fc2", "projection"],
+    ),
+    "t5gemma": Family(
+        _t.T5GemmaForConditionalGeneration,
+        _t.T5GemmaConfig(encoder=MODULE, decoder=MODULE, vocab_size=40),
+        _k.T5GemmaSeq2SeqLM,
+        targets=["q_proj", "v_proj", "up_proj", "encoder.embed_tokens"],
+        prefix="model.",
     ),
     "deit": Family(
         _t.DeiTForImageClassificationWithTeacher,

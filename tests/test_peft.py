@@ -507,6 +507,48 @@ def test_a_tied_embedding_is_refused_however_it_was_trained_and_also_by_the_back
     assert not (tmp_path / "ours").exists()
 
 
+def test_an_embedding_of_a_bare_backbone_is_refused_if_its_language_model_uses_it_again(checkpoints, tmp_path):
+    for name, embedding in {"gemma": "embed_tokens", "t5gemma": "decoder.embed_tokens"}.items():
+        family, base, model = FAMILIES[name], checkpoints(name), FAMILIES[name].ours(checkpoints(name)).backbone
+        for number, config in enumerate([{"target_modules": [embedding]}, {"modules_to_save": [embedding]}]):
+            their_adapter(family, base, tmp_path / f"{name} {number}", **{"target_modules": ["q_proj"]} | config)
+            bare = type(model).from_config(model.get_config())  # no task has called it
+            with pytest.raises(ValueError, match="also use as their output projection"):
+                from_peft(bare, tmp_path / f"{name} {number}")
+
+
+def test_trained_tokens_of_an_encoder_and_not_of_its_decoder(checkpoints, tmp_path):
+    """PEFT ties the rows of the first embedding to others, and no other's."""
+    family, base = FAMILIES["t5gemma"], checkpoints("t5gemma")
+    options = {"exact": False, "target_modules": ["q_proj"]}
+    assert_both_ways("t5gemma", checkpoints, tmp_path / "encoder", trainable_token_indices=[3, 7], **options)
+    their_adapter(family, base, tmp_path / "decoder", trainable_token_indices={"decoder.embed_tokens": [3]})
+    with pytest.raises(ValueError, match="its rows are used in other places here than in PEFT"):
+        taken(family, base, tmp_path / "decoder")
+    tokens = {"*decoder_token_embedding": keras_lora.TrainableTokens([3])}
+    model = keras_lora.apply_lora(family.ours(base), rank=1, targets=["*query", "*embedding"], adapter_pattern=tokens)
+    with pytest.raises(ValueError, match="its rows are used in other places here than in PEFT"):
+        export(family, model, tmp_path / "ours")
+
+
+def test_an_embedding_that_fills_an_encoder_and_a_decoder_is_refused_unless_names_tell_them_apart(tmp_path):
+    """T5Gemma 2 ties them; in PEFT they are two modules, of which it changes one."""
+    names = {f"{part}coder_token_embedding": f"{part}coder.embed_tokens" for part in ("en", "de")}
+
+    def adapted():
+        return keras_lora.apply_lora(MODELS["t5gemma2/T5Gemma2Backbone"]()[0], rank=1, targets="encoder_token_embedding")
+
+    with pytest.raises(ValueError, match=r"one tensor .* fills .*_token_embedding.*, 'decoder_token_embedding"):
+        to_peft(adapted(), tmp_path / "ours")
+    to_peft(adapted(), tmp_path / "ours", names=names)
+    assert config_of(tmp_path / "ours")["target_modules"] == ["encoder.embed_tokens"]
+    model = from_peft(MODELS["t5gemma2/T5Gemma2Backbone"]()[0], tmp_path / "ours", names=names)
+    assert [each.shape for each in model.trainable_variables] == [each.shape for each in adapted().trainable_variables]
+    for_decoder = {"adapter": keras_lora.TrainableTokens([3]), "targets": "decoder_token_embedding"}
+    with pytest.raises(ValueError, match="its rows are used in other places"):
+        to_peft(keras_lora.apply_lora(model, name="b", **for_decoder), tmp_path / "b", name="b", names=names)
+
+
 def test_a_head_stands_beside_what_has_the_prefix(tmp_path):
     sizes = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "hidden_dim": 8}
     backbone = keras_hub.models.Qwen3Backbone(vocabulary_size=9, intermediate_dim=8, tie_word_embeddings=False, **sizes)

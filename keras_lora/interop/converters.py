@@ -23,6 +23,7 @@ from keras_hub.src.utils.transformers import preset_loader
 from keras_lora.interop.ports import Port, as_it_is_now, shape_of
 from keras_lora.linear_map import view_of
 from keras_lora.swap.adapted import AdaptedContainer, maps_of
+from keras_lora.targets.patterns import nearest
 
 
 class ConverterError(ValueError):
@@ -110,7 +111,8 @@ def _converter_of(cls: type) -> ModuleType:
     for each in by_class:
         if issubclass(each, cls) and cls is not keras_hub.models.Backbone:
             return by_class[each]
-    raise ConverterError(f"KerasHub has no converter for {cls.__name__}; known are {sorted(c.__name__ for c in by_class)}")
+    near = nearest(cls.__name__, sorted(each.__name__ for each in by_class))
+    raise ConverterError(f"KerasHub has no converter for {cls.__name__}; the nearest of its {len(by_class)} are {near}")
 
 
 def _plain_class(layer: Any) -> type:

@@ -23,6 +23,7 @@ from keras_lora.interop import peft_folder
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.peft_reading import Reader, aligned
 from keras_lora.interop.peft_writing import Writer
+from keras_lora.interop.problems import grouped
 from keras_lora.interop.transformers_names import rename_for_peft, warn_of_names
 
 
@@ -84,10 +85,10 @@ def from_peft(
     config, modules = peft_folder.read(folder)
     checkpoint = CheckpointMap(model, names, rename)
     reader = Reader(checkpoint, config)
-    for module, known in aligned(modules, checkpoint, ask=rename is None).items():
+    for module, known in aligned(sorted(modules), checkpoint, ask=rename is None).items():
         reader.take(module, known, modules[module])
     source = f"The PEFT adapter {folder}"
-    raise_problems(source, model, reader.problems)
+    raise_problems(source, model, grouped(reader.problems))
     reader.state.put_into(model, source, name=name, trainable=trainable)
     return model
 
@@ -157,6 +158,6 @@ def to_peft(
     if bake_scaling:
         writer.bake()
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
-    raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, writer.problems, do=do)
+    raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, grouped(writer.problems), do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)
     warn_of_names(checkpoint, prefix, writer.modules, rename is not None)

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from keras_lora.files import tensor_file
+from keras_lora.interop.problems import grouped
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: The prefix of every module name in PEFT's keys.
@@ -150,7 +151,7 @@ def read(folder: Path) -> tuple[Config, dict[str, Module]]:
             "Expected a folder that PEFT's `save_pretrained` wrote. It may be cut off, damaged or of another kind."
         ) from error
     if problems := problems + more:
-        listed = "".join(f"\n  - {each[:1000]}" for each in problems)
+        listed = "".join(f"\n  - {each[:1000]}" for each in grouped(problems))
         raise ValueError(
             f"The PEFT adapter {folder} is not one that keras_lora can read:{listed}\nExpected a LoRA or DoRA of plain "
             "matrices, embeddings or convolutions, with what was trained beside it."

@@ -241,8 +241,9 @@ def _aligned(modules: list[str], names: Mapping[str, str]) -> dict[str, str]:
         return meant["", ""]
     if any(each != meant[best[0]] for each in meant.values()):
         raise ValueError(
-            f"The modules of the adapter fit this model in several ways: with {best} as (beginning in the file, beginning "
-            f"in the model). Expected one. Received: names such as {modules[0]!r}. Load it into a part of the model."
+            f"The modules of the adapter fit this model in several ways: with {best[:3]} as (beginning in the file, "
+            f"beginning in the model). Expected one. Received: names such as {modules[0]!r}. Load it into a part of the "
+            "model."
         )
     return meant[best[0]]
 

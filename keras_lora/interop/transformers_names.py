@@ -19,6 +19,7 @@ from typing import Any
 
 from keras_lora import checks
 from keras_lora.interop.checkpoints import CheckpointMap
+from keras_lora.interop.problems import capped
 
 #: Tables of `transformers` from a model type to its classes. If several classes have all names, the first is meant.
 _TABLES = ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "", "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
@@ -219,13 +220,6 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
             "from the config of this model. PEFT leaves out what has another name, without a warning. Expected the names in "
             "the model that PEFT will adapt. Check `prefix`, `names` and `rename`."
         )
-
-
-def capped(texts: Iterable[str], most: int = 3) -> str:
-    """Return the first texts, and how many more there are."""
-    listed = list(texts)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
 
 
 def _unnumbered(module: str) -> str:
