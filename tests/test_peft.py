@@ -237,6 +237,28 @@ def test_two_variables_with_one_name_are_refused_unless_names_tell_them_apart(mo
     assert apart(in_peft(family, base, tmp_path / "ours"), family.our_logits(model)) < RELATIVE
 
 
+def test_copies_of_base_weights_and_of_magnitudes_that_peft_adds_are_read(checkpoints, tmp_path):
+    """With `save_embedding_layers=True`, it writes the magnitude of an embedding's DoRA twice."""
+    for name, embeddings in {"bert": ["word_embeddings"], "llama": ["embed_tokens", "lm_head"]}.items():
+        family, base = FAMILIES[name], checkpoints(name)
+        config = peft.LoraConfig(r=2, target_modules=[*embeddings, "query", "q_proj"], use_dora=True)
+        model = randomized(peft.get_peft_model(family.theirs(base), config))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+        keys = [key for key in tensors_of(tmp_path / name) if "embed" in key and "magnitude" in key]
+        assert len(keys) == (2 if name == "bert" else 1)
+        ours = taken(family, base, tmp_path / name)
+        export(family, ours, tmp_path / "ours")
+        assert apart(in_peft(family, base, tmp_path / "ours"), family.their_logits(model)) < 1e-6
+
+
+def test_a_router_that_is_no_linear_layer_in_transformers_is_refused(checkpoints, tmp_path):
+    family, base = FAMILIES["mixtral"], checkpoints("mixtral")
+    model = keras_lora.apply_lora(family.ours(base), rank=1, targets=["*query", "*sparse_feedforward_gate_dense"])
+    with pytest.raises(ValueError, match=r"mlp.gate' is no linear layer in `transformers`, and PEFT has no LoRA"):
+        export(family, model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 # Names of modules, which `transformers` 5 has changed for some models.
 
 
@@ -356,11 +378,19 @@ def test_what_other_readers_cannot_read_is_refused_and_nothing_is_written(kind, 
     family, base = FAMILIES["qwen2"], checkpoints("qwen2")
     arguments, match = BAKED_REFUSALS[kind]
     model = keras_lora.apply_lora(family.ours(base), **arguments)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=f"{match}(.|\n)*compress_adapter` makes a LoRA of a DoRA"):
         export(family, model, tmp_path / "baked", bake_scaling=True)
     assert not list(tmp_path.iterdir())
     export(family, model, tmp_path / "plain")
     assert all(serving_problems(tmp_path / "plain").values())
+
+
+def test_what_the_refusal_of_baking_a_dora_says_helps(checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    model = keras_lora.apply_lora(family.ours(base), "dora", rank=2)
+    keras_lora.compress_adapter(model, rank=2)
+    export(family, model, tmp_path / "baked", bake_scaling=True)
+    assert not any(serving_problems(tmp_path / "baked").values())
 
 
 # Merged, as a whole model of `transformers`.

@@ -176,6 +176,11 @@ TENSOR_CHANGES = {
     "a base alone": (lambda tensors: {"model.norm.weight": np.ones(8, "float32")}, "none of its 1 tensors"),
     "not finite": (lambda tensors: {**tensors, QUERY.format("A"): np.full((2, 8), np.nan, "float32")}, "not finite"),
     "whole numbers": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((2, 8), "int32")}, "none that PEFT writes"),
+    "long whole numbers": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((2, 8), "int64")}, "has whole numbers"),
+    "too large for float32": (
+        lambda tensors: {**tensors, QUERY.format("A"): np.full((2, 8), 1e300)},
+        "not finite in float32",
+    ),
     "an empty tensor": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((0, 8), "float32")}, "none that PEFT writes"),
 }
 

@@ -24,7 +24,7 @@ from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.peft_reading import Reader, aligned
 from keras_lora.interop.peft_writing import Writer
 from keras_lora.interop.problems import grouped
-from keras_lora.interop.transformers_names import rename_for_peft, warn_of_names
+from keras_lora.interop.transformers_names import rename_for_peft, warn_of_names, without_lora
 
 
 @checks.helpful
@@ -155,9 +155,14 @@ def to_peft(
         rename_for_peft(checkpoint, prefix)
     writer = Writer(model, checkpoint)
     writer.take(AdapterState.of(model, name))
-    if bake_scaling:
-        writer.bake()
+    writer.problems += without_lora(checkpoint, prefix, [each.module for each in writer.written])
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
+    if bake_scaling and not writer.problems:
+        writer.bake()
+        do = (
+            "Write without `bake_scaling`, for PEFT. For the others, `keras_lora.compress_adapter` makes a LoRA of a DoRA "
+            "or of trained tokens; train without heads, norms and biases."
+        )
     raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, grouped(writer.problems), do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)
     warn_of_names(checkpoint, prefix, writer.modules, rename is not None)

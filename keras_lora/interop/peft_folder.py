@@ -238,9 +238,10 @@ def tensors_of(path: Path) -> dict[str, np.ndarray]:
         array = np.frombuffer(data, _KINDS[kind]).reshape(shape)
         if kind == "BF16":
             array = (array.astype("<u4") << 16).view("<f4")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"the tensor '{key}' has numbers that are not finite")
-        found[key] = array.astype("float32", copy=False) if kind != "F64" else array
+        with np.errstate(over="ignore"):
+            found[key] = array if kind == "I64" else array.astype("float32", copy=False)
+        if not np.isfinite(found[key]).all():
+            raise ValueError(f"the tensor '{key}' has numbers that are not finite in float32")
     return found
 
 
@@ -268,15 +269,17 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
         plain = _unwrapped(key.removeprefix(PREFIX), plain_keys)
         if plain is None:
             continue
-        if match := _FACTOR.fullmatch(plain):
+        if tensor.dtype.kind != "f":
+            problems.append(f"the tensor '{key}' has whole numbers; weights have fractions")
+        elif match := _FACTOR.fullmatch(plain):
             part, place = match["part"], modules.setdefault(match["module"], Module())
             name = _FIELDS.get(part, "magnitude")
             if match["variable"] == "bias":
                 problems.append(f"the tensor '{key}' is a bias of the change itself (`lora_bias`)")
             elif name != "magnitude" and tensor.ndim < 2:
                 problems.append(f"the tensor '{key}' has shape {tensor.shape}; a factor has two axes or more")
-            elif getattr(place, name) is not None:
-                problems.append(f"the tensor '{key}' is there twice")
+            elif (same := getattr(place, name)) is not None and not np.array_equal(same, tensor):
+                problems.append(f"the tensor '{key}' is there twice, with other numbers")  # PEFT may write a magnitude twice
             else:
                 setattr(place, name, tensor)
         elif match := _TOKENS.fullmatch(plain):

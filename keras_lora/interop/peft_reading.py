@@ -145,7 +145,7 @@ class Reader:
         """Check that a copy of a base weight in the file, perhaps in lower precision, matches this base."""
         for port in self.checkpoint.keys.get(key, []):
             lie = self.checkpoint.placement_of(port.layer, port.attribute)
-            linear = self.checkpoint.maps[self.checkpoint.addresses[id(port.layer)]]
+            linear = next(each for each in maps_of(port.layer) if each.kernel_name == port.attribute)
             own = keras.ops.convert_to_numpy(keras.ops.cast(linear.kernel, "float32"))
             near = (0.01 if quantization.mode_of(port.layer) is None else 0.2) * float(np.abs(own).max())
             if tensor.shape != lie.shape or not np.allclose(tensor.reshape(-1)[lie.index], own, rtol=0, atol=near):
@@ -155,8 +155,7 @@ class Reader:
                 )
 
     def _is_kernel(self, port: Port) -> bool:
-        linear = self.checkpoint.maps.get(self.checkpoint.addresses[id(port.layer)])
-        return linear is not None and linear.kernel_name == port.attribute
+        return any(each.kernel_name == port.attribute for each in maps_of(port.layer))
 
     def _take_variable(self, module: str, key: str, tensor: np.ndarray) -> None:
         ports = self.checkpoint.keys.get(key, [])

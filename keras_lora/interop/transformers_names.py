@@ -13,7 +13,7 @@ import importlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,9 @@ from keras_lora.interop.problems import capped
 
 #: Tables of `transformers` from a model type to its classes. If several classes have all names, the first is meant.
 _TABLES = ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "", "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
+
+#: Classes of modules for which PEFT has a LoRA.
+_LINEAR = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
 
 _VIT = {
     r"encoder\.layer\.": "layers.",
@@ -104,13 +107,13 @@ class ModelClass:
     Attributes:
         name: Its name, for example `"ViTForImageClassification"`.
         rules: Its rules for the names of tensors in older checkpoints.
-        modules: The names of its modules, with `#` for each number.
+        modules: The names of its modules, with `#` for each number, and whether PEFT has a LoRA for each.
         prefix: Text before its names in the model that PEFT will adapt, which holds a model of this class.
     """
 
     name: str
     rules: tuple[Any, ...]
-    modules: frozenset[str]
+    modules: Mapping[str, bool]
     prefix: str = ""
 
     def rename(self, key: str) -> str:
@@ -156,7 +159,7 @@ def classes_of(model_type: str, config: str = "{}") -> tuple[ModelClass, ...]:
             with contextlib.suppress(Exception):  # foreign code, which may need further packages
                 model = _built(name, model_type, entries)
                 rules = [each for each in mapping.get_model_conversion_mapping(model) if isinstance(each, renaming)]
-                modules = frozenset(_unnumbered(module) for module, _ in model.named_modules())
+                modules = {_unnumbered(path): bool(_LINEAR & _class_names(module)) for path, module in model.named_modules()}
                 classes.append(ModelClass(name, tuple(rules), modules))
                 break
     return tuple(classes)
@@ -220,6 +223,22 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
             "from the config of this model. PEFT leaves out what has another name, without a warning. Expected the names in "
             "the model that PEFT will adapt. Check `prefix`, `names` and `rename`."
         )
+
+
+def without_lora(checkpoint: CheckpointMap, prefix: str, modules: list[str]) -> list[str]:
+    """Return problems of adapted modules for which PEFT has no LoRA, such as routers of experts in `transformers` 5."""
+    with contextlib.suppress(ImportError):
+        has = {module: lora for each in classes_with(checkpoint, prefix) for module, lora in each.modules.items()}
+        return [
+            f"the module '{module}' is no linear layer in `transformers`, and PEFT has no LoRA for it; use `train=` for it"
+            for module in modules
+            if not has.get(_unnumbered(module.removeprefix(prefix)), has.get(_unnumbered(module), True))
+        ]
+    return []
+
+
+def _class_names(module: Any) -> set[str]:
+    return {each.__name__ for each in type(module).__mro__}
 
 
 def _unnumbered(module: str) -> str:
