@@ -11,6 +11,7 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 from families import MODELS, multimodal, text, vision  # noqa: F401  # entering the families
 from helpers import covering, value
 from peft_families import FAMILIES
@@ -294,6 +295,35 @@ def test_a_folder_with_names_that_the_model_lacks_warns(checkpoints, tmp_path):
     with pytest.warns(UserWarning, match=said):
         to_peft(model, tmp_path / "ours", rename=lambda name: name)
     assert apart(family.our_logits(taken(family, base, tmp_path / "ours")), family.our_logits(model)) < RELATIVE
+
+
+VISION = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+TEXT = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | {
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
+def test_a_model_of_images_and_text_has_the_names_of_transformers(kind, tmp_path):
+    names = {"gemma3": "gemma3_vision/Gemma3Backbone", "paligemma": "pali_gemma/PaliGemmaBackbone"}
+    model = keras_lora.apply_lora(MODELS[names[kind]]()[0], rank=2, targets=["*query*", "*value*", "*out_proj"])
+    to_peft(model, tmp_path / "ours")
+    parts = {"text_config": TEXT, "vision_config": VISION | {"patch_size": 4}}
+    if kind == "paligemma":
+        parts["text_config"]["model_type"], parts["vision_config"]["model_type"] = "gemma", "siglip_vision_model"
+        parts["projection_dim"] = 8
+    config = transformers.AutoConfig.for_model(kind, **parts)
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForImageTextToText.from_config(config), tmp_path / "ours")
+    loaded = {name.replace(".default", ""): each for name, each in theirs.named_parameters() if "lora_" in name}
+    found = tensors_of(tmp_path / "ours")
+    assert {name for name in found if "vision_tower" in name}
+    assert loaded.keys() == found.keys()
+    assert all(np.array_equal(loaded[name].detach().numpy(), each) for name, each in found.items())
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = from_peft(MODELS[names[kind]]()[0], tmp_path / "theirs")
+    assert len(again.trainable_variables) == len(model.trainable_variables)
 
 
 @pytest.mark.full
