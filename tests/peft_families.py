@@ -84,8 +84,14 @@ class Family:
             return self.task.from_preset(str(folder))
         if self.of_images:
             return self.task.from_preset(str(folder), preprocessor=None)
-        cls = next(cls for cls in self.task.__mro__ if getattr(cls, "backbone_cls", None)).backbone_cls
-        return self.task(backbone=cls.from_preset(str(folder)), preprocessor=None, **self.arguments)
+        return self.task(backbone=self.backbone.from_preset(str(folder)), preprocessor=None, **self.arguments)
+
+    @property
+    def backbone(self) -> Any:
+        """The class of the backbone."""
+        if issubclass(self.task, keras_hub.models.Backbone):
+            return self.task
+        return next(cls for cls in self.task.__mro__ if getattr(cls, "backbone_cls", None)).backbone_cls
 
     @property
     def inputs(self) -> Any:

@@ -260,6 +260,17 @@ def test_a_router_that_is_no_linear_layer_in_transformers_is_refused(checkpoints
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.every_backend
+def test_a_converter_that_computes_with_variables_is_followed_on_each_backend():
+    """DINOv2's resizes its position embeddings for images of another size."""
+    model = MODELS["dinov2/DINOV2Backbone"]()[0]
+    config = model.get_config()
+    for shape in ((28, 28), (56, 56)):
+        config |= {"image_shape": (*shape, 3), "position_embedding_shape": (28, 28), "patch_size": 14}
+        checkpoint = CheckpointMap(type(model).from_config(config))
+        assert (checkpoint.reason, len(checkpoint.modules)) == ("", 13)
+
+
 # Names of modules, which `transformers` 5 has changed for some models.
 
 

@@ -333,6 +333,6 @@ def _shown(value: Any) -> Any:
         return type(value)(map(_shown, value))
     if isinstance(value, dict):
         return {key: _shown(each) for key, each in value.items()}
-    if inspect.ismethod(value):
+    if inspect.ismethod(value) or inspect.isfunction(value):
         return lambda *args, **kwargs: _shown(_called(value, *args, **kwargs))
     return value
