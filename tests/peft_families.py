@@ -6,7 +6,6 @@ KerasHub's converter for Mistral rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ import keras_hub
 import numpy as np
 import torch
 import transformers
-
-from keras_lora.interop.transformers_names import module_names
 
 SIZES = {
     "vocab_size": 40,
@@ -29,9 +26,11 @@ SIZES = {
 }
 DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {**SIZES, "num_labels": 3, "pad_token_id": 0}
+MODULE = {**DECODER, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 8}
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
 DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
 VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}
+DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
 DROPOUT = {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
 
 TOKENS = np.random.default_rng(0).integers(3, 40, size=(2, 6)).astype("int32")
@@ -44,11 +43,12 @@ class Family:
 
     Attributes:
         cls, config: The class and the config in `transformers`.
-        task: The class in KerasHub: a task, of which logits are compared.
+        task: The class in KerasHub: a task, of which logits are compared, or a backbone, of which the last states are.
         targets: Modules for PEFT's `target_modules`.
         prefix: For `to_peft`.
         names: For heads that KerasHub's converters do not know.
         arguments: Of the task.
+        exclude: For `apply_lora`: kernels that PEFT has in another form.
     """
 
     cls: Any
@@ -58,14 +58,11 @@ class Family:
     prefix: str = ""
     names: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    exclude: str | None = None
 
     @property
     def of_images(self) -> bool:
-        return self.cls is transformers.ViTForImageClassification
-
-    @property
-    def rename(self) -> Callable[[str], str] | None:
-        return module_names("vit") if self.of_images else None
+        return hasattr(self.config, "image_size")
 
     def checkpoint(self, folder: Path) -> Path:
         """A checkpoint of `transformers`."""
@@ -83,16 +80,29 @@ class Family:
         return self.cls.from_pretrained(folder).eval()
 
     def ours(self, folder: Path) -> Any:
+        if issubclass(self.task, keras_hub.models.Backbone):
+            return self.task.from_preset(str(folder))
         if self.of_images:
             return self.task.from_preset(str(folder), preprocessor=None)
-        cls = next(cls for cls in self.task.__mro__ if getattr(cls, "backbone_cls", None)).backbone_cls
-        return self.task(backbone=cls.from_preset(str(folder)), preprocessor=None, **self.arguments)
+        return self.task(backbone=self.backbone.from_preset(str(folder)), preprocessor=None, **self.arguments)
+
+    @property
+    def backbone(self) -> Any:
+        """The class of the backbone."""
+        if issubclass(self.task, keras_hub.models.Backbone):
+            return self.task
+        return next(cls for cls in self.task.__mro__ if getattr(cls, "backbone_cls", None)).backbone_cls
 
     @property
     def inputs(self) -> Any:
         """The input of our model."""
+        if issubclass(self.task, keras_hub.models.Seq2SeqLM):
+            ids = {"encoder": TOKENS, "decoder": TOKENS[:, ::-1]}
+            masks = {f"{part}_padding_mask": np.ones_like(each) for part, each in ids.items()}
+            return masks | {f"{part}_token_ids": each for part, each in ids.items()}
         if self.of_images:
-            return IMAGES
+            name = {keras_hub.models.DINOV2Backbone: "images", keras_hub.models.DINOV3Backbone: "pixel_values"}
+            return {name[self.task]: IMAGES} if self.task in name else IMAGES
         x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
         return x | ({"segment_ids": np.zeros_like(TOKENS)} if self.cls is transformers.BertForSequenceClassification else {})
 
@@ -101,8 +111,12 @@ class Family:
 
     def their_logits(self, model: Any) -> np.ndarray:
         given = {"pixel_values": IMAGES.transpose(0, 3, 1, 2)} if self.of_images else {"input_ids": TOKENS.astype("int64")}
+        if issubclass(self.task, keras_hub.models.Seq2SeqLM):
+            given["decoder_input_ids"] = given["input_ids"][:, ::-1].copy()
         with torch.no_grad():
-            return model.eval()(**{name: torch.tensor(each) for name, each in given.items()}).logits.numpy()
+            found = model.eval()(**{name: torch.tensor(each) for name, each in given.items()})
+        names = ("cls_logits", "logits", "last_hidden_state")  # of DeiT with a teacher, KerasHub has the first
+        return next(found[name] for name in names if name in found).numpy()
 
 
 _t, _k = transformers, keras_hub.models
@@ -115,6 +129,11 @@ FAMILIES = {
     "qwen2": Family(_t.Qwen2ForCausalLM, _t.Qwen2Config(**DECODER, tie_word_embeddings=True), _k.QwenCausalLM),
     "gemma": Family(
         _t.GemmaForCausalLM, _t.GemmaConfig(**{**DECODER, "num_key_value_heads": 1}, head_dim=4), _k.GemmaCausalLM
+    ),
+    "gemma2": Family(
+        _t.Gemma2ForCausalLM,
+        _t.Gemma2Config(**DECODER, head_dim=4, query_pre_attn_scalar=4, sliding_window=8),
+        _k.GemmaCausalLM,
     ),
     "gemma3": Family(
         _t.Gemma3ForCausalLM,
@@ -154,5 +173,43 @@ FAMILIES = {
         _t.ViTConfig(**VIT),
         _k.ViTImageClassifier,
         targets=["q_proj", "v_proj", "fc1", "fc2", "projection"],
+    ),
+    "t5gemma": Family(
+        _t.T5GemmaForConditionalGeneration,
+        _t.T5GemmaConfig(encoder=MODULE, decoder=MODULE, vocab_size=40),
+        _k.T5GemmaSeq2SeqLM,
+        targets=["q_proj", "v_proj", "up_proj", "encoder.embed_tokens"],
+        prefix="model.",
+    ),
+    "deit": Family(
+        _t.DeiTForImageClassificationWithTeacher,
+        _t.DeiTConfig(**VIT),
+        _k.DeiTImageClassifier,
+        targets=["q_proj", "v_proj", "fc1", "fc2", "projection"],
+    ),
+    "dinov2": Family(
+        _t.Dinov2Model,
+        _t.Dinov2Config(**DINO, mlp_ratio=2),
+        _k.DINOV2Backbone,
+        targets=["q_proj", "o_proj", "fc1", "fc2", "projection"],
+    ),
+    "dinov2 with registers": Family(
+        _t.Dinov2WithRegistersModel,
+        _t.Dinov2WithRegistersConfig(**DINO, mlp_ratio=2, num_register_tokens=2),
+        _k.DINOV2Backbone,
+        targets=["q_proj", "v_proj", "fc1", "fc2"],
+    ),
+    "dinov3": Family(
+        _t.DINOv3ViTModel,
+        _t.DINOv3ViTConfig(**DINO, num_register_tokens=2, intermediate_size=24),
+        _k.DINOV3Backbone,
+        targets=["q_proj", "v_proj", "up_proj", "patch_embeddings"],
+    ),
+    "mixtral": Family(
+        _t.MixtralForCausalLM,
+        _t.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2, sliding_window=8),
+        _k.MixtralCausalLM,
+        targets=["q_proj", "v_proj", "lm_head"],
+        exclude="*expert*",
     ),
 }

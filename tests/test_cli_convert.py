@@ -103,6 +103,20 @@ def test_of_a_causal_lm(here, capsys):
     )
 
 
+def test_the_names_are_those_of_transformers(here, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    transformers.ViTForImageClassification(config).save_pretrained("checkpoint")
+    model = keras_hub.models.ViTBackbone.from_preset("checkpoint")
+    perturb(keras_lora.apply_lora(model, rank=2, targets="query"), size=1)
+    keras_lora.save_adapter(model, "own.st.safetensors")
+    convert(capsys, "own.st.safetensors", "french", "--base", "checkpoint")
+    assert json.loads(Path("french", CONFIG).read_text())["target_modules"] == ["vit.layers.0.attention.q_proj"]
+    convert(capsys, "french", "again.safetensors", "--base", "checkpoint", to="keras")
+    same_file("again.safetensors", "own.st.safetensors")
+
+
 def test_of_a_checkpoint_of_transformers(here, capsys):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}

@@ -1,5 +1,6 @@
 """Adapters from and to PEFT, with PEFT and `transformers` themselves on the other side."""
 
+import importlib
 import json
 import warnings
 
@@ -10,11 +11,14 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
+import transformers
+from families import MODELS, multimodal, text, vision  # noqa: F401  # entering the families
 from helpers import covering, value
 from peft_families import FAMILIES
 
 import keras_lora
-from keras_lora.interop import from_peft, serving_problems, to_peft
+from keras_lora.interop import from_peft, serving_problems, to_peft, transformers_names
+from keras_lora.interop.checkpoints import CheckpointMap
 
 RELATIVE = 1e-4
 # KerasHub compiles its tasks when they are made.
@@ -82,12 +86,12 @@ def in_peft(family, base, folder):
 
 def taken(family, base, folder):
     model = family.ours(base)
-    from_peft(model, folder, names=family.names, rename=family.rename)
+    from_peft(model, folder, names=family.names)
     return model
 
 
 def export(family, model, folder, **arguments):
-    to_peft(model, folder, prefix=family.prefix, names=family.names, rename=family.rename, **arguments)
+    to_peft(model, folder, prefix=family.prefix, names=family.names, **arguments)
 
 
 def assert_same_tensors(found, wanted):
@@ -129,7 +133,7 @@ def test_trained_here_and_run_in_peft(name, checkpoints, tmp_path):
     family, base = FAMILIES[name], checkpoints(name)
     model = family.ours(base)
     heads = list(family.names)
-    keras_lora.apply_lora(model, rank=2, alpha=7, train=heads or None)
+    keras_lora.apply_lora(model, rank=2, alpha=7, train=heads or None, exclude=family.exclude)
     trainer = keras.Model(model.inputs, model.outputs)  # without what KerasHub's tasks compile with
     eager = keras.backend.backend() == "tensorflow"  # where two steps take less time than compiling one
     trainer.compile(keras.optimizers.Adam(0.05), keras.losses.MeanSquaredError(), run_eagerly=eager, jit_compile=False)
@@ -179,6 +183,11 @@ OTHER_VARIANTS = {
     "gpt2, biases of its layers": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}),
     "bert, biases": ("bert", {"bias": "lora_only"}),
     "bert, embeddings": ("bert", {"target_modules": ["word_embeddings", "token_type_embeddings", "query"]}),
+    "gemma2, norms trained themselves": (
+        "gemma2",
+        {"modules_to_save": ["post_attention_layernorm", "pre_feedforward_layernorm"], "target_modules": ["q_proj"]},
+    ),
+    "mixtral, a router trained itself": ("mixtral", {"modules_to_save": ["gate"], "target_modules": ["q_proj"]}),
     "vit, DoRA of a convolution": ("vit", {"use_dora": True}),
     "vit, a convolution alone": ("vit", {"target_modules": ["projection"]}),
     "vit, head": ("vit", {"modules_to_save": ["classifier"]}),
@@ -213,6 +222,134 @@ def test_the_weight_of_an_embedding_that_peft_adds_must_be_that_of_the_base(chec
     with pytest.raises(ValueError, match=r"embed_tokens' has another weight in the file than in this base"):
         from_peft(other, tmp_path)
     assert np.array_equal(family.our_logits(other), before)
+
+
+def test_two_variables_with_one_name_are_refused_unless_names_tell_them_apart(monkeypatch, checkpoints, tmp_path):
+    """As Gemma's converter reads Gemma 2, which has two norms more."""
+    family, base = FAMILIES["gemma2"], checkpoints("gemma2")
+    converters = importlib.import_module("keras_lora.interop.converters")
+    monkeypatch.setattr(converters, "model_types_of", lambda backbone: ["gemma"])
+    model = keras_lora.apply_lora(family.ours(base), rank=1, targets="*query", train="pre_ffw_norm")
+    with pytest.raises(ValueError, match=r"one tensor .* fills \['.*post_attention_norm/scale', .* separate modules there"):
+        export(family, model, tmp_path / "ours")
+    blocks = f"{model.backbone.name}/decoder_block_"
+    names = {f"{blocks}{i}/pre_ffw_norm": f"model.layers.{i}.pre_feedforward_layernorm" for i in range(2)}
+    to_peft(model, tmp_path / "ours", names=names)
+    assert apart(in_peft(family, base, tmp_path / "ours"), family.our_logits(model)) < RELATIVE
+
+
+def test_copies_of_base_weights_and_of_magnitudes_that_peft_adds_are_read(checkpoints, tmp_path):
+    """With `save_embedding_layers=True`, it writes the magnitude of an embedding's DoRA twice."""
+    for name, embeddings in {"bert": ["word_embeddings"], "llama": ["embed_tokens", "lm_head"]}.items():
+        family, base = FAMILIES[name], checkpoints(name)
+        config = peft.LoraConfig(r=2, target_modules=[*embeddings, "query", "q_proj"], use_dora=True)
+        model = randomized(peft.get_peft_model(family.theirs(base), config))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+        keys = [key for key in tensors_of(tmp_path / name) if "embed" in key and "magnitude" in key]
+        assert len(keys) == (2 if name == "bert" else 1)
+        ours = taken(family, base, tmp_path / name)
+        export(family, ours, tmp_path / "ours")
+        assert apart(in_peft(family, base, tmp_path / "ours"), family.their_logits(model)) < 1e-6
+
+
+def test_a_router_that_is_no_linear_layer_in_transformers_is_refused(checkpoints, tmp_path):
+    family, base = FAMILIES["mixtral"], checkpoints("mixtral")
+    model = keras_lora.apply_lora(family.ours(base), rank=1, targets=["*query", "*sparse_feedforward_gate_dense"])
+    with pytest.raises(ValueError, match=r"mlp.gate' is no linear layer in `transformers`, and PEFT has no LoRA"):
+        export(family, model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.every_backend
+def test_a_converter_that_computes_with_variables_is_followed_on_each_backend():
+    """DINOv2's resizes its position embeddings for images of another size."""
+    model = MODELS["dinov2/DINOV2Backbone"]()[0]
+    config = model.get_config()
+    for shape in ((28, 28), (56, 56)):
+        config |= {"image_shape": (*shape, 3), "position_embedding_shape": (28, 28), "patch_size": 14}
+        checkpoint = CheckpointMap(type(model).from_config(config))
+        assert (checkpoint.reason, len(checkpoint.modules)) == ("", 13)
+
+
+# Names of modules, which `transformers` 5 has changed for some models.
+
+
+@pytest.fixture
+def no_transformers(monkeypatch):
+    """As where `transformers` is not installed."""
+
+    def missing(*arguments):
+        raise ImportError("No module named 'transformers'")
+
+    monkeypatch.setattr(transformers_names, "classes_of", missing)
+
+
+def test_without_transformers_both_names_are_read_and_a_warning_says_which_differ(no_transformers, checkpoints, tmp_path):
+    family, base = FAMILIES["dinov2"], checkpoints("dinov2")
+    wanted = their_adapter(family, base, tmp_path / "theirs")
+    model = taken(family, base, tmp_path / "theirs")
+    assert apart(family.our_logits(model), wanted) < RELATIVE
+    said = "other names for 8 of the 13 modules .*: 'encoder.layer.0.attention.attention.key' is 'encoder.*attention.k_proj'"
+    with pytest.warns(UserWarning, match=said):
+        export(family, keras_lora.apply_lora(family.ours(base), rank=1), tmp_path / "all")
+    with pytest.warns(UserWarning, match="Install `transformers`"):
+        export(family, model, tmp_path / "old")
+    assert apart(family.our_logits(taken(family, base, tmp_path / "old")), wanted) < RELATIVE
+    export(family, model, tmp_path / "ours", rename=transformers_names.recorded("dinov2"))
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_a_folder_with_names_that_the_model_lacks_warns(checkpoints, tmp_path):
+    family, base = FAMILIES["vit"], checkpoints("vit")
+    model = keras_lora.apply_lora(family.ours(base), rank=1)
+    said = r"no modules 'vit.encoder.layer.0.attention.attention.key', .* and 9 more in ViTForImageClassification"
+    with pytest.warns(UserWarning, match=said):
+        to_peft(model, tmp_path / "ours", rename=lambda name: name)
+    assert apart(family.our_logits(taken(family, base, tmp_path / "ours")), family.our_logits(model)) < RELATIVE
+
+
+VISION = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+TEXT = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | {
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma"])
+def test_a_model_of_images_and_text_has_the_names_of_transformers(kind, tmp_path):
+    names = {"gemma3": "gemma3_vision/Gemma3Backbone", "paligemma": "pali_gemma/PaliGemmaBackbone"}
+    model = keras_lora.apply_lora(MODELS[names[kind]]()[0], rank=2, targets=["*query*", "*value*", "*out_proj"])
+    to_peft(model, tmp_path / "ours")
+    parts = {"text_config": TEXT, "vision_config": VISION | {"patch_size": 4}}
+    if kind == "paligemma":
+        parts["text_config"]["model_type"], parts["vision_config"]["model_type"] = "gemma", "siglip_vision_model"
+        parts["projection_dim"] = 8
+    config = transformers.AutoConfig.for_model(kind, **parts)
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForImageTextToText.from_config(config), tmp_path / "ours")
+    loaded = {name.replace(".default", ""): each for name, each in theirs.named_parameters() if "lora_" in name}
+    found = tensors_of(tmp_path / "ours")
+    assert {name for name in found if "vision_tower" in name}
+    assert loaded.keys() == found.keys()
+    assert all(np.array_equal(loaded[name].detach().numpy(), each) for name, each in found.items())
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = from_peft(MODELS[names[kind]]()[0], tmp_path / "theirs")
+    assert len(again.trainable_variables) == len(model.trainable_variables)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["vit", "deit", "dinov2", "dinov3", "mixtral", "swin", "gemma3", "pali_gemma", "t5gemma2"])
+def test_the_recorded_names_are_those_of_transformers(kind):
+    """And a name of one list is never the other name of another module, so both can be read."""
+    paths = {"gemma3": "gemma3_vision/Gemma3Backbone", "swin": "swin_transformer/SwinTransformerBackbone"}
+    name = paths.get(kind) or next(each for each in MODELS if each.startswith(f"{kind}/") and each.endswith("Backbone"))
+    checkpoint = CheckpointMap(MODELS[name]()[0])
+    best = transformers_names.best_of(transformers_names.classes_with(checkpoint, ""), checkpoint.converted)
+    rename = transformers_names.recorded(checkpoint.config["model_type"])
+    new = {key: rename(key) for key in checkpoint.converted if "mlp.weights_in" not in key}  # two modules there
+    assert new == {key: best.rename(key) for key in new}
+    assert [key for key in new if new[key] != key]
+    assert not [key for key, other in new.items() if other != key and other in new]
 
 
 # For other readers.
@@ -282,11 +419,19 @@ def test_what_other_readers_cannot_read_is_refused_and_nothing_is_written(kind, 
     family, base = FAMILIES["qwen2"], checkpoints("qwen2")
     arguments, match = BAKED_REFUSALS[kind]
     model = keras_lora.apply_lora(family.ours(base), **arguments)
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=f"{match}(.|\n)*compress_adapter` makes a LoRA of a DoRA"):
         export(family, model, tmp_path / "baked", bake_scaling=True)
     assert not list(tmp_path.iterdir())
     export(family, model, tmp_path / "plain")
     assert all(serving_problems(tmp_path / "plain").values())
+
+
+def test_what_the_refusal_of_baking_a_dora_says_helps(checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    model = keras_lora.apply_lora(family.ours(base), "dora", rank=2)
+    keras_lora.compress_adapter(model, rank=2)
+    export(family, model, tmp_path / "baked", bake_scaling=True)
+    assert not any(serving_problems(tmp_path / "baked").values())
 
 
 # Merged, as a whole model of `transformers`.
@@ -431,6 +576,48 @@ def test_a_tied_embedding_is_refused_however_it_was_trained_and_also_by_the_back
         with pytest.raises(ValueError, match="in more places than one"):
             export(family, model, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_an_embedding_of_a_bare_backbone_is_refused_if_its_language_model_uses_it_again(checkpoints, tmp_path):
+    for name, embedding in {"gemma": "embed_tokens", "t5gemma": "decoder.embed_tokens"}.items():
+        family, base, model = FAMILIES[name], checkpoints(name), FAMILIES[name].ours(checkpoints(name)).backbone
+        for number, config in enumerate([{"target_modules": [embedding]}, {"modules_to_save": [embedding]}]):
+            their_adapter(family, base, tmp_path / f"{name} {number}", **{"target_modules": ["q_proj"]} | config)
+            bare = type(model).from_config(model.get_config())  # no task has called it
+            with pytest.raises(ValueError, match="also use as their output projection"):
+                from_peft(bare, tmp_path / f"{name} {number}")
+
+
+def test_trained_tokens_of_an_encoder_and_not_of_its_decoder(checkpoints, tmp_path):
+    """PEFT ties the rows of the first embedding to others, and no other's."""
+    family, base = FAMILIES["t5gemma"], checkpoints("t5gemma")
+    options = {"exact": False, "target_modules": ["q_proj"]}
+    assert_both_ways("t5gemma", checkpoints, tmp_path / "encoder", trainable_token_indices=[3, 7], **options)
+    their_adapter(family, base, tmp_path / "decoder", trainable_token_indices={"decoder.embed_tokens": [3]})
+    with pytest.raises(ValueError, match="its rows are used in other places here than in PEFT"):
+        taken(family, base, tmp_path / "decoder")
+    tokens = {"*decoder_token_embedding": keras_lora.TrainableTokens([3])}
+    model = keras_lora.apply_lora(family.ours(base), rank=1, targets=["*query", "*embedding"], adapter_pattern=tokens)
+    with pytest.raises(ValueError, match="its rows are used in other places here than in PEFT"):
+        export(family, model, tmp_path / "ours")
+
+
+def test_an_embedding_that_fills_an_encoder_and_a_decoder_is_refused_unless_names_tell_them_apart(tmp_path):
+    """T5Gemma 2 ties them; in PEFT they are two modules, of which it changes one."""
+    names = {f"{part}coder_token_embedding": f"{part}coder.embed_tokens" for part in ("en", "de")}
+
+    def adapted():
+        return keras_lora.apply_lora(MODELS["t5gemma2/T5Gemma2Backbone"]()[0], rank=1, targets="encoder_token_embedding")
+
+    with pytest.raises(ValueError, match=r"one tensor .* fills .*_token_embedding.*, 'decoder_token_embedding"):
+        to_peft(adapted(), tmp_path / "ours")
+    to_peft(adapted(), tmp_path / "ours", names=names)
+    assert config_of(tmp_path / "ours")["target_modules"] == ["encoder.embed_tokens"]
+    model = from_peft(MODELS["t5gemma2/T5Gemma2Backbone"]()[0], tmp_path / "ours", names=names)
+    assert [each.shape for each in model.trainable_variables] == [each.shape for each in adapted().trainable_variables]
+    for_decoder = {"adapter": keras_lora.TrainableTokens([3]), "targets": "decoder_token_embedding"}
+    with pytest.raises(ValueError, match="its rows are used in other places"):
+        to_peft(keras_lora.apply_lora(model, name="b", **for_decoder), tmp_path / "b", name="b", names=names)
 
 
 def test_a_head_stands_beside_what_has_the_prefix(tmp_path):

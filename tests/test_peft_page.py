@@ -3,7 +3,7 @@
 import pytest
 from peft_page import PAGE, page
 
-pytestmark = [pytest.mark.once, pytest.mark.nightly, pytest.mark.filterwarnings("ignore:Skipping :UserWarning")]
+pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore:Skipping :UserWarning")]
 
 
 def test_the_table_is_written_from_what_the_converters_say():

@@ -23,6 +23,7 @@ import keras_lora
 from keras_lora.interop import from_peft, peft_folder, to_peft
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.ports import Port, as_it_is_now
+from keras_lora.interop.problems import grouped
 from keras_lora.swap.addresses import walk
 
 pytestmark = once
@@ -89,7 +90,7 @@ CONFIGS = {
     "biases of the change": ({"lora_bias": True}, "`lora_bias` is True"),
     "layers twice": ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
     "experts": ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
-    "a rank that is not that of the tensors": ({"r": 3}, r"q_proj' has rank 2, and the config says 3"),
+    "a rank that is not that of the tensors": ({"r": 3}, r"down_proj' has rank 2, and the config says 3 .and so 6 more"),
     "no rank": ({"r": 0}, "`r` is 0"),
     "a rank that is true": ({"r": True}, "`r` is True"),
     "an alpha without end": ({"lora_alpha": float("inf")}, "`lora_alpha` is inf"),
@@ -175,6 +176,11 @@ TENSOR_CHANGES = {
     "a base alone": (lambda tensors: {"model.norm.weight": np.ones(8, "float32")}, "none of its 1 tensors"),
     "not finite": (lambda tensors: {**tensors, QUERY.format("A"): np.full((2, 8), np.nan, "float32")}, "not finite"),
     "whole numbers": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((2, 8), "int32")}, "none that PEFT writes"),
+    "long whole numbers": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((2, 8), "int64")}, "has whole numbers"),
+    "too large for float32": (
+        lambda tensors: {**tensors, QUERY.format("A"): np.full((2, 8), 1e300)},
+        "not finite in float32",
+    ),
     "an empty tensor": (lambda tensors: {**tensors, QUERY.format("A"): np.ones((0, 8), "float32")}, "none that PEFT writes"),
 }
 
@@ -286,11 +292,25 @@ def test_what_has_no_place_in_peft_is_listed_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reason_that_many_layers_share_is_said_once(tmp_path):
+    sizes = {"num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8, "max_sequence_length": 5}
+    model = keras_hub.models.OPTBackbone(vocabulary_size=9, num_layers=6, **sizes)
+    with pytest.raises(
+        ValueError, match=r"_query_dense' has no place .* OPTBackbone; .*and so 35 more: .*and 32 more"
+    ) as one:
+        to_peft(keras_lora.apply_lora(model, rank=1), tmp_path / "a")
+    assert len(str(one.value)) < 1000
+    problems = [f"the module 'layers.{i}' has rank {i % 2}, and '{i}' of {i // 20}" for i in range(800)]
+    listed = grouped(problems)
+    assert listed[0] == problems[0] + " (and so 9 more: 'layers.2', 'layers.4', 'layers.6' and 6 more)"
+    assert (len(listed), listed[-1]) == (13, "and 68 more problems of other kinds")
+
+
 def test_another_family_is_refused(folder):
     other = keras_hub.models.BertBackbone(
         vocabulary_size=9, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8, max_sequence_length=5
     )
-    with pytest.raises(ValueError, match=r"q_proj' is no kernel of this model"):
+    with pytest.raises(ValueError, match=r"down_proj' is no kernel of this model.*and so 6 more"):
         from_peft(other, folder.good)
 
 

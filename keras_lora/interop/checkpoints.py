@@ -31,6 +31,8 @@ _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", 
 }
 
 
+#: Why trained tokens of an encoder or a decoder differ.
+TIED_OTHERWISE = "its rows are used in other places here than in PEFT, which ties trained tokens to the encoder's embedding"
 #: The kind of a weight, and for each input and output of a matrix its index there.
 _Layout = tuple[str, np.ndarray, np.ndarray]
 
@@ -96,6 +98,8 @@ class CheckpointMap:
 
     Attributes:
         keys: The tensors, with the variables that each contains.
+        converted: The names of those that KerasHub's converter named, and `names` did not.
+        config: The config of the checkpoint, as far as it is known, with its `model_type`; empty without a converter.
         reason: Why there is no map from KerasHub's converter for this model, or `""`.
     """
 
@@ -109,18 +113,37 @@ class CheckpointMap:
         self.model, places = model, walk(model)
         self.addresses = {id(place.layer): place.address for place in places}
         self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
-        ports, self.reason = _converted(model, prefix)
+        self.config, ports, self.reason = _converted(model, prefix)
         named = list(_named(places, names or {}))
         renamed = {(id(port.layer), port.attribute) for port in named}
         by_variable = {(id(port.layer), port.attribute): port for port in ports}  # a shared layer is filled several times
+        self._several = {
+            (id(port.layer), port.attribute) for port in ports if by_variable[id(port.layer), port.attribute].key != port.key
+        } - renamed
+        alike: dict[Any, set[tuple[int, str]]] = {}
+        for port in ports:
+            as_filled = (port.key, port.meaning, shape_of(port.layer, port.attribute))
+            alike.setdefault(as_filled, set()).add((id(port.layer), port.attribute))
+        self._copies = {variable for each in alike.values() if len(each) > 1 for variable in each}
         kept = [port for variable, port in by_variable.items() if variable not in renamed]
-        if rename is not None:
-            kept = [replace(port, key=rename(port.key)) for port in kept]
+        self.converted = [port.key for port in kept]
         self.keys: dict[str, list[Port]] = {}
         for port in [*kept, *named]:
             if id(port.layer) in self.addresses:
                 self.keys.setdefault(port.key, []).append(port)
         self._layouts: dict[Any, _Layout | None] = {}
+        self._ports = {(id(port.layer), port.attribute): port for each in self.keys.values() for port in each}
+        if rename is not None:
+            self.rename(rename)
+
+    def rename(self, function: Callable[[str], str]) -> None:
+        """Give the tensors that the converter named new names."""
+        new = {key: function(key) for key in self.converted}
+        self.converted = list(new.values())
+        keys, self.keys = self.keys, {}
+        for key, ports in keys.items():
+            name = new.get(key, key)
+            self.keys.setdefault(name, []).extend(replace(port, key=name) for port in ports)
         self._ports = {(id(port.layer), port.attribute): port for each in self.keys.values() for port in each}
 
     @property
@@ -140,15 +163,14 @@ class CheckpointMap:
             NotAReshape: The matrix is in no tensor, or differs in more than the order of inputs and outputs.
         """
         linear = self.maps[address]
-        port = self._ports.get((id(linear.layer), linear.kernel_name))
-        if port is None:
-            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
+        port = self._port(linear.layer, linear.kernel_name)
         if not port.key.endswith(".weight"):
             raise NotAReshape(f"it comes from what is no weight of a module ('{port.key}')")
         if len(linear.matrix_shape) > 2:
             raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
         for shape in self._shapes(port, linear):
             if (found := self._layout(port, shape, linear)) is not None:
+                self._refuse_overlap(port, shape)
                 kind, ins, outs = found
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
@@ -167,22 +189,51 @@ class CheckpointMap:
         )
         return bool(back) or key.removeprefix("model.") == "shared.weight"
 
+    def is_used_back_by_tasks(self, address: str) -> bool:
+        """Whether this is a backbone alone, and the language models on it use this embedding as their output projection."""
+        if not self.config or not getattr(self.maps[address].layer, "tie_weights", False):
+            return False
+        return bool(importlib.import_module("keras_lora.interop.converters").generates(self.model))
+
+    def ties_tokens_otherwise(self, address: str, module: str) -> bool:
+        """Whether trained tokens of an embedding of an encoder and decoder change other places here than in PEFT."""
+        linear = self.maps[address]
+        tied = self.is_used_elsewhere(address, f"{module}.weight") or self.is_used_back_by_tasks(address)
+        return (tied and "decoder" in module.split(".")) or (id(linear.layer), linear.kernel_name) in self._copies
+
     def placement_of(self, layer: keras.layers.Layer, attribute: str) -> Placement:
         """Return where a variable is.
 
         Raises:
             NotAReshape: The variable is in no tensor, or differs in more than the order of its entries.
         """
-        port = self._ports.get((id(layer), attribute))
-        if port is None:
-            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
+        port = self._port(layer, attribute)
         plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2)
         linear = next((each for each in plain if each.kernel_name == attribute), None)
         for shape in self._shapes(port, linear):
             index = _index(port, shape, shape_of(layer, attribute))
             if index is not None and (linear is None or self._layout(port, shape, linear) is not None):
+                self._refuse_overlap(port, shape)
                 return Placement(port.key, shape, index)
         raise NotAReshape(f"its numbers are not those of a tensor in another order ('{port.key}')")
+
+    def _port(self, layer: keras.layers.Layer, attribute: str) -> Port:
+        port = self._ports.get((id(layer), attribute))
+        if port is None:
+            raise NotAReshape(self.reason or "KerasHub's converter fills it from several tensors, or from none")
+        if (id(layer), attribute) in self._several:
+            raise NotAReshape(f"KerasHub's converter fills it from several tensors ('{port.key}' is one)")
+        return port
+
+    def _refuse_overlap(self, port: Port, shape: tuple[int, ...]) -> None:
+        """Raise `NotAReshape` if several variables are the same numbers of a tensor: not each can be that module."""
+        others = [each for each in self.keys[port.key] if each is not port]
+        sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in (port, *others)]
+        if sum(sizes) > math.prod(shape):
+            addresses = sorted(f"{self.addresses[id(each.layer)]}/{each.attribute}" for each in (port, *others))
+            raise NotAReshape(
+                f"one tensor ('{port.key}') fills {addresses}, which are separate modules there. `names` says which is which"
+            )
 
     def _layout(self, port: Port, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
         """Return the result of `_matrix`, cached for equal kernels: a large model has many, and each takes seconds."""
@@ -254,20 +305,20 @@ def _is_output(model: Any, layer: keras.layers.Layer) -> bool:
     return any(layer is each or any(layer is one for one in inside) for each, inside in zip(made, held, strict=True))
 
 
-def _converted(model: Any, prefix: str) -> tuple[list[Port], str]:
-    """Return the ports of KerasHub's converter for a model, or the reason why there are none."""
+def _converted(model: Any, prefix: str) -> tuple[dict[str, Any], list[Port], str]:
+    """Return the checkpoint's config and the ports of KerasHub's converter for a model, or why there are none."""
     backbone = getattr(model, "backbone", None) or model
     if not any(cls.__module__.partition(".")[0] == "keras_hub" for cls in type(backbone).__mro__):
-        return [], "it is no layer of a KerasHub model, and `names` gives no module for it"
+        return {}, [], "it is no layer of a KerasHub model, and `names` gives no module for it"
     converters = importlib.import_module("keras_lora.interop.converters")  # which imports KerasHub
     try:
-        ports = converters.watch(backbone)
+        config, ports = converters.watch(backbone)
         head = converters.watch_head(model) if backbone is not model else []
     except converters.ConverterError as error:
-        return [], str(error)
+        return {}, [], str(error)
     of_head = "lm_head."  # outside the backbone, although its converter fills it
     named = [port if port.key.startswith(of_head) else replace(port, key=prefix + port.key) for port in ports]
-    return [*named, *head], ""
+    return config, [*named, *head], ""
 
 
 def _named(places: list[Place], names: Mapping[str, str]) -> Iterator[Port]:

@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -22,16 +23,20 @@ from keras_hub.src.utils.transformers import preset_loader
 from keras_lora.interop.ports import Port, as_it_is_now, shape_of
 from keras_lora.linear_map import view_of
 from keras_lora.swap.adapted import AdaptedContainer, maps_of
+from keras_lora.targets.patterns import nearest
 
 
 class ConverterError(ValueError):
     """A converter could not be followed."""
 
 
-def watch(backbone: keras.Model) -> list[Port]:
-    """Return the ports of KerasHub's converter for a backbone, in its order. The backbone is not changed.
+def watch(backbone: keras.Model) -> tuple[dict[str, Any], list[Port]]:
+    """Return the config of a backbone's checkpoint, as far as known, and the ports of KerasHub's converter, in its order.
 
-    Values that the converter reads from the checkpoint's `config.json` are taken from the backbone's config.
+    The backbone is not changed. Several types of checkpoint may have one converter. We take the one that contradicts the
+    fewest entries of the backbone's config, and of these the one that fills most variables from most tensors: as Gemma's,
+    two norms of Gemma 2 would get one name. Values that a converter reads from the checkpoint's `config.json` are taken
+    from the backbone's config.
 
     Args:
         backbone: A KerasHub backbone, plain or adapted.
@@ -39,18 +44,24 @@ def watch(backbone: keras.Model) -> list[Port]:
     Raises:
         ConverterError: KerasHub has no converter for the class, or it cannot be followed.
     """
-    cls = _plain_class(backbone)
-    tried = [_config_of(backbone, converters()[kind], kind) for kind in model_types_of(backbone)]
-    config = min(tried, key=lambda pair: pair[1])[0]
-    for lacks in (_MAYBE_LACKING, _OLD_NAMES):
-        loader = _Loader(lacks)
-        try:
-            converters()[config["model_type"]].convert_weights(_shown(backbone), loader, _Config(config))
-            return loader.ports
-        except Exception as error:  # the converter is foreign code that gets less than it expects
-            failure = error
-    reason = f"{type(failure).__name__}: {failure}"
-    raise ConverterError(f"KerasHub's converter for {cls.__name__} could not be followed ({reason})") from failure
+    found: list[tuple[tuple[int, int, int], dict[str, Any], list[Port]]] = []
+    for model_type in model_types_of(backbone):
+        config, apart = _config_of(backbone, converters()[model_type], model_type)
+        for lacks in (_MAYBE_LACKING, _OLD_NAMES):
+            loader = _Loader(lacks)
+            try:
+                converters()[model_type].convert_weights(_shown(backbone), loader, _Config(config))
+            except Exception as error:  # the converter is foreign code that gets less than it expects
+                failure = error
+                continue
+            variables = {(id(port.layer), port.attribute) for port in loader.ports}
+            fit = (apart, -len(variables), -len({port.key for port in loader.ports}))
+            found.append((fit, config, loader.ports))
+            break
+    if not found:
+        reason = f"KerasHub's converter for {_plain_class(backbone).__name__} could not be followed"
+        raise ConverterError(f"{reason} ({type(failure).__name__}: {failure})") from failure
+    return min(found, key=lambda each: each[0])[1:]
 
 
 def watch_head(task: Any) -> list[Port]:
@@ -66,6 +77,14 @@ def model_types_of(backbone: keras.Model) -> list[str]:
     """Return the `model_type` values of Hugging Face configs for the class of this backbone."""
     converter = _converter_of(_plain_class(backbone))
     return [name for name, each in converters().items() if each is converter]
+
+
+def generates(backbone: keras.Model) -> bool:
+    """Whether this is a backbone, and KerasHub has a language model with a tied output projection on its class."""
+    tasks: list[Any] = [each for each in vars(keras_hub.models).values() if inspect.isclass(each)]
+    of_language = [each for each in tasks if issubclass(each, (keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM))]
+    classes = [each.backbone_cls for each in of_language if each.backbone_cls]
+    return isinstance(backbone, keras_hub.models.Backbone) and isinstance(backbone, tuple(classes))
 
 
 @functools.cache
@@ -92,7 +111,8 @@ def _converter_of(cls: type) -> ModuleType:
     for each in by_class:
         if issubclass(each, cls) and cls is not keras_hub.models.Backbone:
             return by_class[each]
-    raise ConverterError(f"KerasHub has no converter for {cls.__name__}; known are {sorted(c.__name__ for c in by_class)}")
+    near = nearest(cls.__name__, sorted(each.__name__ for each in by_class))
+    raise ConverterError(f"KerasHub has no converter for {cls.__name__}; the nearest of its {len(by_class)} are {near}")
 
 
 def _plain_class(layer: Any) -> type:
@@ -113,11 +133,13 @@ def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[d
         else backbone.get_config()
     )
     asked: Any = _Asked(("model_type",), model_type)
-    try:
-        made = converter.convert_backbone_config(asked)
+    convert = converter.convert_backbone_config
+    blind = {name: _Part() for name, value in vars(converter).items() if inspect.isclass(value)}
+    try:  # without building parts of the model, or rounding
+        made = types.FunctionType(convert.__code__, {**vars(converter), **blind, "int": lambda value: value})(asked)
     except Exception:  # more than renaming; `watch` reports the missing entry, if any
         return {"model_type": model_type}, len(own)
-    apart = sum((value is None) != (own[key] is None) for key, value in made.items() if key in own)
+    apart = sum(_contradicts(value, own[key]) for key, value in made.items() if key in own)
     config: dict[str, Any] = {"model_type": model_type}
     for key, value in made.items():
         if isinstance(value, _Unknown) and value.place and key in own:
@@ -126,6 +148,13 @@ def _config_of(backbone: Any, converter: ModuleType, model_type: str) -> tuple[d
                 entry = entry.setdefault(name, {})
             entry[value.place[-1]] = own[key]
     return config, apart
+
+
+def _contradicts(made: Any, own: Any) -> int:
+    """Return how much speaks against an entry that a converter makes being that of a backbone; a whole part counts most."""
+    if (made is None) != (own is None):
+        return 10 if isinstance(made, _Part) or isinstance(own, dict) else 1
+    return int(isinstance(made, bool) and made != own)
 
 
 class _Unknown:
@@ -151,11 +180,30 @@ class _Unknown:
     def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
         return _Unknown()
 
+    def __eq__(self, other: object) -> Any:
+        return _Unequal()
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __bool__(self) -> bool:
         raise TypeError("it asks for more than the names of tensors")
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("it asks for more than the names of tensors")
+
+
+class _Part(_Unknown):
+    """An unknown object: a part of a model, such as its vision encoder."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Part()
+
+
+class _Unequal(_Unknown):
+    """An unknown comparison, taken as false."""
+
+    def __bool__(self) -> bool:
+        return False
 
 
 def _unknown(self: Any, *args: Any) -> Any:
@@ -269,6 +317,13 @@ def _is_tensor(value: Any) -> bool:
     return keras.ops.is_tensor(value) or isinstance(value, np.ndarray)
 
 
+def _called(method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of a layer, unless it computes with variables: what the converter assigns is ignored anyway."""
+    if any(isinstance(each, _Unknown) for each in (*args, *kwargs.values())):
+        return _Unknown()
+    return method(*args, **kwargs)
+
+
 def _shown(value: Any) -> Any:
     if type(value) is _View:
         return value
@@ -278,6 +333,6 @@ def _shown(value: Any) -> Any:
         return type(value)(map(_shown, value))
     if isinstance(value, dict):
         return {key: _shown(each) for key, each in value.items()}
-    if inspect.ismethod(value):
-        return lambda *args, **kwargs: _shown(value(*args, **kwargs))
+    if inspect.ismethod(value) or inspect.isfunction(value):
+        return lambda *args, **kwargs: _shown(_called(value, *args, **kwargs))
     return value

@@ -23,6 +23,8 @@ from keras_lora.interop import peft_folder
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.peft_reading import Reader, aligned
 from keras_lora.interop.peft_writing import Writer
+from keras_lora.interop.problems import grouped
+from keras_lora.interop.transformers_names import rename_for_peft, warn_of_names, without_lora
 
 
 @checks.helpful
@@ -51,8 +53,7 @@ def from_peft(
         names: Module names for layers that the converter does not know, for example a head: a dict from the path or the
             address of a layer to the name of its module. The weight must have the layout of the corresponding PyTorch layer.
         rename: A function from a name in KerasHub's converter, which is the name in a checkpoint, to the name in the file.
-            In `transformers` 5, some vision models have other module names than their checkpoints;
-            `keras_lora.interop.module_names("vit")` returns a function for them.
+            Without it, both the names in a checkpoint and those that `transformers` 5 has for some models are found.
 
     Returns:
         `model`. If an adapter was added, call `compile` before training.
@@ -84,10 +85,10 @@ def from_peft(
     config, modules = peft_folder.read(folder)
     checkpoint = CheckpointMap(model, names, rename)
     reader = Reader(checkpoint, config)
-    for module, known in aligned(modules, checkpoint).items():
+    for module, known in aligned(sorted(modules), checkpoint, ask=rename is None).items():
         reader.take(module, known, modules[module])
     source = f"The PEFT adapter {folder}"
-    raise_problems(source, model, reader.problems)
+    raise_problems(source, model, grouped(reader.problems))
     reader.state.put_into(model, source, name=name, trainable=trainable)
     return model
 
@@ -113,8 +114,9 @@ def to_peft(
         name: The adapter to save, if the model has several.
         prefix: Text before the names of KerasHub's converter in the model that PEFT will adapt: `"bert."` for a
             `BertForSequenceClassification`, `"transformer."` for a `GPT2LMHeadModel`; nothing for a `LlamaForCausalLM`.
-        rename: A function from a name in KerasHub's converter to the name in the model that PEFT will adapt, if more than
-            the prefix differs: see `from_peft`.
+        rename: A function from a name in KerasHub's converter, with the prefix, to the name in the model that PEFT will
+            adapt. Without it, the names are those of `transformers`, if it is installed: version 5 has other names than
+            the checkpoints of some models.
         names: As for `from_peft`, with full module names.
         base_model: The value of `base_model_name_or_path`, for example `"meta-llama/Llama-3.2-1B"`.
         bake_scaling: Write a form that vLLM, llama.cpp and Ollama read correctly: one rank, scales multiplied into B,
@@ -148,10 +150,19 @@ def to_peft(
             huggingface.upload_folder_to(str(folder), local)
         return
     require_adapted(model, "to_peft")
-    writer = Writer(model, CheckpointMap(model, names, rename, prefix))
+    checkpoint = CheckpointMap(model, names, rename, prefix)
+    if rename is None:
+        rename_for_peft(checkpoint, prefix)
+    writer = Writer(model, checkpoint)
     writer.take(AdapterState.of(model, name))
-    if bake_scaling:
-        writer.bake()
+    writer.problems += without_lora(checkpoint, prefix, [each.module for each in writer.written])
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
-    raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, writer.problems, do=do)
+    if bake_scaling and not writer.problems:
+        writer.bake()
+        do = (
+            "Write without `bake_scaling`, for PEFT. For the others, `keras_lora.compress_adapter` makes a LoRA of a DoRA "
+            "or of trained tokens; train without heads, norms and biases."
+        )
+    raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, grouped(writer.problems), do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)
+    warn_of_names(checkpoint, prefix, writer.modules, rename is not None)

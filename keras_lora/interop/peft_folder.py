@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from keras_lora.files import tensor_file
+from keras_lora.interop.problems import grouped
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: The prefix of every module name in PEFT's keys.
@@ -150,7 +151,7 @@ def read(folder: Path) -> tuple[Config, dict[str, Module]]:
             "Expected a folder that PEFT's `save_pretrained` wrote. It may be cut off, damaged or of another kind."
         ) from error
     if problems := problems + more:
-        listed = "".join(f"\n  - {each[:1000]}" for each in problems)
+        listed = "".join(f"\n  - {each[:1000]}" for each in grouped(problems))
         raise ValueError(
             f"The PEFT adapter {folder} is not one that keras_lora can read:{listed}\nExpected a LoRA or DoRA of plain "
             "matrices, embeddings or convolutions, with what was trained beside it."
@@ -237,9 +238,10 @@ def tensors_of(path: Path) -> dict[str, np.ndarray]:
         array = np.frombuffer(data, _KINDS[kind]).reshape(shape)
         if kind == "BF16":
             array = (array.astype("<u4") << 16).view("<f4")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"the tensor '{key}' has numbers that are not finite")
-        found[key] = array.astype("float32", copy=False) if kind != "F64" else array
+        with np.errstate(over="ignore"):
+            found[key] = array if kind == "I64" else array.astype("float32", copy=False)
+        if not np.isfinite(found[key]).all():
+            raise ValueError(f"the tensor '{key}' has numbers that are not finite in float32")
     return found
 
 
@@ -267,15 +269,17 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
         plain = _unwrapped(key.removeprefix(PREFIX), plain_keys)
         if plain is None:
             continue
-        if match := _FACTOR.fullmatch(plain):
+        if tensor.dtype.kind != "f":
+            problems.append(f"the tensor '{key}' has whole numbers; weights have fractions")
+        elif match := _FACTOR.fullmatch(plain):
             part, place = match["part"], modules.setdefault(match["module"], Module())
             name = _FIELDS.get(part, "magnitude")
             if match["variable"] == "bias":
                 problems.append(f"the tensor '{key}' is a bias of the change itself (`lora_bias`)")
             elif name != "magnitude" and tensor.ndim < 2:
                 problems.append(f"the tensor '{key}' has shape {tensor.shape}; a factor has two axes or more")
-            elif getattr(place, name) is not None:
-                problems.append(f"the tensor '{key}' is there twice")
+            elif (same := getattr(place, name)) is not None and not np.array_equal(same, tensor):
+                problems.append(f"the tensor '{key}' is there twice, with other numbers")  # PEFT may write a magnitude twice
             else:
                 setattr(place, name, tensor)
         elif match := _TOKENS.fullmatch(plain):

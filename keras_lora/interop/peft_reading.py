@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -13,9 +14,10 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
-from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
+from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
+from keras_lora.interop.transformers_names import classes_with, recorded
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of
 from keras_lora.targets.patterns import nearest
@@ -24,6 +26,10 @@ from keras_lora.targets.patterns import nearest
 _ELSEWHERE = (
     "is an embedding that this model uses in more places than one (its way back, or an encoder and a decoder), of which "
     "PEFT changes one"
+)
+_USED_BACK = (
+    "is the embedding of a backbone, which KerasHub's language models also use as their output projection; PEFT changes the "
+    "embedding alone"
 )
 
 
@@ -74,8 +80,7 @@ class Reader:
         b: np.ndarray,
         magnitude: np.ndarray | None,
     ) -> None:
-        if self.checkpoint.is_used_elsewhere(address, f"{source.module}.weight"):
-            self.problems.append(f"the module '{module}' {_ELSEWHERE}")
+        if self._is_shared(module, address, f"{source.module}.weight"):
             return
         rank, said, alpha = a.shape[0], self.config.rank_of(module), self.config.alpha_of(module)
         if rank != said:
@@ -106,12 +111,25 @@ class Reader:
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
         self.state.adapters[address] = AdapterEntry.of(linear, adapter, contiguous)
 
+    def _is_shared(self, module: str, address: str, key: str) -> bool:
+        """Whether a change of an embedding in PEFT is not its change here, which is then a problem."""
+        if self.checkpoint.is_used_elsewhere(address, key):
+            self.problems.append(f"the module '{module}' {_ELSEWHERE}")
+            return True
+        if self.checkpoint.is_used_back_by_tasks(address):
+            self.problems.append(f"the module '{module}' {_USED_BACK}")
+            return True
+        return False
+
     def _take_tokens(self, module: str, address: str, linear: LinearMap, source: Source, tokens: np.ndarray) -> None:
         indices = self.config.tokens_of(module)
         if source.kind != "embedding" or indices is None:
             self.problems.append(
                 f"the module '{module}' has trained tokens, and is no embedding or the config names no tokens"
             )
+            return
+        if self.checkpoint.ties_tokens_otherwise(address, source.module):
+            self.problems.append(f"the module '{module}' has trained tokens, and {TIED_OTHERWISE}")
             return
         if tokens.shape != (len(indices), source.out_dim) or max(indices) >= source.in_dim:
             self.problems.append(
@@ -127,7 +145,7 @@ class Reader:
         """Check that a copy of a base weight in the file, perhaps in lower precision, matches this base."""
         for port in self.checkpoint.keys.get(key, []):
             lie = self.checkpoint.placement_of(port.layer, port.attribute)
-            linear = self.checkpoint.maps[self.checkpoint.addresses[id(port.layer)]]
+            linear = next(each for each in maps_of(port.layer) if each.kernel_name == port.attribute)
             own = keras.ops.convert_to_numpy(keras.ops.cast(linear.kernel, "float32"))
             near = (0.01 if quantization.mode_of(port.layer) is None else 0.2) * float(np.abs(own).max())
             if tensor.shape != lie.shape or not np.allclose(tensor.reshape(-1)[lie.index], own, rtol=0, atol=near):
@@ -137,8 +155,7 @@ class Reader:
                 )
 
     def _is_kernel(self, port: Port) -> bool:
-        linear = self.checkpoint.maps.get(self.checkpoint.addresses[id(port.layer)])
-        return linear is not None and linear.kernel_name == port.attribute
+        return any(each.kernel_name == port.attribute for each in maps_of(port.layer))
 
     def _take_variable(self, module: str, key: str, tensor: np.ndarray) -> None:
         ports = self.checkpoint.keys.get(key, [])
@@ -158,8 +175,7 @@ class Reader:
             if self._is_kernel(port) and quantization.mode_of(port.layer) is not None:
                 self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and the layer is quantised here")
                 continue
-            if self._is_kernel(port) and self.checkpoint.is_used_elsewhere(address, port.key):
-                self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and {_ELSEWHERE}")
+            if self._is_kernel(port) and self._is_shared(module, address, port.key):
                 continue
             if tensor.shape != lie.shape or index is None:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")
@@ -178,29 +194,60 @@ def number_of(layer: Any, attribute: str) -> int | None:
     return next((index for index, each in enumerate(keras_internals.own_variables(layer)) if each is variable), None)
 
 
-def aligned(modules: Iterable[str], checkpoint: CheckpointMap) -> dict[str, str]:
-    """Map each module name in a file to its name in the model: one may have a prefix (`bert.`) that the other lacks."""
+def aligned(modules: Iterable[str], checkpoint: CheckpointMap, ask: bool) -> dict[str, str]:
+    """Map each module name in a file to its name in the model: one may have a prefix (`bert.`) that the other lacks.
+
+    With `ask`, a file may also have the names that `transformers` has for the modules. We ask it only if the recorded
+    names do not do, because importing it is slow.
+    """
     modules = list(modules)
-    known = {key.rpartition(".")[0] for key in checkpoint.keys}
+    names = {key.rpartition(".")[0]: key.rpartition(".")[0] for key in checkpoint.keys}
+    found = _aligned(modules, names)
+    if ask and checkpoint.config and not set(found.values()) <= set(names):
+        found = _aligned(modules, names := names | _also(checkpoint, recorded(checkpoint.config["model_type"])))
+        if not set(found.values()) <= set(names.values()):
+            with contextlib.suppress(ImportError):
+                for each in classes_with(checkpoint, ""):
+                    names = _also(checkpoint, each.rename) | names
+                found = _aligned(modules, names)
+    return found
+
+
+def _also(checkpoint: CheckpointMap, rename: Callable[[str], str]) -> dict[str, str]:
+    """Return other names of modules, with their names in the converter."""
+    found = {}
+    for key in checkpoint.converted:
+        (module, _, variable), (other, _, same) = key.rpartition("."), rename(key).rpartition(".")
+        if variable == same:
+            found[other] = module
+    return found
+
+
+def _aligned(modules: list[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Map each module name in a file to the value of a name; only a prefix may differ."""
     votes: Counter[tuple[str, str]] = Counter({("", ""): 0})
     for module in modules:
-        for name in known:
+        for name in names:
             if f".{module}".endswith(f".{name}"):
                 votes[module[: len(module) - len(name)], ""] += 1
             elif f".{name}".endswith(f".{module}"):
                 votes["", name[: len(name) - len(module)]] += 1
-    readings = {each: _read_as(modules, known, *each) for each, _ in votes.most_common(8)}
-    fits = {each: sum(name in known for name in found.values()) for each, found in readings.items()}
+    readings = {each: _read_as(modules, names, *each) for each, _ in votes.most_common(8)}
+    fits = {each: sum(name in names for name in found.values()) for each, found in readings.items()}
     best = [each for each, number in fits.items() if number == max(fits.values())]
-    if len(best) > 1 and ("", "") not in best:
+    meant = {each: {module: names.get(name, name) for module, name in readings[each].items()} for each in best}
+    if ("", "") in best:
+        return meant["", ""]
+    if any(each != meant[best[0]] for each in meant.values()):
         raise ValueError(
-            f"The modules of the adapter fit this model in several ways: with {best} as (beginning in the file, beginning "
-            f"in the model). Expected one. Received: names such as {modules[0]!r}. Load it into a part of the model."
+            f"The modules of the adapter fit this model in several ways: with {best[:3]} as (beginning in the file, "
+            f"beginning in the model). Expected one. Received: names such as {modules[0]!r}. Load it into a part of the "
+            "model."
         )
-    return readings[("", "") if ("", "") in best else best[0]]
+    return meant[best[0]]
 
 
-def _read_as(modules: list[str], known: set[str], of_file: str, of_model: str) -> dict[str, str]:
+def _read_as(modules: list[str], known: Mapping[str, str], of_file: str, of_model: str) -> dict[str, str]:
     found = {}
     for module in modules:
         inside = module.startswith(of_file) and module not in known  # a head is outside the backbone

@@ -14,7 +14,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
-from keras_lora.interop.checkpoints import CheckpointMap, NotAReshape, Source
+from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_reading import number_of
 from keras_lora.interop.ports import Port
@@ -182,6 +182,9 @@ class Writer:
         if len(parts) > 1 or part.source.kind != "embedding":
             self.problems.append(f"the trained tokens of {[each.address for each in parts]} have no place there")
             return
+        if self.checkpoint.ties_tokens_otherwise(part.address, module):
+            self.problems.append(f"the trained tokens of '{part.address}' have no place there: {TIED_OTHERWISE}")
+            return
         rows = keras.ops.take(part.linear.kernel, np.array(part.adapter.tokens), axis=0)
         self.tokens[module] = list(part.adapter.tokens)
         self.rows[module] = part.spread((keras.ops.convert_to_numpy(rows) + part.values["token_delta"]).T).T
@@ -264,6 +267,12 @@ class Writer:
         self.problems += unread(self.config(None), self.tensors)
 
     # The written files.
+
+    @property
+    def modules(self) -> set[str]:
+        """Return the names of all modules in the file."""
+        beside = {key.removesuffix(".base_layer") for key in (each.rpartition(".")[0] for each in self.variables)}
+        return {each.module for each in self.written} | set(self.tokens) | beside
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
