@@ -572,9 +572,9 @@ FAULTS = [
     ),
     Fault(
         "a head that travels with an adapter keeps the values of the model",
-        "files/adapter_state.py",
-        "        _assign(of_base, tensors)\n",
-        "",
+        "swap/beside.py",
+        "        own.update(new.get(address, {}))",
+        "        pass",
         "test_adapter_file",
     ),
     Fault(
