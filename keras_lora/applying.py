@@ -26,6 +26,7 @@ BASE_DTYPES = ("bfloat16",)
 
 @checks.helpful
 @walking_once()
+@keras_internals.without_tensorflow()
 def apply_lora(
     model: AnyLayer,
     adapter: str | dict[str, Any] | adapters.Adapter = "lora",

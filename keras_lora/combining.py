@@ -63,6 +63,7 @@ class CombinationReport(list[CombinedKernel]):
 
 
 @checks.helpful
+@keras_internals.without_tensorflow()
 def combine_adapters(
     model: Any,
     names: str | Iterable[str] | Mapping[str, float],
@@ -153,6 +154,7 @@ def combine_adapters(
 
 
 @checks.helpful
+@keras_internals.without_tensorflow()
 def compress_adapter(
     model: Any, *, name: str | None = None, rank: int | None = None, energy: float | None = None
 ) -> CombinationReport:

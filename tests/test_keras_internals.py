@@ -1,5 +1,8 @@
 """Each door to a Keras private name, alone: these fail first when Keras changes."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -347,3 +350,29 @@ def test_an_optimizer_of_torch_is_written_by_its_public_name():
     theirs = {"optimizer": {**config, "module": "keras.src.backend.torch.optimizers.torch_adam"}}
     assert internals.with_portable_names(theirs)["optimizer"]["module"] == "keras.optimizers"
     assert internals.with_portable_names(["loss"]) == ["loss"]
+
+
+ANOTHER_BACKEND = """
+import sys, tempfile
+import keras, keras_lora
+
+def net():
+    return keras.Sequential([keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2)])
+
+model, path = net(), tempfile.mkdtemp() + "/a.safetensors"
+keras_lora.apply_lora(model, keras_lora.LoRA(2, seed=1, a_initializer="zeros"), adapter_pattern={"*": keras_lora.DoRA(2)})
+keras_lora.save_adapter(model, path)
+keras_lora.activate_adapters(keras_lora.load_adapter(model, path, name="b"), {"default": 1, "b": 1})
+keras_lora.merge_lora(model)
+keras_lora.compress_adapter(keras_lora.apply_lora(net()), rank=1)
+print(sorted({"jax", "tensorflow", "torch"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="there it is the backend")
+def test_tensorflow_is_not_imported_on_another_backend():
+    with internals.without_tensorflow():
+        pass
+    out = subprocess.run([sys.executable, "-c", ANOTHER_BACKEND], capture_output=True, text=True, check=True).stdout
+    assert "tensorflow" not in out
+    assert keras.backend.backend() in out

@@ -11,6 +11,7 @@ import functools
 import inspect
 import io
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -102,6 +103,20 @@ def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
 def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
     """Set the flag of one layer; the public setter also sets every layer and variable below it."""
     layer._trainable = value
+
+
+@contextlib.contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Keep Keras from importing TensorFlow on another backend: it does for every config, to know TensorFlow's types."""
+    from keras.src.utils.module_utils import tensorflow
+
+    before = tensorflow._available
+    if keras.backend.backend() != "tensorflow" and "tensorflow" not in sys.modules:
+        tensorflow._available = False
+    try:
+        yield
+    finally:
+        tensorflow._available = before
 
 
 def called_first(method: str) -> str:

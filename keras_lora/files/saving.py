@@ -12,6 +12,7 @@ from typing import Any
 from keras_lora import checks
 from keras_lora.applying import require_adapted
 from keras_lora.checks import AnyLayer
+from keras_lora.compat import keras_internals
 from keras_lora.files import huggingface, tensor_file
 from keras_lora.files.adapter_state import AdapterState
 from keras_lora.swap.addresses import walking_once
@@ -19,6 +20,7 @@ from keras_lora.swap.addresses import walking_once
 
 @checks.helpful
 @walking_once()
+@keras_internals.without_tensorflow()
 def save_adapter(
     model: Any, path: str | os.PathLike[str], *, name: str | None = None, fingerprint_weights: bool = False
 ) -> None:
@@ -60,6 +62,7 @@ def save_adapter(
 
 @checks.helpful
 @walking_once()
+@keras_internals.without_tensorflow()
 def load_adapter(
     model: AnyLayer, path: str | os.PathLike[str], *, name: str | None = None, trainable: bool = True
 ) -> AnyLayer:

@@ -41,6 +41,7 @@ class Site(Place):
 
 @checks.helpful
 @walking_once()
+@keras_internals.without_tensorflow()
 def list_targets(
     model: keras.layers.Layer,
     adapter: str | dict[str, Any] | adapters.Adapter = "lora",
