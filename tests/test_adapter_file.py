@@ -463,3 +463,22 @@ def test_a_base_of_another_structure_that_fits_is_taken(tmp_path, recwarn):
     keras_lora.save_adapter(keras_lora.apply_lora(base(3), rank=1), tmp_path / "a.safetensors")
     keras_lora.load_adapter(base(4), tmp_path / "a.safetensors")
     assert not [each for each in recwarn if "structure" in str(each.message)]
+
+
+def test_what_an_adapter_trains_with_and_kernels_it_does_not_change_may_differ(tmp_path):
+    def net(**arguments):
+        keras.utils.set_random_seed(3)
+        stack = [keras.layers.Dense(5, activation="relu", name="first"), keras.layers.Dense(4), keras.layers.Dense(2)]
+        model = keras.Sequential([keras.Input((6,)), *stack])
+        if arguments:
+            perturb(keras_lora.apply_lora(model, **arguments))
+        return model
+
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    for method in (keras_lora.LoRA(2, dropout=0.1), keras_lora.DoRA(2, dropout=0.1)):
+        other = type(method)(4 if isinstance(method, keras_lora.LoRA) else 2, freeze_a=True)
+        small = net(adapter=method, targets="first")
+        keras_lora.save_adapter(small, tmp_path / "small.safetensors")
+        large = keras_lora.load_adapter(net(adapter=other), tmp_path / "small.safetensors")
+        assert difference(outputs(large, x), outputs(small, x)) < 1e-6
+        assert difference(outputs(large, x), outputs(net(), x)) > 1e-3

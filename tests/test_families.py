@@ -4,6 +4,7 @@ A slice that is quick to build runs always, a third of it on each backend; `-m s
 """
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from families import KINDS, MODELS, applications, multimodal, text, vision  # noqa: F401  # they enter their models
@@ -176,3 +177,16 @@ def test_addresses_and_targets_are_the_same_on_every_backend(name):
 
 def test_every_preset_has_a_case():
     assert {name.split("/")[1] for name in WITH_PRESETS} == set(PRESETS)
+
+
+def test_a_file_of_a_causal_lm_keeps_the_sampler(tmp_path):
+    backbone = keras_hub.models.Llama3Backbone(
+        vocabulary_size=9, num_layers=1, num_query_heads=1, num_key_value_heads=1, hidden_dim=4, intermediate_dim=4
+    )
+    model = keras_lora.apply_lora(keras_hub.models.Llama3CausalLM(backbone), rank=1)
+    for sampler in (keras_hub.samplers.GreedySampler(), keras_hub.samplers.TopKSampler(k=3, temperature=0.7, seed=2)):
+        model.compile("adam", "mse", sampler=sampler)
+        model.save(tmp_path / "lm.keras")
+        loaded = keras.saving.load_model(tmp_path / "lm.keras")
+        assert type(loaded.sampler) is type(sampler)
+        assert loaded.sampler.get_config() == sampler.get_config()

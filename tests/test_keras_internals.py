@@ -376,3 +376,13 @@ def test_tensorflow_is_not_imported_on_another_backend():
     out = subprocess.run([sys.executable, "-c", ANOTHER_BACKEND], capture_output=True, text=True, check=True).stdout
     assert "tensorflow" not in out
     assert keras.backend.backend() in out
+
+
+def test_a_task_of_keras_hub_keeps_its_sampler():
+    hub = pytest.importorskip("keras_hub")
+    config = {"vocabulary_size": 9, "num_layers": 1, "num_query_heads": 1, "num_key_value_heads": 1}
+    backbone = hub.models.Llama3Backbone(**config, hidden_dim=4, intermediate_dim=4)
+    task = hub.models.Llama3CausalLM(backbone)
+    assert internals.compiled_besides(keras.Sequential([keras.Input((2,)), layers.Dense(2)])) == {}
+    task.compile(sampler="greedy")
+    assert internals.compiled_besides(task)["sampler"]["class_name"] == "GreedySampler"

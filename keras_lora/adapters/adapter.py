@@ -184,7 +184,7 @@ class Adapter(keras.layers.Layer):
 
     def misfit_with(self, other: Adapter) -> str | None:
         """Return why this adapter cannot take the values of `other`, or `None`. Called before anything changes."""
-        if type(self) is type(other) and method_of(self) == method_of(other):
+        if type(self) is type(other) and _meaning(self) == _meaning(other):
             return None
         return f"this one is {_words(self)}, the other {_words(other)}"
 
@@ -238,6 +238,11 @@ INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable"
 def method_of(adapter: Adapter) -> dict[str, Any]:
     """Return the arguments that define what the values mean: the config without those that set initial values."""
     return {key: value for key, value in adapter.get_config().items() if key not in INIT_ARGUMENTS}
+
+
+def _meaning(adapter: Adapter) -> dict[str, Any]:
+    """The arguments that define what the values mean, without those that define how they train."""
+    return {key: value for key, value in method_of(adapter).items() if key not in ("dropout", "freeze_a")}
 
 
 def _words(adapter: Adapter) -> str:

@@ -179,6 +179,12 @@ def with_portable_names(config: Any) -> Any:
     return config
 
 
+def compiled_besides(model: keras.Model) -> dict[str, Any]:
+    """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
+    sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
+    return {} if sampler is None else {"sampler": keras.saving.serialize_keras_object(sampler)}
+
+
 class _DrawnSeed(keras.random.SeedGenerator):
     def __init__(self, generator: keras.random.SeedGenerator, drawn: Any):
         self._initial_seed, self._drawn = generator._initial_seed, drawn

@@ -237,6 +237,10 @@ class AdapterState:
             elif _is_within(entry.tensors, own[address]):
                 fitted = own[address].values_from(entry.made(), entry.tensors)
                 tensors |= {f"{address}:{key}": value for key, value in fitted.items()}
+        for address in own.keys() - self.adapters.keys():  # as before training, which changes nothing
+            adapter = adapters.copy_of(own[address])
+            slots.start(maps[address], adapter)
+            tensors |= {f"{address}:{key}": fingerprint.to_numpy(v) for key, v in adapter.saved_weights.items()}
         of_base = {
             f"{address}{tensor_file.BASE}{key}": v
             for address, trained in self.trained.items()
@@ -294,9 +298,6 @@ class AdapterState:
             misfit = misfits.of_layer(address, layers.get(address), trained.layer_class)
             problems += misfit or misfits.of_variables(address, layers[address], trained)
         if own and not partly:
-            for address in own:
-                if address not in self.adapters:
-                    problems.append(f"the model has an adapter at '{address}'; the file has none")
             in_model = beside.owned(model, next(iter(own.values())).adapter_name)
             for address in in_model.keys() - self.trained.keys():
                 problems.append(f"the model trains variables of '{address}'; the file has none")

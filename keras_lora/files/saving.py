@@ -69,9 +69,10 @@ def load_adapter(
     """Load an adapter file into a model, in place.
 
     A plain model is adapted as the file describes. In an adapted model, the file's values are loaded into an existing
-    adapter, which must change the same kernels by the same method; its rank may be larger and its scale may differ. Nothing
-    is compiled again then. With a new `name` the file is added as another adapter, as by `keras_lora.apply_lora`. If the
-    file has a fingerprint of the weights it was trained on and the model has other weights, you get a warning.
+    adapter of the same method. Its rank may be larger, and its scale and dropout may differ; a kernel that the file does
+    not change is left as the base has it. Nothing is compiled again then. With a new `name` the file is added as another
+    adapter, as by `keras_lora.apply_lora`. If the file has a fingerprint of the weights it was trained on and the model
+    has other weights, you get a warning.
 
     Args:
         model: The base model, plain or adapted. If the file was made from a part of a model, pass the same part.

@@ -94,7 +94,7 @@ class AdaptedModel(AdaptedContainer):
 
     def get_compile_config(self) -> dict[str, Any]:
         found: dict[str, Any] = keras_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]
-        return found
+        return found and {**found, **keras_internals.compiled_besides(self)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         if not keras_internals.overrides_compile(self):
