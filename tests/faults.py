@@ -628,6 +628,20 @@ FAULTS = [
         "test_peft",
     ),
     Fault(
+        "the first reader of several that fit is taken",
+        "interop/converters.py",
+        "fit = (apart, -len(variables), -len({port.key for port in loader.ports}))",
+        "fit = (apart, 0, 0)",
+        "test_peft",
+    ),
+    Fault(
+        "a PEFT folder has the names of the checkpoint",
+        "interop/peft.py",
+        "        rename_for_peft(checkpoint, prefix)",
+        "        pass",
+        "test_peft",
+    ),
+    Fault(
         "PEFT's alpha pattern is ignored",
         "interop/peft_folder.py",
         "return _by_pattern(self.alpha_pattern, module, self.alpha)",

@@ -41,12 +41,14 @@ def row_of(name: str, class_name: str) -> str:
     checkpoint = CheckpointMap(model)
     kinds: collections.Counter[str] = collections.Counter()
     without: collections.Counter[str] = collections.Counter()
+    placed: set[str] = set()
     for address in checkpoint.maps:
         try:
             kinds[checkpoint.source_of(address).kind] += 1
+            placed.add(address)
         except NotAReshape as error:
             without[str(error).split(" ('")[0].replace("|", "/")] += 1
-    fused = sum(len(addresses) > 1 for addresses in checkpoint.modules.values())
+    fused = sum(len(addresses) > 1 and addresses[0] in placed for addresses in checkpoint.modules.values())
     with_place = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())) or "none"
     if fused:
         with_place += f"; {fused} modules are several kernels here"

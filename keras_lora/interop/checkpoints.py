@@ -232,7 +232,8 @@ class CheckpointMap:
         if sum(sizes) > math.prod(shape):
             addresses = sorted(f"{self.addresses[id(each.layer)]}/{each.attribute}" for each in (port, *others))
             raise NotAReshape(
-                f"one tensor ('{port.key}') fills {addresses}, which are separate modules there. `names` says which is which"
+                f"its tensor fills several variables, which are separate modules there; `names` says which is which "
+                f"('{port.key}' fills {addresses})"
             )
 
     def _layout(self, port: Port, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
