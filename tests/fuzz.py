@@ -464,9 +464,9 @@ def page(runs: list[dict[str, Any]]) -> str:
     lines = [
         "# Results of fuzzing",
         "",
-        "Written by `python tests/fuzz.py --report` from the runs of `make fuzz`. `tests/fuzz.py` says what the readers are and",
-        "what a failure is. `--reader NAME --seed SEED --start NUMBER --count 1` makes an input again. Memory is what a process",
-        "took more than before, at most.",
+        "Written by `python tests/fuzz.py --report` from the runs of `make fuzz`. `tests/fuzz.py` says what the readers are",
+        "and what a failure is. `--reader NAME --seed SEED --start NUMBER --count 1` makes an input again. Memory is what a",
+        "process took more than before, at most.",
         "",
         f"Keras {keras.__version__}, backend {keras.backend.backend()}, safetensors {safetensors.__version__}, h5py "
         f"{h5py.__version__} with HDF5 {h5py.version.hdf5_version}.",
