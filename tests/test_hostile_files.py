@@ -451,6 +451,7 @@ def rows():
             header = rank_in_header(rank) if rank < 10**300 else lambda found, rank=rank: {**found, "version": rank}
             reads = rank == 10**9 and reader in ("inspect", "diff")
             yield f"rank {len(str(rank))} digits", lambda at, header=header: adapter_file(at, header), reader, reads
+        yield "scale of 400 digits", lambda at: adapter_file(at, rank_in_header(2, scale=10**400)), reader, False
         yield "a factor of rank 400,000", drawn, reader, reader in ("inspect", "diff")
         if reader != "hub":
             yield "link as file", link_as_file, reader, False

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import math
 import os
 import tempfile
 import time
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from keras_lora import checks
 
 VERSION = 2
 #: The entry of the metadata that contains the header.
@@ -190,7 +191,7 @@ def _plain(value: Any, depth: int = 8) -> bool:
         return depth > 0 and "class_name" not in value and all(_plain(each, depth - 1) for each in value.values())
     if isinstance(value, list):
         return depth > 0 and all(_plain(each, depth - 1) for each in value)
-    return not isinstance(value, float) or math.isfinite(value)
+    return type(value) not in (int, float) or checks.is_number(value)
 
 
 def _short(text: str) -> str:
