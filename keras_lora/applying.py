@@ -14,7 +14,7 @@ from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
-from keras_lora.swap.adapters_of_model import changing_strengths, new_name
+from keras_lora.swap.adapters_of_model import added_in, changing_strengths, new_name
 from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
@@ -188,6 +188,7 @@ def inject(
             adapter.strength.assign(0.0)
     for linear, adapter in pairs:
         set_adapter(linear, adapter, name)
+    added_in(model, [adapter for _, adapter in pairs])
     new = [layer for _, adapter in pairs for layer in adapters.with_sublayers(adapter)]
     old = [layer for adapter in others for layer in adapters.with_sublayers(adapter)]
     old += [place.layer for place in walk(model) if beside.owners(place.layer)]

@@ -376,3 +376,21 @@ def test_keras_own_lora_on_a_plain_layer_of_an_adapted_model_is_named_by_what_co
         with pytest.raises(ValueError, match=r"'out' has 4 trainable variables.* had 2.*enable_lora"):
             call()
     assert not list(tmp_path.iterdir())
+
+
+def test_models_that_share_a_layer_are_not_adapted_one_after_the_other():
+    shared, x = layers.Dense(4, name="shared"), np.ones((2, 4), "float32")
+    a, b = (keras.Sequential([keras.Input((4,)), shared, layers.Dense(2)], name=name) for name in ("a", "b"))
+    keras_lora.apply_lora(a, rank=1)
+    perturb(a)
+    before = outputs(a, x), outputs(b, x)
+    for arguments in ({}, {"name": "other"}):
+        with pytest.raises(ValueError, match="'b' shares layers with 'a', which is adapted: shared"):
+            keras_lora.apply_lora(b, **arguments)
+    assert difference([outputs(a, x), outputs(b, x)], before) == 0
+    whole = keras.Sequential([keras.Input((4,)), a])
+    keras_lora.apply_lora(whole, rank=1, name="other")  # a model around it is no other model
+    keras_lora.apply_lora(a, rank=1, name="third")
+    assert difference(outputs(keras_lora.activate_adapters(whole, "default"), x), before[0]) < 1e-6
+    keras_lora.remove_lora(whole)
+    keras_lora.apply_lora(b, rank=1)

@@ -169,3 +169,13 @@ def test_a_model_outside_that_was_compiled_before_is_right_after_it(change):
     outputs(outer, X)  # traces it
     change(model)
     assert difference(outputs(outer, X), expected) < 1e-5
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX draws the same numbers again; on TensorFlow Keras's RematScope fails")
+def test_dropout_in_a_remat_scope_is_warned_of_on_torch():
+    with keras.RematScope("full"):
+        model = keras_lora.apply_lora(net(), keras_lora.LoRA(2, dropout=0.5))
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="Dropout inside a `RematScope` gives wrong gradients on PyTorch"):
+        model.fit(X, Y, verbose=0)
+    model.predict(X, verbose=0)

@@ -386,3 +386,10 @@ def test_a_task_of_keras_hub_keeps_its_sampler():
     assert internals.compiled_besides(keras.Sequential([keras.Input((2,)), layers.Dense(2)])) == {}
     task.compile(sampler="greedy")
     assert internals.compiled_besides(task)["sampler"]["class_name"] == "GreedySampler"
+
+
+def test_whether_a_layer_was_made_in_a_remat_scope(dense):
+    with keras.RematScope("full"):
+        inside = layers.Dense(2)
+    assert internals.is_rematerialized(inside)
+    assert not internals.is_rematerialized(dense)

@@ -106,6 +106,11 @@ class LowRank(Adapter):
         if self.seed_generator is None or not training:
             return linear.low_rank_sum(x, a, b, self.scale, strength, y)
         y = linear.base_output(x) if y is None else y
+        if keras.backend.backend() == "torch" and keras_internals.is_rematerialized(linear.layer):
+            checks.warn(
+                f"Dropout inside a `RematScope` gives wrong gradients on PyTorch, with Keras's own layers too: layer "
+                f"'{linear.layer.name}' draws other numbers when it runs the second time. Use dropout=0, or no RematScope."
+            )
 
         # The dropped input is not kept for the backward pass; it is recomputed there from the same seed.
         def dropped(x: Any, a: Any, drawn: Any) -> Any:

@@ -179,6 +179,11 @@ def with_portable_names(config: Any) -> Any:
     return config
 
 
+def is_rematerialized(layer: keras.layers.Layer) -> bool:
+    """Whether `layer` was made in a `keras.RematScope`, so that its call runs a second time for the gradient."""
+    return getattr(layer, "_remat_mode", None) is not None
+
+
 def compiled_besides(model: keras.Model) -> dict[str, Any]:
     """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
     sampler = getattr(model, "sampler", None) if overrides_compile(model) else None

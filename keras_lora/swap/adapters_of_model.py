@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from keras_lora import adapters
 from keras_lora.swap import beside, slots
 from keras_lora.swap.adapted import maps_of, named_adapters
+from keras_lora.swap.addresses import walk
 
 
 @contextlib.contextmanager
@@ -27,8 +29,38 @@ def show_beside(model: Any) -> None:
                 adapter.base_changed(linear)
 
 
+#: The model in which each adapter was added, as long as both live.
+_MODELS: weakref.WeakKeyDictionary[adapters.Adapter, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def added_in(model: Any, new: Iterable[adapters.Adapter]) -> None:
+    """Remember that adapters were added to `model`, for models that share its layers."""
+    for adapter in new:
+        _MODELS[adapter] = weakref.ref(model)
+
+
+def refuse_shared(model: Any) -> None:
+    """Raise an error if layers of `model` have adapters of another model, of which it is no part and which is none of it."""
+    inside = {id(place.layer) for place in walk(model)}
+    shared: dict[int, tuple[Any, list[str]]] = {}
+    for place in walk(model):
+        other = _MODELS[place.layer]() if place.layer in _MODELS else None
+        if other is not None and id(other) not in inside:
+            shared.setdefault(id(other), (other, []))[1].append(place.path.rpartition("/")[0])
+    for other, paths in shared.values():
+        if any(place.layer is model for place in walk(other)):
+            continue  # a part of the model that was adapted
+        raise ValueError(
+            f"'{model.name}' shares layers with '{other.name}', which is adapted: {', '.join(paths[:5])}. Another adapter "
+            f"would switch off those of '{other.name}', and removing one would change both models. Expected layers that no "
+            "other model has. Adapt one model that contains both, or make a copy with layers of its own "
+            "(`keras.models.clone_model`, then `set_weights`)."
+        )
+
+
 def new_name(model: Any, name: str | None) -> str:
     """Return the name for an adapter to be added to `model`, or raise an error if the name cannot be used."""
+    refuse_shared(model)
     taken = list(named_adapters(model))
     if name is None and taken:
         raise ValueError(
