@@ -190,8 +190,12 @@ class Adapters(RuleBasedStateMachine):
     @rule(new=NEW)
     def merge_and_go_on(self, new):
         self.kernels = self.changed()
+        for name in self.adapters:
+            if not self.strengths.get(name):  # merging would lose it
+                keras_lora.delete_adapter(self.model, name)
+        if any(self.strengths.get(name) for name in self.adapters):  # deleting the last is removing
+            keras_lora.merge_lora(self.model)
         self.adapters, self.strengths, self.trains = {}, {}, None
-        keras_lora.merge_lora(self.model)
         self.outputs_are_those_of_the_reference()
         self.add(new)
 
