@@ -388,6 +388,10 @@ def test_models_that_share_a_layer_are_not_adapted_one_after_the_other():
         with pytest.raises(ValueError, match="'b' shares layers with 'a', which is adapted: shared"):
             keras_lora.apply_lora(b, **arguments)
     assert difference([outputs(a, x), outputs(b, x)], before) == 0
+    around = keras.Model(a.inputs, layers.Dense(3)(a.outputs[0]))  # has all layers of "a", and not "a" itself
+    keras_lora.apply_lora(around, rank=1, name="around")
+    keras_lora.delete_adapter(around, "around")
+    keras_lora.activate_adapters(a, "default")
     whole = keras.Sequential([keras.Input((4,)), a])
     keras_lora.apply_lora(whole, rank=1, name="other")  # a model around it is no other model
     keras_lora.apply_lora(a, rank=1, name="third")

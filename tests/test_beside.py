@@ -154,6 +154,18 @@ def test_what_was_thawed_by_hand_is_saved_with_the_adapter(tmp_path):
     assert difference(outputs(keras_lora.load_adapter(net(), tmp_path / "a.safetensors"), X), expected) < 1e-6
 
 
+def test_weights_saved_with_one_adapter_are_loaded_with_another(tmp_path):
+    model, seen = two({"train": "out"})
+    model.save_weights(tmp_path / "both.weights.h5")  # "b" is active
+    other = net()
+    for name in ("a", "b"):
+        keras_lora.apply_lora(other, rank=2, name=name, train="out")
+    keras_lora.activate_adapters(other, "a")
+    other.load_weights(tmp_path / "both.weights.h5")
+    for name in ("a", "b", None, "a"):
+        assert difference(outputs(keras_lora.activate_adapters(other, name), X), seen[name]) < 1e-6
+
+
 def test_the_base_inside_a_step_has_its_own_head():
     class Policy(keras.Model):
         def __init__(self, net):

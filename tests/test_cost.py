@@ -1,5 +1,6 @@
 """What training costs, by counters that do not depend on the machine: XLA's own, torch's saved tensors, bytes and traces."""
 
+import contextlib
 import os
 
 import keras
@@ -70,6 +71,29 @@ def steps(_compiled_as_for_a_user):
         "lora": compiled_step(with_adapter(keras_lora.LoRA(RANK))),
         "builtin": compiled_step(with_keras_own),
     }
+
+
+@only_jax
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_base_as_a_reference_in_a_step_costs_what_the_base_costs(method):
+    """XLA's count of operations of the forward pass with the adapters disabled, and of the plain model."""
+    import jax
+
+    def flops(model, disabled=False):
+        variables = [*model.trainable_variables, *model.non_trainable_variables]
+
+        def forward(values, x):
+            mapping = list(zip(variables, values, strict=True))
+            without = keras_lora.disable_adapters(model) if disabled else contextlib.nullcontext()
+            with keras.StatelessScope(state_mapping=mapping), without:
+                return model(x)
+
+        x = np.ones((TOKENS, WIDTH), "float32")
+        return jax.jit(forward).lower([v.value for v in variables], x).compile().cost_analysis()["flops"]
+
+    base, adapted = stack(), keras_lora.apply_lora(stack(), method, rank=RANK, head=None)
+    assert flops(adapted, disabled=True) == flops(base)
+    assert flops(adapted) > flops(base)
 
 
 @only_jax

@@ -86,11 +86,16 @@ class AdaptedModel(AdaptedContainer):
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         self.get_config()  # raises what is to be refused before Keras has emptied the old file
+        beside.store(self)
         super().save(*args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         super().load_weights(*args, **kwargs)  # type: ignore[misc]
-        beside.store(self)  # of a file of the base alone, its values are those found now
+        beside.loaded(self)
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> None:
+        beside.store(self)
+        super().save_weights(*args, **kwargs)  # type: ignore[misc]
 
     def get_compile_config(self) -> dict[str, Any]:
         found: dict[str, Any] = keras_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]

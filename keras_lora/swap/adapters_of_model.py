@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from keras_lora import adapters
+from keras_lora.compat import keras_internals
 from keras_lora.swap import beside, slots
 from keras_lora.swap.adapted import maps_of, named_adapters
 from keras_lora.swap.addresses import walk
@@ -40,22 +41,31 @@ def added_in(model: Any, new: Iterable[adapters.Adapter]) -> None:
 
 
 def refuse_shared(model: Any) -> None:
-    """Raise an error if layers of `model` have adapters of another model, of which it is no part and which is none of it."""
-    inside = {id(place.layer) for place in walk(model)}
+    """Raise an error if `model` shares adapted layers with another model, and each of the two has layers of its own.
+
+    If one has all layers of the other, it is a model around it or a part of it, and both are adapted together.
+    """
+    inside = _with_weights(model)
     shared: dict[int, tuple[Any, list[str]]] = {}
     for place in walk(model):
         other = _MODELS[place.layer]() if place.layer in _MODELS else None
-        if other is not None and id(other) not in inside:
+        if other is not None and other is not model:
             shared.setdefault(id(other), (other, []))[1].append(place.path.rpartition("/")[0])
     for other, paths in shared.values():
-        if any(place.layer is model for place in walk(other)):
-            continue  # a part of the model that was adapted
+        if (others := _with_weights(other)) <= inside or inside <= others:
+            continue
         raise ValueError(
             f"'{model.name}' shares layers with '{other.name}', which is adapted: {', '.join(paths[:5])}. Another adapter "
             f"would switch off those of '{other.name}', and removing one would change both models. Expected layers that no "
             "other model has. Adapt one model that contains both, or make a copy with layers of its own "
             "(`keras.models.clone_model`, then `set_weights`)."
         )
+
+
+def _with_weights(model: Any) -> set[int]:
+    """The layers at or below `model` that have variables of their own, without adapters."""
+    layers = (place.layer for place in walk(model))
+    return {id(each) for each in layers if keras_internals.own_variables(each) and not isinstance(each, adapters.Adapter)}
 
 
 def new_name(model: Any, name: str | None) -> str:

@@ -126,8 +126,9 @@ def strengths_in(model: keras.layers.Layer) -> dict[str, float]:
 
 def store(model: keras.layers.Layer) -> None:
     """Keep what the variables learned since `show`."""
-    strengths = strengths_in(model)
-    for place, values in _kept(model):
+    kept = _kept(model)
+    strengths = strengths_in(model) if kept else {}
+    for place, values in kept:
         for key, variable in _all_variables(place.layer, values).items():
             values.keep(key, _array(variable), strengths)
         values.rebased = False
@@ -135,8 +136,10 @@ def store(model: keras.layers.Layer) -> None:
 
 def show(model: keras.layers.Layer, strengths: Mapping[str, float] | None = None) -> list[keras.layers.Layer]:
     """Write the values that belong to the strengths into the variables. Returns the layers that changed."""
-    strengths, changed = strengths_in(model) if strengths is None else strengths, []
-    for place, values in _kept(model):
+    changed, kept = [], _kept(model)
+    if strengths is None:
+        strengths = strengths_in(model) if kept else {}
+    for place, values in kept:
         shown = values.shown(strengths)
         of_layer = _all_variables(place.layer, values)
         different = [key for key, variable in of_layer.items() if not np.array_equal(_array(variable), shown[key])]
@@ -144,6 +147,14 @@ def show(model: keras.layers.Layer, strengths: Mapping[str, float] | None = None
             of_layer[key].assign(shown[key])
         changed += [place.layer] if different else []
     return changed
+
+
+def loaded(model: keras.layers.Layer) -> None:
+    """Follow a weights file that was loaded, which has no strengths. What a file of the base alone has is found now."""
+    if any(values.rebased for _, values in _kept(model)):
+        store(model)
+    else:
+        show(model)
 
 
 @contextlib.contextmanager
