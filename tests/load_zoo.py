@@ -11,20 +11,21 @@ import os
 import sys
 from pathlib import Path
 
-folder, backend = Path(sys.argv[1]), sys.argv[2]
-names, trained = (words.split(",") for words in sys.argv[3:5])
-os.environ["KERAS_BACKEND"] = backend
-if backend == "torch":
-    import torch  # noqa: F401  # before TensorFlow
+if __name__ == "__main__":
+    folder, backend = Path(sys.argv[1]), sys.argv[2]
+    names, trained = (words.split(",") for words in sys.argv[3:5])
+    os.environ["KERAS_BACKEND"] = backend
+    if backend == "torch":
+        import torch  # noqa: F401  # before TensorFlow
 
-import json  # noqa: E402
-import traceback  # noqa: E402
+import json
+import traceback
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import zoo  # noqa: E402  # the classes a user would have registered
+import keras
+import numpy as np
+import zoo  # the classes a user would have registered
 
-import keras_lora  # noqa: E402  # all that an adapted file asks for
+import keras_lora  # all that an adapted file asks for
 
 
 def packed(data):
@@ -40,7 +41,8 @@ def losses(model, x, y):
     return model.fit(x, y, epochs=2, batch_size=zoo.BATCH, shuffle=False, verbose=0).history["loss"]
 
 
-def look(name):
+def look(folder, name, train, again):
+    """What is seen of `FOLDER/<name>.keras`; `train` trains it on, `again` with a fresh optimizer too."""
     with np.load(folder / f"{name}.npz") as file:
         x, y, expected = unpacked(file, "x/"), unpacked(file, "y/"), unpacked(file, "out/")
     model = keras.saving.load_model(folder / f"{name}.keras")
@@ -53,12 +55,12 @@ def look(name):
         "iterations": int(model.optimizer.iterations),
         "optimizer": [list(v.shape) for v in model.optimizer.variables],
     }
-    if name not in trained:
+    if not train:
         return seen
     frozen = [v for v in model.non_trainable_variables if "seed" not in v.path]
     before = [keras.ops.convert_to_numpy(v.value).copy() for v in frozen]
     seen["resumed"] = losses(model, x, y)
-    if trained == names:
+    if again:
         model.compile(keras.optimizers.Adam(1e-3), loss=model.loss)
         seen["fresh"] = losses(model, x, y)
     after = [keras.ops.convert_to_numpy(v.value) for v in frozen]
@@ -70,7 +72,7 @@ if __name__ == "__main__":
     gc.freeze()  # see tests/conftest.py
     for name in names:
         try:
-            seen = look(name)
+            seen = look(folder, name, name in trained, trained == names)
         except Exception:
             seen = {"error": traceback.format_exc()}
         (folder / f"{name}.{backend}.json").write_text(json.dumps(seen))

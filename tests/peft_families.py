@@ -6,6 +6,8 @@ KerasHub's converter for Mistral rounds.
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,11 @@ DROPOUT = {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropou
 
 TOKENS = np.random.default_rng(0).integers(3, 40, size=(2, 6)).astype("int32")
 IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
+
+
+@functools.lru_cache(maxsize=4)
+def _read(cls: Any, folder: Path) -> Any:
+    return cls.from_pretrained(folder).eval()
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Family:
         return folder
 
     def theirs(self, folder: Path) -> Any:
-        return self.cls.from_pretrained(folder).eval()
+        return copy.deepcopy(_read(self.cls, folder))
 
     def ours(self, folder: Path) -> Any:
         if issubclass(self.task, keras_hub.models.Backbone):

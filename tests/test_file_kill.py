@@ -19,16 +19,21 @@ from keras_lora.files import tensor_file
 
 pytestmark = [once, pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills in another way")]
 
-#: As the command line does: without Keras, which takes seconds to import.
+#: As the command line does: without Keras, which takes seconds to import. For each line that it reads, a copy of
+#: the process writes one file after another, until it is killed after so many seconds.
 WRITER = """
-import itertools, pathlib, sys
+import itertools, os, pathlib, signal, sys, time
 import numpy as np
 import keras_lora_command
 from keras_lora.files import tensor_file
 assert "keras" not in sys.modules
-print("ready", flush=True)
-for number in itertools.count():
-    tensor_file.write(pathlib.Path(sys.argv[1]), {"number": number}, {"a": np.full(500_000, number, "float32")})
+for seconds in sys.stdin:
+    if not (writer := os.fork()):
+        for number in itertools.count():
+            tensor_file.write(pathlib.Path(sys.argv[1]), {"number": number}, {"a": np.full(500_000, number, "float32")})
+    time.sleep(float(seconds))
+    os.kill(writer, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]), flush=True)
 """
 
 SAVER = """
@@ -36,39 +41,26 @@ import itertools, sys
 import keras, keras_lora
 model = keras.Sequential([keras.Input((600,)), keras.layers.Dense(600), keras.layers.Dense(2)])
 keras_lora.apply_lora(model, rank=100)
-print("ready", flush=True)
 for number in itertools.count():
     for variable in model.trainable_variables:
         variable.assign(keras.ops.full(variable.shape, number % 1000))
     keras_lora.save_adapter(model, sys.argv[1])
+    print("saved", flush=True)
 """
-
-
-def started(script, *arguments):
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE)
-
-
-def kill(process, rng):
-    """Let a script run until it is ready and a little longer."""
-    try:
-        assert process.stdout.readline().strip() == b"ready"
-        time.sleep(rng.uniform(0, 0.1))
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
 
 
 def test_thirty_kills_leave_a_whole_file_each_time(tmp_path):
     path, rng = tmp_path / "a.safetensors", random.Random(0)
     tensor_file.write(path, {"number": 0}, {"a": np.full(500_000, 0, "float32")})
-    for _ in range(30):
-        kill(started(WRITER, path), rng)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            number, a = json.loads(file.metadata()[tensor_file.ENTRY])["number"], file.get_tensor("a")
-        assert a.shape == (500_000,)
-        assert (a == number).all()
+    command = [sys.executable, "-c", WRITER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as writers:
+        for _ in range(30):
+            writers.stdin.write(f"{rng.uniform(0, 0.1)}\n")
+            assert int(writers.stdout.readline()) == -signal.SIGKILL
+            with safetensors.safe_open(path, framework="numpy") as file:
+                number, a = json.loads(file.metadata()[tensor_file.ENTRY])["number"], file.get_tensor("a")
+            assert a.shape == (500_000,)
+            assert (a == number).all()
     left = [each for each in tmp_path.iterdir() if each != path]
     assert left  # or no kill came while a file was written
     assert all(each.name.startswith(".a.safetensors.") and each.suffix == ".unfinished" for each in left)
@@ -92,14 +84,14 @@ def test_what_is_left_is_no_adapter_and_the_next_save_after_an_hour_takes_it_awa
 
 
 @pytest.mark.full
-def test_kills_of_the_whole_save_leave_an_adapter_that_loads(tmp_path):
-    rng, paths = random.Random(1), [tmp_path / "0.safetensors"]  # each is a process that imports Keras
-    processes = [started(SAVER, path) for path in paths]
-    for path, process in zip(paths, processes, strict=True):
-        kill(process, rng)
-        if not path.exists():  # killed in the first save
-            continue
-        model = keras.Sequential([keras.Input((600,)), keras.layers.Dense(600), keras.layers.Dense(2)])
-        keras_lora.load_adapter(model, path)
-        numbers = {float(number) for v in model.trainable_variables for number in np.unique(keras.ops.convert_to_numpy(v))}
-        assert len(numbers) == 1
+def test_a_kill_of_the_whole_save_leaves_an_adapter_that_loads(tmp_path):
+    path = tmp_path / "0.safetensors"
+    with subprocess.Popen([sys.executable, "-c", SAVER, path], stdout=subprocess.PIPE) as saver:
+        assert saver.stdout.readline().strip() == b"saved"
+        time.sleep(0.1)
+        saver.kill()
+    assert saver.returncode == -signal.SIGKILL
+    model = keras.Sequential([keras.Input((600,)), keras.layers.Dense(600), keras.layers.Dense(2)])
+    keras_lora.load_adapter(model, path)
+    numbers = {float(number) for v in model.trainable_variables for number in np.unique(keras.ops.convert_to_numpy(v))}
+    assert len(numbers) == 1

@@ -1,4 +1,7 @@
-"""`.keras` files: every kind of model, loaded in a fresh process on each backend, is the same model and goes on learning."""
+"""`.keras` files: every kind of model, loaded in a fresh process on each backend, is the same model and goes on learning.
+
+`make quick` loads in its own process: another one imports Keras and KerasHub, which takes longer than the tests.
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import keras
+import load_zoo
 import numpy as np
 import pytest
 from conftest import missing
@@ -105,11 +109,12 @@ def loaded(request, saved):
     reports = {}
 
     def on(backend, name):
+        if request.config.getoption("speed") == "quick":
+            return json.loads(json.dumps(load_zoo.look(folder, name, train=True, again=True)))
         if backend not in reports:
             names = chosen(request)[backend]
             environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-            script = Path(__file__).with_name("load_zoo.py")
-            command = [sys.executable, script, folder, backend, ",".join(names)]
+            command = [sys.executable, load_zoo.__file__, folder, backend, ",".join(names)]
             trained = [each for each in names if each in trained_on(backend, request)]
             subprocess.run([*command, ",".join(trained)], check=True, env=environment)
             reports[backend] = {each: json.loads((folder / f"{each}.{backend}.json").read_text()) for each in names}

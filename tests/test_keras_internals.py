@@ -369,6 +369,7 @@ print(sorted({"jax", "tensorflow", "torch"} & set(sys.modules)))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="there it is the backend")
 def test_tensorflow_is_not_imported_on_another_backend():
     with internals.without_tensorflow():

@@ -116,7 +116,7 @@ def assert_both_ways(name, checkpoints, folder, exact=True, **config):
     return model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", covering(FAMILIES, [], pytest.mark.full))
 def test_the_base_is_the_same(name, checkpoints):
     family, base = FAMILIES[name], checkpoints(name)
     if not family.names:  # a head that no converter knows is random here
@@ -524,6 +524,7 @@ def test_a_name_that_is_the_end_of_another_is_written_so_that_it_matches_alone(t
     assert adapted == {"fc", "fold"}
 
 
+@pytest.mark.full
 def test_several_adapters_and_names_of_them(checkpoints, tmp_path):
     family, base = FAMILIES["llama"], checkpoints("llama")
     wanted = their_adapter(family, base, tmp_path / "theirs")
@@ -578,6 +579,7 @@ def test_a_tied_embedding_is_refused_however_it_was_trained_and_also_by_the_back
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.full
 def test_an_embedding_of_a_bare_backbone_is_refused_if_its_language_model_uses_it_again(checkpoints, tmp_path):
     for name, embedding in {"gemma": "embed_tokens", "t5gemma": "decoder.embed_tokens"}.items():
         family, base, model = FAMILIES[name], checkpoints(name), FAMILIES[name].ours(checkpoints(name)).backbone
@@ -588,6 +590,7 @@ def test_an_embedding_of_a_bare_backbone_is_refused_if_its_language_model_uses_i
                 from_peft(bare, tmp_path / f"{name} {number}")
 
 
+@pytest.mark.full
 def test_trained_tokens_of_an_encoder_and_not_of_its_decoder(checkpoints, tmp_path):
     """PEFT ties the rows of the first embedding to others, and no other's."""
     family, base = FAMILIES["t5gemma"], checkpoints("t5gemma")
@@ -602,6 +605,7 @@ def test_trained_tokens_of_an_encoder_and_not_of_its_decoder(checkpoints, tmp_pa
         export(family, model, tmp_path / "ours")
 
 
+@pytest.mark.full
 def test_an_embedding_that_fills_an_encoder_and_a_decoder_is_refused_unless_names_tell_them_apart(tmp_path):
     """T5Gemma 2 ties them; in PEFT they are two modules, of which it changes one."""
     names = {f"{part}coder_token_embedding": f"{part}coder.embed_tokens" for part in ("en", "de")}
@@ -645,6 +649,7 @@ def test_trained_tokens_alone_are_refused_as_peft_would(tmp_path):
         to_peft(model, tmp_path / "ours", names={"tokens": "tokens"})
 
 
+@pytest.mark.full
 def test_biases_beside_a_head_that_was_trained_itself(checkpoints, tmp_path):
     """PEFT then writes some of them twice, under the names of its wrappers."""
     for name in ("bert", "roberta"):

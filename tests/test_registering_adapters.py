@@ -66,6 +66,7 @@ def test_a_method_passes_the_law_files_merging_sums_and_counts(cls):
     assert max(seen.values()) < 1e-5
 
 
+@pytest.mark.full
 def test_every_built_in_method_passes_too():
     for method in (keras_lora.LoRA(2), keras_lora.DoRA(2), keras_lora.TrainableTokens([1, 4])):
         assert check_adapter(method)

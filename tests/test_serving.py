@@ -250,6 +250,7 @@ def test_an_adapter_of_fewer_layers_leaves_the_others_alone(tmp_path):
     assert difference(found, outputs(model, x)) < 5e-6
 
 
+@pytest.mark.full
 @pytest.mark.torch_first
 def test_sixty_four_adapters_in_one_batch(tmp_path):
     paths = files(tmp_path, 64)
