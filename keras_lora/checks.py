@@ -65,8 +65,8 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if len(args) > len(positional):
             given = ", ".join(repr(each)[:80] for each in args[len(positional) :])
             raise TypeError(
-                f"`{function.__name__}()` takes {len(positional)} arguments by place ({', '.join(positional)}), the rest by "
-                f"name ({', '.join(by_keyword)}). Received by place: {given}. Write for example `{by_keyword[0]}=...`."
+                f"`{function.__name__}()` takes {len(positional)} arguments by position ({', '.join(positional)}), the rest "
+                f"by name ({', '.join(by_keyword)}). Received by position: {given}. Write for example `{by_keyword[0]}=...`."
             )
         return function(*args, **kwargs)
 
