@@ -1,4 +1,4 @@
-"""What the commands share: refusing, reading, printing and showing progress."""
+"""Shared by the commands: refusing bad input, reading, printing and showing progress."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def _is_aside(row: Target) -> bool:
 
 
 def _equality(row: Target) -> tuple[object, ...]:
-    """What rows have in common that are printed as one."""
+    """The key for folding: rows with equal keys are printed as one."""
     columns = (row.layer_type, row.action, row.why, row.shape, row.rank, row.parameters, row.trainable)
     return (reports.stem(row.path), *columns)
 
