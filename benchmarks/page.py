@@ -59,7 +59,7 @@ The variants:
 - `base` has no adapters. `base again` is a second copy of it, and shows how much two copies of one model differ.
 """
 NO_GPU = "**No GPU figure has been measured.** Results on a CPU may not carry over to a GPU."
-QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
+QUICK = " **A quick run with few repeats; do not rely on it: {names}.**"
 INFERENCE_LIMIT = """
 An adapted model also computes the base product. So with one row, `enable_lora` / `keras_lora` cannot be larger than
 `enable_lora` / `base`: {limits}.
