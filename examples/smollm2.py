@@ -92,9 +92,8 @@ def write_checkpoint(folder: Path) -> None:
     for tensor in reader.tensors:
         name = tensor.name.removesuffix(".weight")
         value = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if (
-            kind := name.split(".")[-1]
-        ) in heads:  # llama.cpp rotates neighbouring pairs, transformers one half with the other
+        # llama.cpp rotates neighbouring pairs, transformers one half with the other.
+        if (kind := name.split(".")[-1]) in heads:
             value = value.reshape(heads[kind], -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
         tensors[f"{NAMES[name]}.weight"] = np.ascontiguousarray(value)
     config = {
