@@ -359,7 +359,7 @@ def test_what_compress_refuses(here, capsys):
             "b.safetensors",
             "--rank",
             "1",
-        ): "the method dora. Expected lora alone.*compress_adapter",
+        ): "the method dora. Expected only lora.*compress_adapter",
         ("a.safetensors", "a.safetensors", "--rank", "1"): "exists already.*--force",
         ("a.safetensors", "b.bin", "--rank", "1"): "must end in '.safetensors'",
         ("none.safetensors", "b.safetensors", "--rank", "1"): "no file",

@@ -214,9 +214,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
         assert all(np.array_equal(value(v), old) for v, old in zip(served.weights, before, strict=True))
 
     refused(good["task 0"], "All 1 places of")
-    refused(good["task 2"], "a place has the rank 2, the other 4", "good")
+    refused(good["task 2"], "a place takes ranks up to 2, and this has rank 4", "good")
     keras_lora.save_adapter(keras_lora.apply_lora(base(), "dora", rank=2), tmp_path / "dora.safetensors")
-    refused(tmp_path / "dora.safetensors", "a place is for a LoRA, the other is a DoRA", "good")
+    refused(tmp_path / "dora.safetensors", "a place takes only a LoRA, and this is a DoRA", "good")
     keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=1, train="head"), tmp_path / "head.safetensors")
     refused(tmp_path / "head.safetensors", "has trained variables of 'layers/3'", "good")
     keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=1, head=None), tmp_path / "more.safetensors")

@@ -95,10 +95,10 @@ class PerExample(Adapter):
     def misfit_with(self, other: Adapter) -> str | None:
         if not isinstance(other, LowRank):
             return (
-                f"a place is for a LoRA, the other is a {type(other).__name__}; "
-                "`keras_lora.compress_adapter` makes a LoRA of it"
+                f"a place takes only a LoRA, and this is a {type(other).__name__}; "
+                "`keras_lora.compress_adapter` turns it into a LoRA"
             )
-        return f"a place has the rank {self.rank}, the other {other.rank}" if other.rank > self.rank else None
+        return f"a place takes ranks up to {self.rank}, and this has rank {other.rank}" if other.rank > self.rank else None
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(other, LowRank) or (factors := other.factors_of(values, self.matrix_shape)) is None:
