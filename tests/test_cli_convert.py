@@ -220,7 +220,7 @@ def test_what_convert_to_keras_refuses(here, capsys):
         ("french", "out", "--base", "net.keras"): "OUT must end in '.safetensors'",
         ("french", "out.safetensors", "--base", "wide.keras"): "french.* does not fit",
         ("french", *net, "--prefix", "x."): "Expected --prefix only with --to peft",
-        ("french", *net, "--bake-scaling", "--base-model", "x"): "Expected --base-model and --bake-scaling with --to peft",
+        ("french", *net, "--bake-scaling", "--base-model", "x"): "Expected --base-model and --bake-scaling only with",
     }.items():
         refused(capsys, "convert", "--to", "keras", *arguments, match=match)
 
