@@ -207,7 +207,7 @@ def own_beside(model: keras.layers.Layer, name: str) -> None:
 
 
 def take_out(model: keras.layers.Layer, merged: bool = False) -> None:
-    """Turn an adapted model into a plain one. Unless merged, variables that trained with adapters get their found values."""
+    """Turn an adapted model into a plain one. Unless merged, variables that trained with adapters get their old values."""
     if not merged:
         beside.store(model)
         beside.show(model, {})
