@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 @dataclass
 class Case:
-    """A model to be built again and again, the batch it is trained on, and what is adapted in it."""
+    """How to build a model, the batch it is trained on, and what is adapted in it."""
 
     name: str
     setting: dict[str, Any]
@@ -25,7 +25,7 @@ class Case:
     x: Any
     y: np.ndarray
     targets: Any = None
-    train: str | None = None  # a layer that trains in full beside the adapters
+    train: str | None = None  # a layer that trains in full with the adapters
     dropout: bool = True  # whether the adapted layers can have dropout
 
     @property
@@ -71,7 +71,7 @@ def convolution(channels: int = 128, size: int = 16, batch: int = 8, rank: int =
 
 
 def embedding(vocabulary: int = 32000, width: int = 256, batch: int = 8, length: int = 128, rank: int = 8) -> Case:
-    """An embedding is adapted only where it is named; an id has no dropout."""
+    """An embedding is adapted only if it is named, and token ids have no dropout."""
 
     def build() -> keras.Model:
         ids = keras.Input((length,), dtype="int32")

@@ -1,13 +1,14 @@
-"""What a GPU says of the ways to compute a layer with LoRA, and of whole training steps. One command, for an H100:
+"""Measure on a GPU the ways to compute a layer with LoRA, and whole training steps. One command, for an H100:
 
-    python benchmarks/gpu.py                                  # all engines; twelve minutes is the estimate
-    python benchmarks/gpu.py --engine jax-jit                 # one again; the records of the others stay
-    python benchmarks/gpu.py --quick --json .cache/gpu.json   # tiny sizes, on a CPU too: shows that it runs
+    python benchmarks/gpu.py                                  # all engines; about twelve minutes, estimated
+    python benchmarks/gpu.py --engine jax-jit                 # one again; the records of the others are kept
+    python benchmarks/gpu.py --quick --json .cache/gpu.json   # tiny sizes, also on a CPU, to check that it runs
 
-"layer" is forward and backward of one bfloat16 layer (A and B too, PEFT's as well) by each plan, with the gradient of `x`.
-"stack" is `train_on_batch` of a Llama-3.2-1B in shape, of few layers, in mixed_bfloat16, each variant in a fresh process,
-since JAX cannot reset its peak of memory. "crossover" is derived from "layer". No engine stops another: what failed, or had
-no time left (`BUDGETS`), is in the file under "failed" and "left out", and printed at the end.
+"layer" is the forward and backward pass of one bfloat16 layer by each plan, with the gradient of `x`. A and B are bfloat16
+too, also in PEFT. "stack" is `train_on_batch` of a model in the shape of Llama-3.2-1B, with few layers, in mixed_bfloat16.
+Each of its variants runs in a fresh process, because JAX cannot reset its peak of memory. "crossover" is derived from
+"layer". If one engine fails, the others still run. What failed, or had no time left (`BUDGETS`), is in the file under
+"failed" and "left out", and is printed at the end.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from run import write
 
 HERE = Path(__file__).parent
 ENGINES = {"torch-eager": "torch", "torch-compile": "torch", "jax-jit": "jax", "keras-torch": "torch", "keras-jax": "jax"}
-BUDGETS = {"torch-eager": 80, "torch-compile": 170, "jax-jit": 200, "keras-torch": 60, "keras-jax": 60}  # seconds a process
+BUDGETS = {"torch-eager": 80, "torch-compile": 170, "jax-jit": 200, "keras-torch": 60, "keras-jax": 60}  # seconds each
 GRACE = 120  # seconds beyond the budget until a process is killed
-SAMPLE = 2e-3  # seconds a timed sample should take: a shorter call is repeated in it, as one would measure the waiting
-H100_INTENSITY = 214  # FLOP that an H100 does, in bfloat16, in the time of moving one byte: what is achieved, not the peak
+SAMPLE = 2e-3  # seconds that a timed sample should take; shorter calls are repeated, else it would measure the waiting
+H100_INTENSITY = 214  # bfloat16 FLOP that an H100 does in the time it moves one byte: as achieved, not the peak
 STACK = ("full", "enable_lora", "keras_lora", "keras_lora base bfloat16")
-NO_GPU = "No GPU was found, and only a GPU's times mean anything here. `--quick --json FILE` shows on a CPU that it runs."
+NO_GPU = "No GPU was found, and times on a CPU mean nothing here. `--quick --json FILE` checks on a CPU that it runs."
 
 
 class Sizes(NamedTuple):
-    """What is measured, the ranks that say most first, and how often."""
+    """What is measured, and how often. The most informative ranks come first."""
 
     ranks: tuple[int, ...] = (16, 64, 8, 256)
     widths: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -67,7 +68,7 @@ QUICK_ENVIRONMENT = {**dict.fromkeys(measuring.THREADS, "1"), "XLA_FLAGS": "--xl
 
 @dataclass
 class Outcome:
-    """What a process found."""
+    """The results of one process."""
 
     gpu: str | None = None
     records: list[Record] = field(default_factory=list)
@@ -104,7 +105,7 @@ def take_turns(
 
 
 def words(*what: Any) -> str:
-    """A setting written out, and what else is said of it."""
+    """A setting as text, followed by other words."""
     written = (
         ", ".join(f"{key} {value}" for key, value in each.items()) if isinstance(each, dict) else each for each in what
     )
@@ -148,7 +149,7 @@ def measure_layer(engine: Torch | Jax, setting: dict[str, Any], sizes: Sizes, ou
 
 
 def exact_products(engine: str) -> Any:
-    """Float32 products in float32: JAX takes a GPU's shorter numbers for them unless told otherwise."""
+    """Compute float32 products in float32: on a GPU, JAX uses shorter numbers for them by default."""
     if ENGINES[engine] == "torch":
         return contextlib.nullcontext()
     import jax
@@ -174,7 +175,7 @@ def measure_step(name: str, variant: str, case: Any, sizes: Sizes, outcome: Outc
         outcome.failed.append(words(case.setting, variant, reason(error)))
 
     try:
-        step = functools.partial(prepare(variant, case).train_on_batch, case.x, case.y)  # numbers come back: it waits
+        step = functools.partial(prepare(variant, case).train_on_batch, case.x, case.y)  # it returns numbers, so it waits
         times = take_turns({variant: step}, lambda call, n: wall_seconds(call, n, lambda _: None), sizes, failed)
         peak = peak_bytes(name) if outcome.gpu else None
     except Exception as error:
@@ -187,7 +188,7 @@ def measure_step(name: str, variant: str, case: Any, sizes: Sizes, outcome: Outc
 
 
 def llama(engine: str, layers: int, batch: int, length: int, sizes: Sizes) -> Any:
-    """A Llama-3.2-1B of few layers with random weights and a small vocabulary, under a head of two classes."""
+    """A model in the shape of Llama-3.2-1B: few layers, random weights, a small vocabulary, a head of two classes."""
     import keras
     import keras_hub
     from cases import Case
@@ -222,7 +223,7 @@ def prepare(variant: str, case: Any) -> Any:
 
 
 def peak_bytes(engine: str) -> int:
-    """The most GPU memory that this process has had: the batches go from small to large."""
+    """The most GPU memory that this process has used so far. It is right because batches go from small to large."""
     if ENGINES[engine] == "torch":
         import torch
 
@@ -233,7 +234,7 @@ def peak_bytes(engine: str) -> int:
 
 
 def crossover(records: list[Record]) -> Iterator[Record]:
-    """Of each setting the fastest plan that trains, and the time of each over "frozen" beside what was predicted."""
+    """For each setting the fastest plan that trains, and the overhead of each plan over "frozen", measured and predicted."""
     settings: dict[str, dict[str, Record]] = {}
     for each in records:
         if each["case"] == "layer":
@@ -245,7 +246,7 @@ def crossover(records: list[Record]) -> Iterator[Record]:
             yield {**fastest, "case": "crossover", "quantity": "fastest plan"}
         if frozen:
             shares = {plan: each["median"] / frozen["median"] - 1 for plan, each in plans.items()}
-            # k passes over the activations, of 2 bytes each (../shared/performance.md, 2.4)
+            # k passes over the activations, of 2 bytes each
             shares |= {f"predicted, k = {k}": k * 2 * H100_INTENSITY / (4 * setting["d"]) for k in (16, 8, 3)}
             for plan, share in shares.items():
                 yield record("crossover", setting, "overhead over frozen", "count", plan, [share])
@@ -266,7 +267,7 @@ def gpu_of(engine: str) -> str | None:
 
 
 def work(engine: str, variants: list[str], layers: int, quick: bool, path: Path) -> None:
-    """What one process does. It writes as it goes, so that what is measured stays if it dies."""
+    """The work of one process. It writes results as it goes, so that they are kept if it dies."""
     outcome, sizes = Outcome(gpu=gpu_of(engine)), QUICK if quick else Sizes()
 
     def save() -> None:
@@ -286,7 +287,7 @@ def work(engine: str, variants: list[str], layers: int, quick: bool, path: Path)
 
 
 def run_engine(engine: str, layers: int, quick: bool) -> list[Outcome]:
-    """Its processes one after another: one for each variant of a stack, but starting one takes longer than tiny sizes."""
+    """Run the processes of an engine, one for each variant of a stack. A quick run has one, since starting takes long."""
     stacks = [list(STACK)] if quick else [[each] for each in STACK]
     found = []
     for variants in stacks if engine.startswith("keras") else [[]]:
@@ -311,7 +312,7 @@ def run_engine(engine: str, layers: int, quick: bool) -> list[Outcome]:
 
 
 def result_of(outcomes: list[Outcome], quick: bool, path: Path, seconds: float) -> dict[str, Any]:
-    """The file: what was measured now, and what the old one says of other engines where the machine is the same."""
+    """The new contents of the file: these results, and the old ones of other engines if they are of the same machine."""
     failed = [each for outcome in outcomes for each in outcome.failed]
     left_out = [each for outcome in outcomes for each in outcome.left_out]
     records = [each for outcome in outcomes for each in outcome.records]
@@ -332,7 +333,7 @@ def result_of(outcomes: list[Outcome], quick: bool, path: Path, seconds: float) 
         failed = [each for each in old["failed"] if re.split("[,:]", each)[0] in others] + failed
         left_out = [each for each in old["left out"] if re.split("[,:]", each)[0] in others] + left_out
     elif old["records"]:
-        print(f"The records in {path} are of another machine or of other versions: they are replaced.")
+        print(f"The records in {path} are of another machine or of other versions, so they are replaced.")
     date = time.strftime("%Y-%m-%d")
     told = {"failed": failed, "left out": left_out}
     return {**about, "date": date, "seconds": round(seconds), "records": [*records, *crossover(records)], **told}
@@ -342,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="append", choices=ENGINES, help="may be given several times; all by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write; benchmarks/results/gpu.json by default")
-    parser.add_argument("--layers", type=int, default=4, help="of the stack")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers of the stack")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; needs --json")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--variant", action="append", default=[], help=argparse.SUPPRESS)
@@ -350,7 +351,7 @@ def main() -> None:
     if arguments.work:
         return work(arguments.engine[0], arguments.variant, arguments.layers, arguments.quick, arguments.work)
     if arguments.quick and arguments.json is None:
-        parser.error("--quick needs --json FILE: its numbers say nothing, and would replace those that do.")
+        parser.error("--quick needs --json FILE, so that its meaningless numbers do not replace real ones.")
     if not arguments.quick and not any(Path("/dev").glob("nvidia*")) and shutil.which("nvidia-smi") is None:
         sys.exit(NO_GPU)
     start, path = time.monotonic(), arguments.json or HERE / "results" / "gpu.json"

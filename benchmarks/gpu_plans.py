@@ -34,7 +34,7 @@ class Torch:
         return {name: made(shape) * scale for name, (shape, scale) in shapes(d, tokens, rank).items()}
 
     def steps(self, inputs: Inputs) -> dict[str, Step]:
-        self.torch._dynamo.reset()  # else the ninth shape of a function would run uncompiled
+        self.torch._dynamo.reset()  # otherwise the ninth shape of a function would run uncompiled
         made = {name: self.step(name, plan, inputs) for name, plan in self.plans.items()}
         return {**made, "PEFT": self.peft_step(**inputs)} if importlib.util.find_spec("peft") else made
 
@@ -69,7 +69,7 @@ class Torch:
         return call
 
     def ready(self, plan: Plan) -> Plan:
-        """The CPU does without a C++ compiler: there only the tracing is of interest."""
+        """Compile a plan. On a CPU it is only traced, which needs no C++ compiler."""
         backend = "inductor" if self.device == "cuda" else "aot_eager"
         return self.torch.compile(plan, dynamic=False, backend=backend) if self.compiled else plan
 
@@ -132,7 +132,7 @@ class Jax:
 
     def step(self, name: str, plan: Plan, inputs: Inputs) -> Step:
         trained = TRAINED.get(name, "xab")
-        used = {each: inputs[each] for each in ("xw" if name in TRAINED else "xwab")}  # else each rank compiles "full" anew
+        used = {each: inputs[each] for each in ("xw" if name in TRAINED else "xwab")}  # else each rank compiles "full" again
         return functools.partial(self.jitted(plan, trained), used, inputs["dy"])
 
     def jitted_step(self, plan: Plan, trained: str) -> Callable[..., Any]:
@@ -178,7 +178,7 @@ def jax_plans() -> dict[str, Plan]:
 
 
 def shared_plans() -> dict[str, Plan]:
-    """What is written alike for torch and JAX."""
+    """What is written the same way for torch and JAX."""
     return {
         "frozen": lambda x, w, a, b: x @ w,
         "full": lambda x, w, a, b: x @ w,
@@ -188,7 +188,7 @@ def shared_plans() -> dict[str, Plan]:
 
 
 def shapes(d: int, tokens: int, rank: int) -> dict[str, tuple[tuple[int, int], float]]:
-    """The shapes of the inputs, and what their normal numbers are multiplied with."""
+    """The shapes of the inputs, and the factors of their normally distributed numbers."""
     few = {"a": ((d, rank), d**-0.5), "b": ((rank, d), rank**-0.5)}
     return {"x": ((tokens, d), 1.0), "w": ((d, d), d**-0.5), **few, "dy": ((tokens, d), 1.0)}
 
@@ -215,5 +215,5 @@ def check(engine: Torch | Jax) -> None:
     for plan, step in engine.steps(inputs).items():
         for (what, right), found in zip(expected(plan, **numbers).items(), step(), strict=True):
             difference = np.abs(engine.numbers(found) - right).max() / np.abs(right).max()
-            if not difference <= TOLERANCE:  # so written, NaN fails too
-                raise AssertionError(f"The plan {plan!r} has a wrong {what}: {difference:.1e} off, relative.")
+            if not difference <= TOLERANCE:  # written so that NaN fails too
+                raise AssertionError(f"The plan {plan!r} has a wrong {what}: relative error {difference:.1e}.")

@@ -1,4 +1,4 @@
-"""How time is measured here, and what a measurement is written down as."""
+"""How time is measured, and the record of a measurement."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM
 
 
 class Budget(NamedTuple):
-    """How long the variants of one setting may take turns."""
+    """How long the variants of one setting take turns."""
 
     seconds: float
     rounds: int = 60
     at_least: int = 5
-    times: int = 1  # calls in one turn: one call of a millisecond says little
+    times: int = 1  # calls in one turn, because one call of a millisecond is too short to measure
 
 
 class Record(TypedDict):
@@ -54,7 +54,7 @@ def record(case: str, setting: dict[str, Any], quantity: str, unit: str, variant
 
 
 def pin(backend: str) -> None:
-    """One core and one thread, for a process that has not imported a backend yet."""
+    """Limit this process to one core and one thread. Call it before a backend is imported."""
     os.environ["KERAS_BACKEND"] = backend
     os.environ.update(dict.fromkeys(THREADS, "1"))
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
@@ -75,10 +75,10 @@ def pin(backend: str) -> None:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], seconds: float, rounds: int, at_least: int = 5, times: int = 1
 ) -> dict[str, list[float]]:
-    """The CPU seconds of each call, by name. The calls take turns, so what slows the machine slows all of them alike.
+    """The CPU seconds of each call, by name. The calls take turns, so that a busy machine slows all of them alike.
 
-    After the warm-up there are `rounds` turns, or as many as begin within `seconds`, but `at_least` so many. The order is
-    drawn for each turn: what ran before has an effect. Garbage is collected between the turns only.
+    After the warm-up there are up to `rounds` turns: as many as begin within `seconds`, but at least `at_least`. The order
+    is random in each turn, because what ran before has an effect. Garbage is collected only between turns.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     draw = random.Random(0)
@@ -86,7 +86,7 @@ def interleaved(
         for call in calls.values():
             call()
     gc.collect()
-    gc.freeze()  # else every collection walks through the backend
+    gc.freeze()  # otherwise every collection walks through the backend
     gc.disable()
     try:
         end, turn = time.monotonic() + seconds, 0

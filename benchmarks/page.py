@@ -59,7 +59,7 @@ The variants:
 - `base` has no adapters. `base again` is a second copy of it, and shows how much two copies of one model differ.
 """
 NO_GPU = "**No GPU figure has been measured.** Results on a CPU may not carry over to a GPU."
-QUICK = " **A quick run, with few repeats, not to be relied on: {names}.**"
+QUICK = " **A quick run with few repeats; do not rely on it: {names}.**"
 INFERENCE_LIMIT = """
 An adapted model also computes the base product. So with one row, `enable_lora` / `keras_lora` cannot be larger than
 `enable_lora` / `base`: {limits}.
@@ -259,7 +259,7 @@ def bars_section(results: Results) -> str:
             verdict = ("met" if met else "**not met**") if found else "not measured"
             measured = "<br>".join(written for written, _ in found) or "-"
             rows.append([what, f"`{bar.over}` / `{bar.under}`", BACKENDS[backend], limits(least, most), measured, verdict])
-    return OF_BARS.format(table=table(["of", "ratio", "backend", "bar", "measured", ""], rows, left=3)) + inference_limit(
+    return OF_BARS.format(table=table(["case", "ratio", "backend", "bar", "measured", ""], rows, left=3)) + inference_limit(
         results
     )
 
@@ -282,7 +282,7 @@ def summary(results: Results) -> str:
             found = at_the_bar(bar, results[backend]) if backend in results and backend in bar.limits else []
             cells.append(", ".join(f"{each.median:.2f}{each.mark}" for _, each in found) or "-")
         rows.append([f"`{bar.over}` / `{bar.under}`", f"{what}, {bar.setting.get('tokens', '1, 32 and 256')} rows", *cells])
-    return table(["ratio", "of", *BACKENDS.values()], rows, left=2)
+    return table(["ratio", "case", *BACKENDS.values()], rows, left=2)
 
 
 def training_section(results: Results) -> str:

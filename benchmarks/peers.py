@@ -10,12 +10,12 @@ import keras
 import numpy as np
 from cases import Case
 
-ALPHA = 16  # what keras_lora takes unless told otherwise
+ALPHA = 16  # the default of keras_lora
 TOLERANCE = 1e-5
 
 
 def available() -> bool:
-    """Whether there is anything to compare with; what is missing is printed."""
+    """Whether PEFT and loralib are installed. Prints what is missing."""
     if keras.backend.backend() != "torch":
         return False
     missing = [name for name in ("peft", "loralib") if importlib.util.find_spec(name) is None]
@@ -25,7 +25,7 @@ def available() -> bool:
 
 
 def give_b_values(model: keras.Model) -> None:
-    """Move every B off zero, else half of the gradients are."""
+    """Give every B values other than zero; otherwise half of the gradients are zero."""
     rng = np.random.default_rng(3)
     for v in model.trainable_variables:
         if v.name == "lora_b":
@@ -53,7 +53,7 @@ def linears(model: keras.Model) -> list[Any]:
 
     made = []
     for layer in model.layers:
-        base = {v.name: v.value for v in layer.variables}  # `layer.kernel` would be the changed one
+        base = {v.name: v.value for v in layer.variables}  # `layer.kernel` would be the changed kernel
         linear = torch.nn.Linear(*base["kernel"].shape)
         with torch.no_grad():
             linear.weight.copy_(base["kernel"].T)
@@ -109,7 +109,7 @@ def keras_layers_call(model: keras.Model, x: Any) -> Callable[[], Any]:
 
 
 def step_call(peer: Peer, case: Case) -> Callable[[], Any]:
-    """A training step as one writes it in torch: arrays come in, and the loss goes out as a number."""
+    """A training step in plain torch: arrays go in, and the loss comes out as a number."""
     import torch
 
     optimizer = torch.optim.Adam(peer.trained, 1e-4)
@@ -137,7 +137,7 @@ def predict_call(peer: Peer, case: Case) -> Callable[[], Any]:
 
 
 def check_equal(adapted: keras.Model, peer: Peer, case: Case) -> None:
-    """Raise unless outputs and the gradients of A and B are those of the Keras model."""
+    """Raise an error unless the outputs and the gradients of A and B are those of the Keras model."""
     import torch
 
     x = torch.from_numpy(case.x)
@@ -148,12 +148,12 @@ def check_equal(adapted: keras.Model, peer: Peer, case: Case) -> None:
         pairs[f"{layer.name} B"] = b.grad.T, of_keras["lora_b"]
     for what, (found, expected) in pairs.items():
         difference = float((found - expected).detach().abs().max() / expected.detach().abs().max())
-        if not difference <= TOLERANCE:  # so written, NaN fails too
+        if not difference <= TOLERANCE:  # written so that NaN fails too
             raise AssertionError(f"{type(peer.module).__name__}, {what}: {difference:.1e} from keras_lora, relative.")
 
 
 def checked(case: Case, models: dict[str, keras.Model]) -> dict[str, Peer]:
-    """The peers of the Keras models "keras_lora" and "keras_lora DoRA" of a Dense stack, seen to compute the same."""
+    """The peers of the Keras models "keras_lora" and "keras_lora DoRA" of a Dense stack, after checking that they agree."""
     found = {}
     for name, of_keras, make in [
         ("PEFT", "keras_lora", with_peft),

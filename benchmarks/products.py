@@ -1,4 +1,4 @@
-"""The small products that decide how `keras_lora.backend` is written: the gradient of A, and projections of one input."""
+"""The small products that decided how `keras_lora/compat/backend.py` is written: gradients of A, projections of an input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from measuring import Budget, Record, interleaved, record
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As the backend runs a training step: through XLA, or eagerly on torch."""
+    """Run `function` as the backend runs a training step: through XLA, or eagerly on torch."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -35,17 +35,17 @@ def transposed_gradient_of_a(x: Any, dh: Any) -> Any:
 
 
 def down(x: Any, a: Any) -> Any:
-    """`x a`, as fast as the backend has it."""
+    """`x a`, in the backend's fastest form."""
     return ops.transpose(ops.matmul(ops.transpose(a), ops.transpose(x))) if keras.backend.backend() == "torch" else x @ a
 
 
 def base(x: Any, kernel: Any) -> Any:
-    """What three frozen layers compute beside it, forward and backward."""
+    """The products of three frozen kernels, forward and backward."""
     return [(ops.matmul(x, kernel), ops.matmul(x, ops.transpose(kernel))) for _ in range(3)]
 
 
 def apart(x: Any, dh: Any, *factors: Any) -> Any:
-    """Three down-projections of one input, forward and backward, each for itself."""
+    """Three separate down-projections of one input, forward and backward."""
     found = []
     dx = 0.0
     for a in factors:
@@ -62,7 +62,7 @@ def shared(x: Any, dh: Any, *factors: Any) -> Any:
 
 
 def products(quick: bool) -> Iterator[Record]:
-    """CPU seconds of each way, in turns."""
+    """The CPU seconds of each way. The ways take turns."""
     for width, tokens in [(32, 8)] if quick else [(512, 256), (1024, 256), (1024, 1024)]:
         rank, rng = 8, np.random.default_rng(0)
         shapes = [(tokens, width), (tokens, rank), *[(width, rank)] * 3]

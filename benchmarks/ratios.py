@@ -29,7 +29,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def show_ratios(records: list[Record]) -> None:
-    """The medians of a group, and their ratios to full fine-tuning or what comes nearest to it there."""
+    """The medians of a group, and their ratios to full fine-tuning, or to the nearest variant that was measured."""
     if not records:
         return
     shown = table(records[0]["case"], "setting", "quantity", "variant", "median", "ratio", "ratio to", "repeats")

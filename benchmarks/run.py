@@ -1,9 +1,9 @@
-"""The one command: every group on every backend, each in a fresh process, into `benchmarks/results/<backend>.json`.
+"""Measure every group on every backend, each in a fresh process, and write `benchmarks/results/<backend>.json`.
 
     python benchmarks/run.py [--backend torch] [--group dense --group hub] [--quick --results DIR]
 
 With `--group`, only the records of those groups are replaced. A group that fails keeps its old records and is named at the
-end, and the exit code is 1. `--quick` takes tiny sizes: it shows that everything runs, not how fast.
+end, and the exit code is 1. `--quick` uses tiny sizes, to check that everything runs; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BACKENDS = ("torch", "jax", "tensorflow")
 
 
 def work(backend: str, groups: list[str], quick: bool) -> dict[str, Any] | None:
-    """What a fresh process measured, or `None` where it died."""
+    """The results of a fresh process, or `None` if it died."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, str(HERE / "worker.py"), "--json", str(path), *(["--quick"] if quick else [])]
@@ -45,7 +45,7 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
     by_group = {group: [each for each in old["records"] if each["case"] == group] for group in GROUPS}
     runs = old["runs"]  # each group was measured at its own time
     failed = []
-    # Tiny sizes need no fresh process each, and starting one takes longer than measuring them.
+    # With tiny sizes, starting a process takes longer than measuring, so all groups share one.
     for together in [groups] if quick else [[group] for group in groups]:
         print(f"\n{backend}: {', '.join(together)}", flush=True)
         start, before = time.monotonic(), load_average()
@@ -63,7 +63,7 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
             by_group[group] = [each for each in done["records"] if each["case"] == group]
             runs[group] = about
             show_ratios(by_group[group])
-        if done is not None and len(failed) < len(groups):  # written after each, so that a stop loses nothing
+        if done is not None and len(failed) < len(groups):  # after each group: stopping loses nothing
             written = {
                 "backend": backend,
                 "versions": done["versions"],
@@ -81,7 +81,7 @@ def run_backend(backend: str, groups: list[str], quick: bool, path: Path) -> lis
 
 
 def write(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".tmp")
     half.write_text(text)
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, metavar="DIR", help="where to write; benchmarks/results by default")
     arguments = parser.parse_args()
     if arguments.quick and arguments.results is None:
-        parser.error("--quick needs --results DIR: its numbers say nothing, and would replace those that do.")
+        parser.error("--quick needs --results DIR, so that its meaningless numbers do not replace real ones.")
     folder = arguments.results or HERE / "results"
     failed = []
     for backend in arguments.backend or BACKENDS:

@@ -1,4 +1,4 @@
-"""Many adapters on one base: one for each example of a batch, and what adapters cost that are there and not active."""
+"""Many adapters on one base: one for each example of a batch, and the cost of inactive adapters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from variants import prepare
 
 import keras_lora
 
-#: "one by one" runs each example alone through a model that has one adapter: what is left to a user without stacked
-#: factors, and less than that, for no adapter is loaded on the way.
+#: "one by one" runs each example separately through a model with one adapter. This is what you can do without stacked
+#: factors. It even leaves out the time to load adapters in between.
 VARIANTS = ("base", "keras_lora per example", "one by one", "PEFT mixed batch")
 
 
@@ -30,7 +30,7 @@ def one_by_one(model: keras.Model, x: Any) -> list[Any]:
 
 
 def serving(quick: bool) -> Iterator[Record]:
-    """As many adapters as examples in one batch, of a prompt and of a single token each."""
+    """One batch with as many adapters as examples. Each example is a prompt, or a single token."""
     d, examples, rank = (32, 4, 2) if quick else (1024, 64, 8)
     for length in (2,) if quick else (4, 1, 16):
         x = cases.normal(examples, length, d)
@@ -63,7 +63,7 @@ def stack(length: int, d: int) -> keras.Model:
 
 
 def peft_mixed(adapted: keras.Model, x: np.ndarray, rank: int) -> Callable[[], Any]:
-    """PEFT's own mixed batch: `adapter_names`, one for each example."""
+    """PEFT's mixed batch: `adapter_names`, one for each example."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -85,7 +85,7 @@ def peft_mixed(adapted: keras.Model, x: np.ndarray, rank: int) -> Callable[[], A
 
 
 def inactive(quick: bool) -> Iterator[Record]:
-    """One active adapter, and more and more that are not: what switching without compiling costs."""
+    """One active adapter and a growing number of inactive ones: the cost of switching without compiling."""
     size = {"d": 32, "tokens": 8, "rank": 2} if quick else {"d": 1024, "tokens": 256, "rank": 8}
     models = {}
     for number in (0, 1) if quick else (0, 1, 4, 16):

@@ -1,4 +1,4 @@
-"""The groups that count bytes and FLOPs, which need no quiet machine, and the peak of memory."""
+"""The groups that count bytes and FLOPs, which works on a busy machine too, and the peak of memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def count(quick: bool) -> Iterator[Record]:
-    """Of one training step: FLOPs and temporary bytes (JAX), bytes saved for the backward pass (torch); bytes on disk."""
+    """FLOPs and temporary bytes (JAX) or saved bytes (torch) of one training step, and bytes on disk."""
     size = {"d": 32, "rank": 2} if quick else {"d": 1024, "rank": 8}
     for tokens in (8,) if quick else (32, 256, 1024):
         case = cases.dense(tokens=tokens, name="bytes", **size)
@@ -44,7 +44,7 @@ def step_costs(model: keras.Model, case: Case) -> dict[tuple[str, str], int]:
 
 
 def xla_costs(model: keras.Model, case: Case) -> dict[tuple[str, str], int]:
-    """What XLA says of the gradient of the loss with respect to what trains."""
+    """XLA's counts for the gradient of the loss with respect to what trains."""
     import jax
 
     def loss(trained: Any, frozen: Any, x: Any) -> Any:
@@ -61,11 +61,11 @@ def xla_costs(model: keras.Model, case: Case) -> dict[tuple[str, str], int]:
 
 
 def torch_saved_bytes(model: keras.Model, case: Case) -> int:
-    """Bytes of the tensors that wait for the backward pass, each storage once, without the weights themselves."""
+    """Bytes of the tensors kept for the backward pass, each storage once, without the weights."""
     import torch
 
     own = {v.value.untyped_storage().data_ptr() for v in model.variables}
-    saved: dict[int, Any] = {}  # the storages are kept, else an address could come again
+    saved: dict[int, Any] = {}  # the storages are kept; otherwise an address could be used again
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
@@ -80,7 +80,7 @@ def torch_saved_bytes(model: keras.Model, case: Case) -> int:
 
 
 def kept_costs(model: keras.Model, variant: str) -> dict[tuple[str, str], int]:
-    """What trains, what the optimizer keeps for it (its scalars left out), and the file that holds the result."""
+    """Bytes of what trains, of the optimizer's variables for it (without scalars), and of the file with the result."""
     model.optimizer.build(model.trainable_variables)
     moments = [v for v in model.optimizer.variables if len(v.shape) > 0]
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def isolated_cases(quick: bool) -> dict[str, Case]:
 
 
 def isolated(name: str, variant: str, quick: bool) -> None:
-    """What the fresh process does: build, compile, three steps."""
+    """The work of the fresh process: build, compile, three steps."""
     case = isolated_cases(quick)[name]
     before = peak_bytes()
     with contextlib.redirect_stdout(sys.stderr):
@@ -130,6 +130,6 @@ def isolated(name: str, variant: str, quick: bool) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this program has had. `ru_maxrss` would start at the size of the process that started it."""
+    """The most memory this process has used. `ru_maxrss` would start at the size of the process that started it."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

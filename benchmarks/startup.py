@@ -1,4 +1,4 @@
-"""What comes before the first step: importing the package, and adapting a model of thousands of layers."""
+"""The time before the first step: importing the package, and adapting a model of thousands of layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMPORT = "import time, keras; start = time.process_time(); import keras_lora; pr
 
 
 class Deep(keras.Model):
-    """Many small Dense layers, one after the other. Keras makes no graph of so many: it would recurse too deep."""
+    """Many small Dense layers, one after the other. It has no Keras graph, which would recurse too deep for so many."""
 
     def __init__(self, depth: int):
         super().__init__()
@@ -39,8 +39,8 @@ def deep(depth: int) -> keras.Model:
 
 
 def startup(quick: bool) -> Iterator[Record]:
-    """CPU seconds; the import of keras_lora is what it adds to that of Keras, in fresh processes."""
-    keras_lora.apply_lora(deep(2), rank=2, head=None)  # compiles what every apply uses
+    """CPU seconds. The import time of keras_lora is in addition to that of Keras, in fresh processes."""
+    keras_lora.apply_lora(deep(2), rank=2, head=None)  # compiles what every `apply_lora` uses
     command = [sys.executable, "-c", IMPORT]
     runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(2 if quick else 5)]
     yield record("startup", {}, "import beside Keras", "s", "keras_lora", [float(each.stdout) for each in runs])

@@ -1,4 +1,4 @@
-"""The groups where one size grows: the number of layers, the rank, the number of adapters."""
+"""The groups in which one size grows: the number of layers, the rank, the number of adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import keras_lora
 
 
 def depth(quick: bool) -> Iterator[Record]:
-    """Stacks of more and more layers: what is done once for a model, and the first step, which compiles."""
+    """Stacks of a growing number of layers: one-time work, and the first step, which compiles."""
     for layers in (2, 4) if quick else (4, 16, 64, 256, 512):
         case = cases.dense(d=64, tokens=32, rank=8, depth=layers, name="depth")
         times: dict[str, list[float]] = {}
@@ -36,7 +36,7 @@ def depth(quick: bool) -> Iterator[Record]:
 
 
 def once(build: Callable[[], keras.Model], rank: int, path: Path) -> dict[str, float]:
-    """CPU seconds of each thing that is done once for a model."""
+    """CPU seconds of the one-time work for a model."""
     model, fresh = build(), build()
     return {
         "apply_lora": cpu_seconds(lambda: keras_lora.apply_lora(model, rank=rank, head=None)),
@@ -47,7 +47,7 @@ def once(build: Callable[[], keras.Model], rank: int, path: Path) -> dict[str, f
 
 
 def ranks(quick: bool) -> Iterator[Record]:
-    """All ranks take turns with full fine-tuning, whose time is written beside each of them."""
+    """All ranks take turns with full fine-tuning, whose time is recorded with each of them."""
     size = {"d": 32, "tokens": 8} if quick else {"d": 512, "tokens": 256}
     by_rank = {
         rank: cases.dense(rank=rank, name="ranks", **size) for rank in ((1, 2) if quick else (2**n for n in range(9)))
@@ -64,7 +64,7 @@ def ranks(quick: bool) -> Iterator[Record]:
 
 @keras.saving.register_keras_serializable("benchmarks")
 class CountCalls(keras.layers.Layer):
-    """Counts how often Python code of the model runs: once for each trace, where a step is compiled."""
+    """Counts how often Python code of the model runs: once for each trace, if a step is compiled."""
 
     calls = 0
 

@@ -1,4 +1,4 @@
-"""The groups that time training steps and inference, all variants of a setting in turns."""
+"""The groups that time training steps and inference. All variants of a setting take turns."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HEADLINE_BUDGET = Budget(24, 200, 30)
 
 
 def timed(case: Case, quantity: str, calls: Mapping[str, Callable[[], Any]], budget: Budget) -> list[Record]:
-    """Run the calls in turns; a record for each."""
+    """Time the calls in turns, and make a record for each."""
     times = interleaved(calls, *budget)
     return [record(case.name, case.setting, quantity, "s", variant, values) for variant, values in times.items()]
 
 
 def steps(case: Case, names: Iterable[str], budget: Budget) -> Iterator[Record]:
-    """`train_on_batch` of each variant; for a stack of Dense layers on torch with the peers, in a bare torch loop."""
+    """`train_on_batch` of each variant. A stack of Dense layers on torch includes the peers, in a plain torch loop."""
     models = {name: prepare(name, case) for name in names if case.dropout or name != "keras_lora dropout"}
     calls: dict[str, Callable[[], Any]] = {
         name: functools.partial(model.train_on_batch, case.x, case.y) for name, model in models.items()
@@ -58,7 +58,7 @@ def dense(quick: bool) -> Iterator[Record]:
 
 
 def computed_limit(full: Record, ratio: float) -> Record:
-    """What LoRA would take at the speed of full fine-tuning; not run."""
+    """The time that LoRA would take at the speed of full fine-tuning. It is not run."""
     return {**full, "variant": "limit", "median": full["median"] * ratio, "minimum": full["minimum"] * ratio, "repeats": 0}
 
 

@@ -1,4 +1,4 @@
-"""How a fresh model is made ready in each variant: what trains in it, and by whom it is adapted."""
+"""How a fresh model is prepared in each variant: what trains in it, and what adapts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import keras_lora
 
 
 def prepare(variant: str, case: Case) -> keras.Model:
-    """A fresh model of the case, the same weights each time, made ready and compiled."""
+    """A fresh model of the case, with the same weights each time, prepared and compiled."""
     keras.utils.set_random_seed(0)
     model = case.build()
     VARIANTS[variant](model, case)
@@ -21,7 +21,7 @@ def prepare(variant: str, case: Case) -> keras.Model:
 
 
 def train_only(model: keras.Model, variables: list[keras.Variable]) -> None:
-    """Freeze every variable but these."""
+    """Freeze every variable except these."""
     wanted = {id(v) for v in variables}
     for v in model.trainable_variables:
         v.trainable = id(v) in wanted
@@ -29,25 +29,25 @@ def train_only(model: keras.Model, variables: list[keras.Variable]) -> None:
 
 
 def adapted_layers(model: keras.Model, case: Case) -> list[keras.layers.Layer]:
-    """The layers keras_lora adapts."""
+    """The layers that keras_lora adapts."""
     return [row.layer for row in keras_lora.list_targets(model, targets=case.targets, head=case.train).of("adapt")]
 
 
 def full(model: keras.Model, case: Case) -> None:
-    """Everything trains, as Keras has it."""
+    """Everything trains, as in a plain Keras model."""
 
 
 def frozen(model: keras.Model, case: Case) -> None:
-    """The floor: the whole forward and backward pass, and only the first adapted layer's bias to train.
+    """The lower reference: the whole forward and backward pass, in which only the first adapted layer's bias trains.
 
-    An embedding has no bias, and nothing below it needs a gradient: there it is the head's bias.
+    An embedding has no bias, and nothing below it needs a gradient. There, the head's bias trains.
     """
     biases = [layer.bias for layer in adapted_layers(model, case) if getattr(layer, "bias", None) is not None]
     train_only(model, biases[:1] or [model.layers[-1].bias])
 
 
 def enable_lora(model: keras.Model, case: Case) -> None:
-    """Keras's own LoRA on the same layers, and only that trains."""
+    """Keras's own LoRA on the same layers. Only its factors train."""
     adapted = adapted_layers(model, case)
     for layer in adapted:
         layer.enable_lora(case.rank)

@@ -60,7 +60,7 @@ def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group", action="append", choices=GROUPS, help="may be given several times; all by default")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--isolated", nargs=2, metavar=("CASE", "VARIANT"), help="used by the group 'memory'")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Build the site, strictly: `python docs/build.py [FOLDER]`, where the folder has `mkdocs.yml`.
+"""Build the site with strict checks: `python docs/build.py [FOLDER]`, where the folder has `mkdocs.yml`.
 
-It fails on a link or an anchor that leads nowhere, an API name that is not there, a picture that is missing, and a
-docstring of which a part cannot be read. The last two Zensical does not count as issues.
+It fails on broken links and anchors, unknown API names, missing pictures, and docstrings with a part that cannot be read.
+Zensical does not count the last two as issues.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def problems_of(folder: Path) -> list[str]:
-    """What is wrong with the site in a folder, which is built on the way."""
+    """Build the site in a folder, and return what is wrong with it."""
     command = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
@@ -29,5 +29,5 @@ def problems_of(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     found = problems_of(Path(sys.argv[1] if sys.argv[1:] else "."))
-    print("\n".join(found) or "The site is whole.")
+    print("\n".join(found) or "The site has no problems.")
     sys.exit(bool(found))

@@ -1,4 +1,4 @@
-"""Let the site show the examples of a docstring as code: they are not indented, and Markdown takes `>>>` for a quotation."""
+"""Show the examples of docstrings as code on the site: without a fence, Markdown takes `>>>` for a quotation."""
 
 import re
 from typing import Any

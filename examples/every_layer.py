@@ -2,10 +2,10 @@
 
     KERAS_BACKEND=jax python examples/every_layer.py      # jax (the default), torch or tensorflow; a minute
 
-A small network learns scikit-learn's 8 × 8 images of handwritten digits, and is then adapted to a few of the same kind that
-lie on their side. "as it was" is not trained again, "head" trains the head only, LoRA trains the head and a change of low
-rank to every kernel that `list_targets` names, "full" trains everything. The adapted model goes through a `.keras` file and
-is merged into a plain Keras model: neither may change what it predicts.
+A small network learns scikit-learn's 8 × 8 images of handwritten digits, and is then adapted to a few digits turned on
+their side. "as it was" is not trained again, "head" trains only the head, LoRA trains the head and a low-rank change of
+every kernel that `list_targets` lists, "full" trains everything. The adapted model is saved to a `.keras` file, loaded, and
+merged into a plain Keras model. Neither may change its predictions.
 """
 
 import argparse
@@ -30,7 +30,7 @@ METHODS = {"as it was": 0.0, "head": 1e-2, "LoRA rank 1": 1e-2, "LoRA rank 4": 1
 @keras_lora.register_layer(kernels={"scores": "io"})
 @keras.saving.register_keras_serializable("every_layer")
 class Pooling(layers.Layer):
-    """The mean of a sequence, weighted by what a kernel of its own sees in it: a layer that only its author knows."""
+    """The mean of a sequence, weighted by scores that a kernel computes. It stands for a layer that you wrote."""
 
     def build(self, shape):
         self.scores = self.add_weight(shape=(shape[-1], 4), name="scores")
@@ -58,7 +58,7 @@ def fit(model: keras.Model, x: np.ndarray, y: np.ndarray, learning_rate: float, 
 
 
 def prepare(model: keras.Model, method: str) -> None:
-    """What trains."""
+    """Choose what trains."""
     if method.startswith("LoRA"):
         keras_lora.apply_lora(model, rank=int(method[-1]), train="head")
     elif method == "head":
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def check_files_and_merging(model: keras.Model, x: np.ndarray, logits: np.ndarray) -> None:
-    """The same predictions from a file, and as a plain Keras model."""
+    """Check that a loaded file and a merged model give the same predictions."""
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder) / "digits.keras")
         loaded = keras.saving.load_model(Path(folder) / "digits.keras")

@@ -1,16 +1,17 @@
-"""One base, an adapter for each of four real tasks, and one batch in which each request uses its own.
+"""One base, an adapter for each of four real tasks, and one batch in which each request uses the adapter of its task.
 
     python examples/many_tasks.py [--quick]       # after `make demo`, which installs what it needs
 
 "films", "tweets" and "products": is a sentence negative or positive? "source": does it come from a film review, a tweet, a
 product review or an editorial? The base is MiniLM with a head of four outputs that nobody trained. Each task has a LoRA on
-every projection and on the head, where rank 8 is more than full rank, so it learns a head of its own. They are trained one
-after the other in one model, from the same base; then a fresh base serves all of them from their files.
+every projection and on the head. There, rank 8 is more than full rank, so each task learns a separate head. The adapters
+are trained one after the other in one model, from the same base. Then a fresh base serves all of them from their files.
 
 The learning rate, of 2e-3, 4e-3 and 8e-3, was chosen on sentences 1,600 to 1,900 of each source; the first two could not be
 told apart there, and the third failed. Accuracies are from later sentences. These are shuffled, so sentences of one product
-review or editorial may be on both sides. "group after group" is a call for each task: of the plain base, as if there were a
-merged copy for each task, and of the model they were trained in, where the idle adapters still cost their products.
+review or editorial may be in both the training and the test set. "group after group" makes one call for each task: with
+the plain base, as if there were a merged copy for each task, and with the model in which the adapters were trained, where
+inactive adapters still cost their products.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def main() -> None:
     tasks = ["films", "source"] if quick else list(train)
     base, model = build_base(blocks), build_base(blocks, "adapted")
     accuracy = Table("task", "most frequent class", "no adapter", "own adapter", "standard error")
-    alone, without = {}, {}  # what each adapter answers on its own test sentences, and what the base does
+    alone, without = {}, {}  # the answers of each adapter to its test sentences, and of the base
 
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         files = {name: Path(folder) / f"{name}.safetensors" for name in tasks}

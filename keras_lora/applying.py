@@ -65,8 +65,8 @@ def apply_lora(
             of a block, meaning the layers in it), a glob for these (`"query*"`, `"block_?/query"`), a compiled regular
             expression that matches the whole path, a layer class, a function from a layer to a bool, or a layer. If a layer
             has several kernels, add the kernel's name to the path (`"lstm/recurrent_kernel"`). The default is every linear
-            layer except the output head and what `keras_lora.presets` excludes in known models; `"all-linear"` ignores the
-            presets. Embeddings and depthwise kernels are adapted only if you name them.
+            layer except the output head and what `keras_lora.targets.presets` excludes in known models; `"all-linear"`
+            ignores the presets. Embeddings and depthwise kernels are adapted only if you name them.
         exclude: Patterns of layers that get no adapter.
         head: The output head, which the default targets leave out: `"auto"` finds it (see
             `keras_lora.targets.heads.find_head`), patterns name it, `None` leaves nothing out.
@@ -207,7 +207,7 @@ def own_beside(model: keras.layers.Layer, name: str) -> None:
 
 
 def take_out(model: keras.layers.Layer, merged: bool = False) -> None:
-    """Turn an adapted model into a plain one. If it is not merged, what trained beside its adapters is as it was found."""
+    """Turn an adapted model into a plain one. Unless merged, variables that trained with adapters get their old values."""
     if not merged:
         beside.store(model)
         beside.show(model, {})
@@ -243,7 +243,7 @@ def _refuse_quantized(targets: Iterable[Target], base_dtype: str) -> None:
 def _started(linear: LinearMap, address: str, adapter: Any) -> adapters.Adapter:
     """`adapter` with weights for a kernel, and with a separate stream of random numbers if it has a seed.
 
-    The stream depends on the address, since Keras numbers the names of layers through a process.
+    The stream depends on the address, not the name: Keras numbers layer names across the whole process.
     """
     if adapter.get_config().get("seed") is not None:
         seed = zlib.crc32(f"{adapter.get_config()['seed']}:{address}".encode()) & 0x7FFFFFFF  # torch keeps seeds in int32

@@ -1,4 +1,4 @@
-"""Checks that many arguments share, each with the error that says what was expected and what came."""
+"""Checks of arguments, shared by many functions. Each error says what was expected and what was received."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AnyLayer = TypeVar("AnyLayer", bound="keras.layers.Layer")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-#: Words that people bring from PEFT and from Keras's own LoRA, and what to write here.
+#: Argument names of PEFT and of Keras's own LoRA, and what to write here.
 WORDS = {
     "adapter_name": "`name`",
     "exclude_modules": "`exclude`",
@@ -41,7 +41,7 @@ WORDS = {
 
 
 def unknown_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise if a keyword is none that `function` knows, with the word to use."""
+    """Raise an error for a keyword that `function` does not have. It names the word to use."""
     known = list(known)
     for word in given:
         if word not in known:
@@ -52,7 +52,7 @@ def unknown_keywords(function: str, given: Iterable[str], known: Iterable[str]) 
 
 
 def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A public function whose error for a wrong keyword, or for one too many arguments, says what to write instead."""
+    """Decorate a public function: if a keyword is wrong or there are too many arguments, the error says what to write."""
     parameters = inspect.signature(function).parameters.values()
     positional = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     names = [each.name for each in parameters]
@@ -65,8 +65,8 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if len(args) > len(positional):
             given = ", ".join(repr(each)[:80] for each in args[len(positional) :])
             raise TypeError(
-                f"`{function.__name__}()` takes {len(positional)} arguments by place ({', '.join(positional)}), the rest by "
-                f"name ({', '.join(by_keyword)}). Received by place: {given}. Write for example `{by_keyword[0]}=...`."
+                f"`{function.__name__}()` takes {len(positional)} arguments by position ({', '.join(positional)}), the rest "
+                f"by name ({', '.join(by_keyword)}). Received by position: {given}. Write for example `{by_keyword[0]}=...`."
             )
         return function(*args, **kwargs)
 
@@ -74,7 +74,7 @@ def helpful(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _in_order(function: str, names: list[str], given: tuple[Any, ...]) -> None:
-    """Raise if a path was given in the place of the model, and something else in the place of the path."""
+    """Raise an error if a path was given instead of the model, and something else instead of the path."""
     paths = [isinstance(each, (str, os.PathLike)) for each in given[:2]]
     if paths == [True, False] and names[1:2] in (["path"], ["folder"]):
         raise TypeError(
@@ -92,7 +92,7 @@ def warn(message: str) -> None:
 
 
 def positive_integer(name: str, value: Any, least: int = 1) -> int:
-    """`value` as a Python integer; NumPy's integers are integers too, and a bool is none."""
+    """`value` as a Python integer. NumPy integers are accepted, bools are not."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -106,12 +106,12 @@ def positive_integer(name: str, value: Any, least: int = 1) -> int:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether `value` is an integer, Python's or NumPy's, and no bool."""
+    """Whether `value` is an integer, Python's or NumPy's, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite real number, Python's or NumPy's, and no bool."""
+    """Whether `value` is a finite real number, Python's or NumPy's, but not a bool."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond every float
@@ -140,12 +140,12 @@ def dropout_rate(name: str, value: Any) -> float:
 
 
 def _plain(value: Any) -> float:
-    """An integer stays one: configs and files say 16 and not 16.0."""
+    """`value` as a Python number. An integer stays one, so that configs and files have 16 and not 16.0."""
     return value if type(value) in (int, float) else float(value)
 
 
 def keras_layer(model: Any, second: Any = None, no: tuple[type, ...] = ()) -> None:
-    """Raise unless `model` is a Keras model or layer, but `no` such layer; `second`, the next argument, may be the model."""
+    """Raise unless `model` is a Keras model or layer, and not of a class in `no`. The next argument, `second`, may be it."""
     import keras
 
     if not isinstance(model, keras.layers.Layer) or isinstance(model, no):
@@ -154,7 +154,7 @@ def keras_layer(model: Any, second: Any = None, no: tuple[type, ...] = ()) -> No
 
 
 def described(value: Any) -> str:
-    """Any value in a few words: a list of variables would print all their numbers."""
+    """Any value in a few words, because a list of variables would print all its numbers."""
     kind = type(value).__name__
     if isinstance(value, (list, tuple, set, dict)):
         of = f", the first of type {type(next(iter(value))).__name__}" if value else ""

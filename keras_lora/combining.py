@@ -265,7 +265,7 @@ def _factors_of(adapter: adapters.Adapter) -> Factors:
     if found is None:
         raise ValueError(
             f"the change of a {type(adapter).__name__} has no factors to add. Expected adapters such as LoRA; "
-            "`keras_lora.compress_adapter` makes one of it, and 'svd' takes it as it is"
+            "`keras_lora.compress_adapter` turns it into one, and 'svd' accepts it as it is"
         )
     return found
 
@@ -313,5 +313,5 @@ def _check_arguments(method: str, weights: dict[str, float], rank: Any, energy: 
     if method == "linear" and (rank is not None or energy is not None):
         raise ValueError(f"'linear' keeps the rank that the adapters have. Received: {rank=}, {energy=}.")
     if (density is None) == (method in METHODS[3:]):
-        wants = "needs" if density is None else "has no use for"
+        wants = "needs" if density is None else "does not use"
         raise ValueError(f"'{method}' {wants} `density`. Received: {density=}.")

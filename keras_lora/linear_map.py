@@ -17,7 +17,7 @@ backend:
     adapter.adapted_output(x, apply(x, W)) == apply(x, W + adapter.strength · adapter.delta_kernel(W))
 
 The right side is the definition, with ΔW as in the paper. The strength is 1 unless adapters are switched (see
-`composition.py`); the changes of several adapters add up. The left side is what runs. If a layer's code has no place to add
+`switching.py`); the changes of several adapters add up. The left side is what runs. If a layer's code has no place to add
 the change (a recurrent cell, a depthwise convolution, a custom layer), that code runs with the changed kernel.
 """
 
@@ -90,7 +90,7 @@ class LinearMap:
 
     @property
     def slot(self) -> str:
-        """The attribute of an adapted layer that holds the adapter of this kernel."""
+        """The attribute of an adapted layer that contains the adapter of this kernel."""
         return f"{self.part}_adapter" if self.part else "adapter"
 
     @property
@@ -181,7 +181,7 @@ class LinearMap:
         return [axis for role in "gio" for axis, each in enumerate(self.kernel_axes) if each == role]
 
     def changed_kernel(self, adapter: Any) -> Any:
-        """`W + ΔW` in the kernel's own shape, for a layer whose own code uses its kernel inside."""
+        """`W + ΔW` in the kernel's own shape, for a layer whose own code uses the kernel."""
         matrix = self.matrix
         if keras.backend.standardize_dtype(matrix.dtype) != "float64":
             matrix = ops.cast(matrix, "float32")

@@ -1,4 +1,4 @@
-"""Tables to print: as wide as the terminal, with equal blocks folded, and as HTML in notebooks."""
+"""Tables that print as wide as the terminal, with equal blocks folded, and as HTML in notebooks."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def as_html(table: Table) -> str:
 
 
 def add_branches(table: Table, rows: Iterable[_Branch], indent: str = "") -> None:
-    """Add rows as a tree: what several layers are in has a row of its own, with their rows below it."""
+    """Add rows as a tree: a parent of several layers has a separate row, with their rows below it."""
     for name, group in itertools.groupby(rows, key=lambda row: row[0][0]):
         inside = [(names[1:], cells) for names, cells in group]
         while len({tuple(names[:1]) for names, _ in inside}) == 1 and inside[0][0]:  # a single child
@@ -129,7 +129,7 @@ def folded(rows: Sequence[_Row], key: Callable[[_Row], Any]) -> list[list[_Row]]
 
 
 def _repetition(keys: list[Any], start: int) -> tuple[int, int]:
-    """The length of the series at `start` and how often it comes, so that the most rows are covered."""
+    """The length of the series at `start` and how often it repeats, chosen to cover the most rows."""
     best = (1, 1)
     for period in range(1, (len(keys) - start) // 2 + 1):
         if keys[start + period] != keys[start]:
@@ -143,7 +143,7 @@ def _repetition(keys: list[Any], start: int) -> tuple[int, int]:
 
 
 def stem(path: str) -> str:
-    """A path without its numbers, which is equal for the layers of equal blocks."""
+    """A path without its numbers, so that it is the same for the layers of equal blocks."""
     return re.sub(r"_?\d+", "", path)
 
 

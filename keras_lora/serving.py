@@ -40,7 +40,7 @@ class MultiAdapterModel(keras.Model):
             `(batch,)`: 0 for the base, or an index that `load` returned. See `index_of`.
 
     Raises:
-        ValueError: As `keras_lora.apply_lora`, or a layer has no axis of examples.
+        ValueError: As for `keras_lora.apply_lora`, or a layer cannot use a different adapter for each example.
 
     Example:
 
@@ -112,7 +112,7 @@ class MultiAdapterModel(keras.Model):
         """
         state, places = AdapterState.read(path), _places_of(self.model)
         problems = state.misfits(self.model, places, partly=True)
-        problems += [f"the file has trained variables of '{address}' beside its adapter" for address in state.trained]
+        problems += [f"the file has trained variables of '{address}' with its adapter" for address in state.trained]
         raise_problems(f"The adapter file {path}", self.model, problems)
         values = {}
         for address, entry in state.adapters.items():

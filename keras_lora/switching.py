@@ -31,9 +31,9 @@ def activate_adapters(model: AnyLayer, names: str | Iterable[str] | Mapping[str,
     Args:
         model: An adapted model, or an adapted part of one.
         names: The name of an adapter, several names, a mapping from names to strengths (`{"french": 0.7, "formal": 0.3}`;
-            a negative one takes away what the adapter learned), or `None` for none. An adapter that is not named is off.
-            With several, each layer's kernel is `W + Σ strength · ΔW`; each ΔW is computed from `W` alone. What trained
-            beside them, such as a head, adds up in the same way.
+            a negative one subtracts the change), or `None` for none. An adapter that is not named is off.
+            With several, each layer's kernel is `W + Σ strength · ΔW`; each ΔW is computed from `W` alone. Base
+            variables that trained with them, such as a head, add up in the same way.
 
     Returns:
         `model` itself. Which adapters train does not change; see `train_adapters`.
@@ -92,25 +92,25 @@ def disable_adapters(model: Any) -> Iterator[Any]:
     """Context manager that runs the base model, with no adapter active. Nothing is compiled again.
 
     On exit every adapter has its previous strength. You may nest it, and use it inside `compute_loss` or `train_step`: then
-    the base is the reference of DPO, GRPO or a KL penalty, at the cost of the base alone. What trained beside the adapters,
-    such as a head, has its values from before `apply_lora`. Do not train inside: nothing would learn.
+    the base is the reference of DPO, GRPO or a KL penalty, at the cost of the base alone. Base variables that trained with
+    the adapters, such as a head, have their values from before `apply_lora`. Do not train inside: nothing would learn.
 
     Args:
-           model: An adapted model, or an adapted part of one.
+        model: An adapted model, or an adapted part of one.
 
-       Raises:
-           ValueError: The model is not adapted.
+    Raises:
+        ValueError: The model is not adapted.
 
-       Example:
+    Example:
 
-       >>> import keras, keras_lora
-       >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
-       >>> model = keras_lora.apply_lora(model)
-       >>> with keras_lora.disable_adapters(model):
-       ...     keras_lora.active_adapters(model)
-       {}
-       >>> keras_lora.active_adapters(model)
-       {'default': 1.0}
+    >>> import keras, keras_lora
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    >>> model = keras_lora.apply_lora(model)
+    >>> with keras_lora.disable_adapters(model):
+    ...     keras_lora.active_adapters(model)
+    {}
+    >>> keras_lora.active_adapters(model)
+    {'default': 1.0}
     """
     named = _named(model, "disable_adapters")
     each = [adapter for found in named.values() for _, adapter in found.values()]
@@ -137,8 +137,8 @@ def disable_adapters(model: Any) -> Iterator[Any]:
 def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
     """Choose which adapters train. The others are frozen, active or not.
 
-    What trains beside an adapter, such as a head, trains with it. An adapter that trains should be active: an inactive one
-    gets no gradient, but weight decay still shrinks it.
+    A head or biases that belong to an adapter train with it. An adapter that trains should be active: an inactive one gets
+    no gradient, but weight decay still shrinks it.
 
     Args:
         model: An adapted model, or an adapted part of one.

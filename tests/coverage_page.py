@@ -72,7 +72,7 @@ the steps of a user:
 - **share**: the share of the parameters that train. It is large because these models are tiny. The README shows it for a
   real model.
 - **forward**: how much `apply_lora` changes the outputs. 0 means bit for bit the same.
-- **training**: what one step of `fit`, towards meaningless targets, changes. "yes" means more than half of the adapters'
+- **training**: what one step of `fit` on meaningless targets changes. "yes" means more than half of the adapters'
   weights, and nothing else.
 - **`.keras`**, **merge**: how much the outputs change by saving and loading, and by merging, once the adapters have moved.
   If the number for merging is above 1e-4, a change of the last bit of the input has about the same effect.

@@ -1,4 +1,4 @@
-"""The import graph of the package: modules at the top, arrows between the parts of the house, floors, circles.
+"""The import graph of the package: modules at the top, imports between its parts, levels, circles.
 
 python tests/import_graph.py            # of this checkout
 python tests/import_graph.py REVISION   # of another commit

@@ -188,7 +188,7 @@ def test_a_key_that_is_there_twice_is_refused(file, model):
     with safetensors.safe_open(file, framework="numpy") as opened:
         header = opened.metadata()["keras_lora"]
     safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {"keras_lora": '{"version": 2, ' + header[1:]})
-    refused(model, file, "a key is there twice")
+    refused(model, file, "a key appears twice")
 
 
 def test_a_header_with_the_wrong_parts(file, model):

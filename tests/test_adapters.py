@@ -194,7 +194,7 @@ def test_get_refuses_what_it_does_not_know():
         adapters.get("lorra")
     with pytest.raises(TypeError, match="must be a name"):
         adapters.get(3)
-    with pytest.raises(ValueError, match=r"says its own arguments\. Received: rank=4 beside LoRA"):
+    with pytest.raises(ValueError, match=r"already has its arguments\. Received: rank=4 beside LoRA"):
         adapters.get(keras_lora.LoRA(), rank=4)
 
 
@@ -274,12 +274,12 @@ def test_trainable_tokens_train_their_rows_and_leave_every_other_bit(tmp_path):
 
 def test_trainable_tokens_refuse_what_is_no_row_of_an_embedding():
     for tokens in ([], [1, 1], [-1], [1.5]):
-        with pytest.raises(ValueError, match="different non-negative integers"):
+        with pytest.raises(ValueError, match="distinct non-negative integers"):
             keras_lora.TrainableTokens(tokens)
     model = with_tokens()
     with pytest.raises(ValueError, match="names row 11 of an embedding with 11 rows"):
         keras_lora.apply_lora(model, adapter_pattern={"tokens": keras_lora.TrainableTokens([11])})
-    with pytest.raises(ValueError, match="trains rows of an embedding, and this is none"):
+    with pytest.raises(ValueError, match="trains rows of an embedding, and this layer is not one"):
         keras_lora.apply_lora(model, keras_lora.TrainableTokens([1]), targets="dense")
     assert not any("lora" in v.path for v in model.variables)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.once
 PACKAGE = Path(keras_lora.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-#: The house: modules at the top of the package and its folders. Imports run downwards; those on one line do not meet.
+#: Modules at the top of the package, and its folders. Imports run downwards; those on one line do not import one another.
 ORDER = [
     ["__main__"],
     ["cli"],

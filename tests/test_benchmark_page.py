@@ -217,7 +217,7 @@ def test_no_gpu_figure_is_claimed_unless_there_was_a_gpu():
 
 
 def test_a_quick_run_is_called_one():
-    assert "**A quick run, with few repeats, not to be relied on: JAX.**" in page.text(
+    assert "**A quick run with few repeats; do not rely on it: JAX.**" in page.text(
         {"jax": {**result(*steps()), "quick": True}}
     )
     assert "A quick run" not in page.text({"jax": result(*steps())})

@@ -193,7 +193,7 @@ def test_inspect_of_a_peft_adapter(peft, capsys):
     (peft / "adapter_config.json").unlink()
     out = run(capsys, "inspect", peft / "adapter_model.safetensors")[1]
     assert "rank: 4" in out
-    assert "alpha: not said" in out
+    assert "alpha: not given" in out
 
 
 def test_every_kind_of_file_says_the_same_words_in_json(here, peft, capsys):
@@ -239,7 +239,7 @@ def test_what_inspect_refuses(here, peft, capsys):
     (peft / "adapter_config.json").write_text("{")
     refused(capsys, "inspect", peft, match="adapter_config.json is not whole")
     (peft / "adapter_config.json").write_text("[]")
-    refused(capsys, "inspect", peft, match="holds a list")
+    refused(capsys, "inspect", peft, match="contains a list")
 
 
 def test_what_a_file_says_does_not_reach_the_terminal_as_a_command(here, capsys):
@@ -266,7 +266,7 @@ def test_merge(here, capsys):
     assert difference(outputs(merged, x), outputs(wanted, x)) < 1e-5
     assert difference(outputs(merged, x), outputs(base(), x)) > 0.1
     assert not [path for path in here.iterdir() if path.name.startswith(".")]
-    refused(capsys, "merge", "base.keras", "dora.safetensors", "out.keras", match="out.keras is there already.*--force")
+    refused(capsys, "merge", "base.keras", "dora.safetensors", "out.keras", match="out.keras exists already.*--force")
     assert run(capsys, "merge", "base.keras", "dora.safetensors", "out.keras", "--force")[0] == 0
     wanted = keras_lora.load_adapter(base(), "dora.safetensors")
     assert difference(outputs(keras.saving.load_model("out.keras"), x), outputs(wanted, x)) < 1e-5
@@ -285,7 +285,7 @@ def test_what_merge_refuses(here, capsys, monkeypatch):
     for arguments, match in {
         ("base.keras", "a.safetensors", "out.h5"): "OUT must end in '.keras'. Received: 'out.h5'",
         ("base.keras", "a.safetensors", "none/out.keras"): "no folder none",
-        ("base.keras", "a.safetensors", "folder.keras", "--force"): "there already. Choose another OUT.$",
+        ("base.keras", "a.safetensors", "folder.keras", "--force"): "exists already. Choose another OUT.$",
         ("base.h5", "a.safetensors", "out.keras"): "ends in '.keras'. Received: 'base.h5'",
         ("none.keras", "a.safetensors", "out.keras"): "no file none.keras",
         ("base.keras", "none.safetensors", "out.keras"): "no file none.safetensors",
@@ -359,8 +359,8 @@ def test_what_compress_refuses(here, capsys):
             "b.safetensors",
             "--rank",
             "1",
-        ): "the method dora. Expected lora alone.*compress_adapter",
-        ("a.safetensors", "a.safetensors", "--rank", "1"): "there already.*--force",
+        ): "the method dora. Expected only lora.*compress_adapter",
+        ("a.safetensors", "a.safetensors", "--rank", "1"): "exists already.*--force",
         ("a.safetensors", "b.bin", "--rank", "1"): "must end in '.safetensors'",
         ("none.safetensors", "b.safetensors", "--rank", "1"): "no file",
         ("infinite.safetensors", "b.safetensors", "--rank", "1"): "'layers/0' of infinite.safetensors is damaged.*finite",
@@ -378,7 +378,7 @@ def test_diff_of_the_same(here, capsys):
     saved("again.safetensors", train="head")
     code, out, err = run(capsys, "diff", "a.safetensors", "again.safetensors")
     assert (code, err) == (0, "")
-    assert "hold the same: 3 adapters or trained layers" in out
+    assert "have the same contents: 3 adapters or trained layers" in out
 
 
 def test_diff_of_lora_says_how_far_the_changes_are_apart(here, capsys):

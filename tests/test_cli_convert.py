@@ -152,13 +152,13 @@ def test_an_old_folder_is_replaced_only_when_forced(here, capsys):
     Path("french", "notes.txt").write_text("mine")
     before = Path("french", CONFIG).read_bytes()
     arguments = ("own.safetensors", "french", "--base", "net.keras", "--base-model", "owner/net")
-    refused(capsys, "convert", "--to", "peft", *arguments, match="french is there already.*give --force to replace")
+    refused(capsys, "convert", "--to", "peft", *arguments, match="french exists already.*give --force to replace")
     convert(capsys, *arguments, "--force")
     assert Path("french", CONFIG).read_bytes() != before
     assert Path("french", "notes.txt").read_text() == "mine"
     convert(capsys, "french", "new.safetensors", "--base", "net.keras", to="keras")
     back = ("french", "new.safetensors", "--base", "net.keras")
-    refused(capsys, "convert", "--to", "keras", *back, match="new.safetensors is there already.*--force")
+    refused(capsys, "convert", "--to", "keras", *back, match="new.safetensors exists already.*--force")
     convert(capsys, *back, "--force", to="keras")
 
 
@@ -195,8 +195,8 @@ def test_what_convert_to_peft_refuses(here, capsys):
         ("none.safetensors", "out", "--base", "net.keras"): "no file none.safetensors",
         ("preset", "out", "--base", "net.keras"): "ends in '.safetensors'. Received: 'preset'",
         ("own.safetensors", "none/out", "--base", "net.keras"): "no folder none to write OUT into",
-        ("own.safetensors", "file", "--base", "net.keras", "--force"): "file is there already. Choose another OUT.$",
-        ("own.safetensors", ".", "--base", "net.keras", "--force"): "there already",
+        ("own.safetensors", "file", "--base", "net.keras", "--force"): "file exists already. Choose another OUT.$",
+        ("own.safetensors", ".", "--base", "net.keras", "--force"): "exists already",
     }.items():
         refused(capsys, "convert", "--to", "peft", *arguments, match=match)
     refused(capsys, "convert", *own, "--base", "net.keras", match="required: --to")
@@ -219,8 +219,8 @@ def test_what_convert_to_keras_refuses(here, capsys):
         ("cut", *net): "cut is not a whole PEFT adapter",
         ("french", "out", "--base", "net.keras"): "OUT must end in '.safetensors'",
         ("french", "out.safetensors", "--base", "wide.keras"): "french.* does not fit",
-        ("french", *net, "--prefix", "x."): "Expected --prefix with --to peft alone",
-        ("french", *net, "--bake-scaling", "--base-model", "x"): "Expected --base-model and --bake-scaling with --to peft",
+        ("french", *net, "--prefix", "x."): "Expected --prefix only with --to peft",
+        ("french", *net, "--bake-scaling", "--base-model", "x"): "Expected --base-model and --bake-scaling only with",
     }.items():
         refused(capsys, "convert", "--to", "keras", *arguments, match=match)
 

@@ -239,7 +239,7 @@ def test_a_combination_trains_further_and_goes_through_a_keras_file(tmp_path):
         ({"names": ["a", "b"], "method": "svd", "energy": 1.5}, "must be a number in \\(0, 1\\]"),
         ({"names": ["a", "b"], "method": "linear", "rank": 2}, "keeps the rank"),
         ({"names": ["a", "b"], "method": "ties", "rank": 2}, "needs `density`"),
-        ({"names": ["a", "b"], "density": 0.5}, "has no use for `density`"),
+        ({"names": ["a", "b"], "density": 0.5}, "does not use `density`"),
         ({"names": ["a", "b"], "method": "ties", "rank": 2, "density": 2}, "`density` must be a number"),
         ({"names": ["a", "b"], "method": "linear"}, "all of one shape"),
         ({"names": {"a": float("nan")}}, "must be a finite number"),

@@ -916,10 +916,10 @@ def test_what_dora_computed_from_a_kernel_follows_a_head_that_is_loaded(with_hea
 
 def test_a_kernel_that_dora_measured_does_not_train_in_full():
     model = keras_lora.apply_lora(small(), "dora", rank=2, head=None, name="a")
-    with pytest.raises(ValueError, match=r"'head' cannot train in full beside its adapters \['a'\]"):
+    with pytest.raises(ValueError, match=r"'head' cannot train in full: its adapters \['a'\]"):
         keras_lora.apply_lora(model, rank=2, targets="hidden", train="head", name="b")
     model = keras_lora.apply_lora(small(), rank=2, targets="hidden", train="head", name="a")
-    with pytest.raises(ValueError, match="'head' trains in full, and a DoRA measures the kernel once"):
+    with pytest.raises(ValueError, match="'head' trains in full, but a DoRA reads the kernel only once"):
         keras_lora.apply_lora(model, "dora", rank=2, head=None, name="b")
 
 

@@ -100,12 +100,12 @@ def test_a_rank_in_the_place_of_the_adapter(model):
 
 def test_a_name_in_the_place_of_another_argument(model, tmp_path):
     keras_lora.apply_lora(model, rank=1)
-    with pytest.raises(TypeError, match=r"takes 2 arguments by place \(model, path\).*Received by place: 'french'"):
+    with pytest.raises(TypeError, match=r"takes 2 arguments by position \(model, path\).*Received by position: 'french'"):
         keras_lora.save_adapter(model, tmp_path / "a.safetensors", "french")
     assert not (tmp_path / "a.safetensors").exists()
-    with pytest.raises(TypeError, match=r"takes 2 arguments by place.*Write for example `name=...`"):
+    with pytest.raises(TypeError, match=r"takes 2 arguments by position.*Write for example `name=...`"):
         keras_lora.load_adapter(model, tmp_path / "a.safetensors", "french")
-    with pytest.raises(TypeError, match=r"takes 2 arguments by place.*Received by place: 'svd'"):
+    with pytest.raises(TypeError, match=r"takes 2 arguments by position.*Received by position: 'svd'"):
         keras_lora.combine_adapters(model, "default", "svd")
 
 

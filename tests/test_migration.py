@@ -548,7 +548,7 @@ REFUSED = {
     "odd": (with_odd_layer, {}, r"(?s)odd'.*OddDense"),
     "nan": (with_nan, {}, "'.*ill'.*not finite"),
     "tied": (with_quantised_tied_embedding, {}, "quantised .'int8'. and tied"),
-    "adapted": (adapted_already, {"name": "second"}, "without adapters"),
+    "adapted": (adapted_already, {"name": "second"}, "without keras_lora adapters"),
     "rank": (attention_with_lora, {"rank": 0}, "rank=0"),
     "rank of another type": (attention_with_lora, {"rank": True}, "rank=True"),
     "name": (attention_with_lora, {"name": ""}, "name=''"),

@@ -154,8 +154,8 @@ def test_what_cannot_be_registered():
         ({"layer_class": Plain, "like": layers.Dense, "kernels": {"w": "io"}}, "Exactly one of"),
         ({"layer_class": Plain, "like": layers.Dense}, "a parent of Plain"),
         ({"layer_class": Plain, "kernels": {}}, "names no attribute"),
-        ({"layer_class": Plain, "kernels": {"w": "ix"}}, "a letter each"),
-        ({"layer_class": Plain, "kernels": {"w": "ii"}}, "a letter each"),
+        ({"layer_class": Plain, "kernels": {"w": "ix"}}, "one letter each"),
+        ({"layer_class": Plain, "kernels": {"w": "ii"}}, "one letter each"),
     ]:
         with pytest.raises(ValueError, match=match):
             keras_lora.register_layer(**arguments)

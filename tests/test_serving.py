@@ -102,7 +102,7 @@ def test_each_example_gets_what_its_own_adapter_gives(name):
 def test_a_layer_without_an_axis_of_examples_is_refused():
     for name in CASES.keys() - set(apart()):
         layer = CASES[name].built()
-        with pytest.raises(ValueError, match="examples cannot have an adapter each"):
+        with pytest.raises(ValueError, match="examples cannot use different adapters"):
             keras_lora.apply_lora(layer, PerExample(), targets=lambda each: True)
         assert not named_adapters(layer), name
 
@@ -214,9 +214,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
         assert all(np.array_equal(value(v), old) for v, old in zip(served.weights, before, strict=True))
 
     refused(good["task 0"], "All 1 places of")
-    refused(good["task 2"], "a place has the rank 2, the other 4", "good")
+    refused(good["task 2"], "a place takes ranks up to 2, and this has rank 4", "good")
     keras_lora.save_adapter(keras_lora.apply_lora(base(), "dora", rank=2), tmp_path / "dora.safetensors")
-    refused(tmp_path / "dora.safetensors", "a place is for a LoRA, the other is a DoRA", "good")
+    refused(tmp_path / "dora.safetensors", "a place takes only a LoRA, and this is a DoRA", "good")
     keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=1, train="head"), tmp_path / "head.safetensors")
     refused(tmp_path / "head.safetensors", "has trained variables of 'layers/3'", "good")
     keras_lora.save_adapter(keras_lora.apply_lora(base(), rank=1, head=None), tmp_path / "more.safetensors")
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
         served(numbers(2, 5, 8))
     with pytest.raises(ValueError, match="does not generate"):
         served.generate(["a"], ["good"])
-    with pytest.raises(ValueError, match="no one kernel"):
+    with pytest.raises(ValueError, match="no single kernel"):
         keras_lora.merge_lora(served.model)
     with pytest.raises(ValueError, match="is called on 4 rows for 2 examples"):
         served({"inputs": numbers(4, 5, 8), "adapter_index": np.array([1, 0], "int32")})

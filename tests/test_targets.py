@@ -485,9 +485,7 @@ def test_a_model_without_like_blocks_is_cut_by_the_order_of_its_layers():
     named = keras_lora.list_targets(model, targets=["a", "b"], blocks=slice(0.0, 0.5)).of("adapt")
     assert [row.path for row in named] == ["a", "b"]
     for chosen in (0, slice(-2, None), slice(1, None)):
-        with pytest.raises(
-            ValueError, match=r"'flat' has no series of like blocks, so only fractions .*slice\(0\.5, None\)"
-        ):
+        with pytest.raises(ValueError, match=r"'flat' has no repeated blocks, so select a fraction .*slice\(0\.5, None\)"):
             keras_lora.apply_lora(model, blocks=chosen)
 
 

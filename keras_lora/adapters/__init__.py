@@ -73,7 +73,7 @@ def get(adapter: str | dict[str, Any] | Adapter, **arguments: Any) -> Adapter:
     if given:
         words = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
-            f"An adapter instance says its own arguments. Received: {words} beside {type(adapter).__name__}. Write "
+            f"An adapter instance already has its arguments. Received: {words} beside {type(adapter).__name__}. Write "
             f"{type(adapter).__name__}({words}) instead."
         )
     return adapter

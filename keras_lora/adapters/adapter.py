@@ -35,12 +35,12 @@ def skip_init() -> Iterator[None]:
 
 
 class TooLarge(ValueError):
-    """An adapter's weights would have more numbers than they may."""
+    """An adapter's weights would have more numbers than allowed."""
 
 
 @contextlib.contextmanager
 def at_most(numbers: int) -> Iterator[None]:
-    """Let the weights of one adapter have this many numbers in all, trained or not. A file can ask for any number."""
+    """Limit the weights of one adapter to this many numbers, trained or not, because a file can ask for any number."""
     outer = _LIMIT.get([numbers])[0]
     token = _LIMIT.set([min(numbers, outer), 0])
     try:
@@ -75,7 +75,7 @@ class Adapter(keras.layers.Layer):
     matrix_shape: tuple[int, ...] = ()
 
     def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
-        # A fixed name: Keras numbers automatic names through a process, so variable paths would change.
+        # A fixed name: Keras numbers automatic names across the whole process, so variable paths would change.
         known = inspect.signature(type(self)).parameters
         checks.unknown_keywords(type(self).__name__, kwargs, [*known, "trainable"])
         super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)

@@ -58,7 +58,7 @@ class PerExample(Adapter):
     def problem_with(self, linear: LinearMap) -> str | None:
         if linear.no_examples is None:
             return None
-        return f"its examples cannot have an adapter each, for {linear.no_examples}; leave it out of `targets`"
+        return f"its examples cannot use different adapters, because {linear.no_examples}; leave it out of `targets`"
 
     def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
@@ -75,8 +75,8 @@ class PerExample(Adapter):
 
     def delta_kernel(self, matrix: Any) -> Any:
         raise ValueError(
-            "With an adapter for each example there is no one kernel to read, merge or combine. Load the adapter into the "
-            "plain model with `keras_lora.load_adapter` for that."
+            "With an adapter for each example there is no single kernel to read, merge or combine. Load the adapter into "
+            "the plain model with `keras_lora.load_adapter` for that."
         )
 
     def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
@@ -86,8 +86,8 @@ class PerExample(Adapter):
         rows, examples = x.shape[0], index.shape[0]
         if rows is not None and examples is not None and rows != examples:
             raise ValueError(
-                f"Layer '{linear.layer.name}' is called on {rows} rows for {examples} examples, so which adapter a row is "
-                "for is not known. Expected an input whose first axis is the examples. Leave the layer out of `targets`."
+                f"Layer '{linear.layer.name}' is called on {rows} rows for {examples} examples, so it is not known which "
+                "adapter a row is for. Expected an input whose first axis is the examples. Leave the layer out of `targets`."
             )
         change = ops.reshape(linear.products(x, self.lora_a, self.lora_b, index), ops.shape(y))
         return ops.add(y, ops.multiply(ops.cast(self.strength, y.dtype), change))
@@ -95,10 +95,10 @@ class PerExample(Adapter):
     def misfit_with(self, other: Adapter) -> str | None:
         if not isinstance(other, LowRank):
             return (
-                f"a place is for a LoRA, the other is a {type(other).__name__}; "
-                "`keras_lora.compress_adapter` makes a LoRA of it"
+                f"a place takes only a LoRA, and this is a {type(other).__name__}; "
+                "`keras_lora.compress_adapter` turns it into a LoRA"
             )
-        return f"a place has the rank {self.rank}, the other {other.rank}" if other.rank > self.rank else None
+        return f"a place takes ranks up to {self.rank}, and this has rank {other.rank}" if other.rank > self.rank else None
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(other, LowRank) or (factors := other.factors_of(values, self.matrix_shape)) is None:

@@ -48,11 +48,13 @@ class TrainableTokens(Adapter):
         given = list(tokens)
         self.tokens = [int(token) for token in given]
         if not given or self.tokens != given or min(self.tokens) < 0 or len(set(self.tokens)) < len(self.tokens):
-            raise ValueError(f"`tokens` must be different non-negative integers, at least one. Received: tokens={given!r}.")
+            raise ValueError(
+                f"`tokens` must be a list of distinct non-negative integers, not empty. Received: tokens={given!r}."
+            )
 
     def problem_with(self, linear: LinearMap) -> str | None:
         if not linear.picks_rows:
-            return "`TrainableTokens` trains rows of an embedding, and this is none; name embeddings in `targets`"
+            return "`TrainableTokens` trains rows of an embedding, and this layer is not one; name embeddings in `targets`"
         if max(self.tokens) >= linear.matrix_shape[0]:
             return f"`tokens` names row {max(self.tokens)} of an embedding with {linear.matrix_shape[0]} rows"
         return None

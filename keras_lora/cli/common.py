@@ -1,4 +1,4 @@
-"""What the commands share: refusing, reading, printing and showing progress."""
+"""Shared by the commands: refusing bad input, reading, printing and showing progress."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def new_file(path: str, ending: str, force: bool) -> Path:
         raise Refused(f"There is no folder {out.parent} to write OUT into. Make it first.")
     if out.is_dir() or (out.exists() and not force):
         do = "Choose another OUT" if out.is_dir() else "Choose another OUT, or give --force to replace it"
-        raise Refused(f"{out} is there already. {do}.")
+        raise Refused(f"{out} exists already. {do}.")
     return out
 
 
@@ -79,7 +79,7 @@ def new_folder(path: str, force: bool) -> Path:
         raise Refused(f"There is no folder {out.parent} to write OUT into. Make it first.")
     if out.exists() and not (force and out.is_dir() and out.name):
         do = "Choose another OUT, or give --force to replace its adapter" if out.is_dir() else "Choose another OUT"
-        raise Refused(f"{out} is there already. {do}.")
+        raise Refused(f"{out} exists already. {do}.")
     return out
 
 

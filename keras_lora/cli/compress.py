@@ -87,7 +87,7 @@ def run(given: argparse.Namespace) -> int:
             entry.tensors = {name: np.ascontiguousarray(factor, "float32") for name, factor in new.items()}
     if others:
         raise Refused(
-            f"{given.file} has adapters of the method {', '.join(sorted(set(others)))}. Expected lora alone, whose change "
+            f"{given.file} has adapters of the method {', '.join(sorted(set(others)))}. Expected only lora, whose change "
             "can be computed without the base. Load the file into its base and call "
             "`keras_lora.compress_adapter(model, rank=...)` in Python."
         )

@@ -86,7 +86,7 @@ def _to_keras(given: argparse.Namespace) -> int:
     unfit = {"--prefix": given.prefix, "--base-model": given.base_model, "--bake-scaling": given.bake_scaling}
     if names := [name for name, said in unfit.items() if said]:
         raise Refused(
-            f"Expected {' and '.join(names)} with --to peft alone, because --to keras does not use it. Leave it out."
+            f"Expected {' and '.join(names)} only with --to peft, because --to keras does not use it. Leave it out."
         )
     out = new_file(given.out, ".safetensors", given.force)
     _keras_hub()

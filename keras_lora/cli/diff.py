@@ -44,7 +44,7 @@ def run(given: argparse.Namespace) -> int:
     places = list(dict.fromkeys([*a, *b]))
     rows = [row for place in places if (row := _row(place, a.get(place), b.get(place))) is not None]
     if not rows:
-        show(f"{given.a} and {given.b} hold the same: {len(places)} adapters or trained layers")
+        show(f"{given.a} and {given.b} have the same contents: {len(places)} adapters or trained layers")
         return 0
     show(
         table(rows, ("change", "number")),

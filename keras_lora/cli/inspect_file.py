@@ -19,7 +19,7 @@ from keras_lora.files import tensor_file
 _PEFT_CONFIG, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: The key in the config of an adapted layer, as in `keras_lora.swap.adapted`.
 KEY = "keras_lora"
-#: The length of an entry of a .keras file that is unpacked in any case, in bytes.
+#: An entry of a .keras file of at most this many bytes is always unpacked.
 _SHORT = 1_000_000
 _EXPECTED = f"Expected an adapter file (.safetensors), a .keras file, or the folder of a PEFT adapter ({_PEFT_CONFIG})."
 
@@ -134,7 +134,9 @@ def _peft(path: Path) -> dict[str, Any]:
         with refusing(ValueError, OSError, before=f"{config_file} is not whole: "):
             config = json.loads(config_file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise Refused(f"{config_file} holds a {type(config).__name__}. Expected the config of a PEFT adapter, a table.")
+            raise Refused(
+                f"{config_file} contains a {type(config).__name__}. Expected the config of a PEFT adapter, a table."
+            )
     return {
         "kind": "peft",
         "rank": config.get("r", ranks[0] if len(ranks) == 1 else ranks),
@@ -173,7 +175,7 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, int]:
 def _show_peft(path: Path, data: dict[str, Any]) -> None:
     show(
         f"{path}: a LoRA of PEFT, {data['total']['file']:,} bytes",
-        *(f"{key}: {'not said' if data[key] is None else data[key]}" for key in ("rank", "alpha", "targets", "base")),
+        *(f"{key}: {'not given' if data[key] is None else data[key]}" for key in ("rank", "alpha", "targets", "base")),
         table(data["tensors"], ("parameters", "bytes"), {"tensor": f"{len(data['tensors'])} tensors", **data["total"]}),
     )
 
@@ -200,7 +202,7 @@ def keras_file(path: Path) -> dict[str, Any]:
 
 
 def _json_in(archive: zipfile.ZipFile, name: str, held: int) -> Any:
-    """The table in an entry of an archive of `held` bytes. An entry can say that it is a thousand times as long."""
+    """The table in an entry of an archive of `held` bytes. An entry can claim to be a thousand times as long."""
     entry = archive.getinfo(name)
     if entry.file_size > max(_SHORT, 10 * held) or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"its {name} would have {entry.file_size:,} bytes unpacked, and the whole file has {held:,}")

@@ -76,7 +76,7 @@ def load_base(base: Path) -> Any:
 
 
 def _save(model: Any, out: Path) -> None:
-    """Write to a temporary folder beside `out`, then rename, so that `out` is never half written."""
+    """Write to a temporary folder next to `out`, then rename, so that `out` is never half written."""
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
         whole = Path(aside) / out.name
         model.save(whole)

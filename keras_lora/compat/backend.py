@@ -33,7 +33,7 @@ def traces() -> bool:
 
 @contextlib.contextmanager
 def holding(pairs: Iterable[tuple[keras.Variable, Any]]) -> Iterator[None]:
-    """Have these numbers in these variables for a while. It may be inside a step whose gradient is still to come."""
+    """Give these variables these values inside this context. It works in a step whose gradient is not computed yet."""
     pairs = list(pairs)
     if keras.backend.backend() == "torch":  # not written in place: torch keeps the tensor for the gradient
         before = [variable.value.data for variable, _ in pairs]

@@ -59,7 +59,7 @@ def set_past_tracking(layer: keras.layers.Layer) -> dict[str, Any]:
     return {name: vars(layer)[name] for name in early if name != "_modules"}  # torch's dict of later attributes
 
 
-#: Modules of Keras with classes whose `build` makes no weights, beside those of sublayers.
+#: Modules of Keras with classes whose `build` makes no weights, except those of sublayers.
 _WITHOUT_WEIGHTS = (
     "keras.src.layers.core.wrapper",
     "keras.src.layers.layer",
@@ -72,13 +72,13 @@ _WITHOUT_WEIGHTS = (
 
 
 def makes_weights(layer: keras.layers.Layer) -> bool:
-    """Whether the `build` of `layer` may make weights; Keras tells this only of a layer that is built."""
+    """Whether the `build` of `layer` may make weights; Keras has no way to tell before the layer is built."""
     owner = next(cls for cls in type(layer).__mro__ if "build" in vars(cls))
     return not owner.__module__.startswith(_WITHOUT_WEIGHTS)
 
 
 def has_run(layer: keras.layers.Layer) -> bool:
-    """Whether the `call` of `layer` has run, so that every layer which it uses is built (Keras notes it privately)."""
+    """Whether the `call` of `layer` has run, so that every layer it uses is built (Keras records this privately)."""
     if getattr(layer, "outputs", None) or (layer.built and layer._called):
         return True
     # Keras builds a loaded model without a `build` by running its `call`.
@@ -107,7 +107,7 @@ def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Keep Keras from importing TensorFlow on another backend: it does for every config, to know TensorFlow's types."""
+    """Keep Keras from importing TensorFlow on another backend, which it does for every config to check for its types."""
     from keras.src.utils.module_utils import tensorflow
 
     before = tensorflow._available
@@ -310,7 +310,7 @@ def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
 
 
 def in_a_trace() -> bool:
-    """Whether a step is being traced or runs statelessly: a variable that is written has then no effect outside of it."""
+    """Whether a step is being traced or runs statelessly: writing a variable then has no effect outside of it."""
     from keras.src.backend.common.stateless_scope import in_stateless_scope
 
     found: bool = in_stateless_scope() or backend.traces()
@@ -320,10 +320,10 @@ def in_a_trace() -> bool:
 def sync_training_state(model: keras.layers.Layer) -> None:
     """On JAX, bring the variables up to date inside a `fit`, and let it read them again before its next batch.
 
-    There `fit` keeps the numbers of a model to itself from batch to batch, and variables that are written are lost.
+    On JAX, `fit` keeps the values of a model outside its variables between batches, so values written to them are lost.
 
     Raises:
-        ValueError: `model` is a part of the model that trains, so its numbers cannot be reached.
+        ValueError: `model` is a part of the model that trains, so its values cannot be reached.
     """
     if keras.backend.backend() != "jax" or in_a_trace():
         return
@@ -363,7 +363,7 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
 
 
 def ask_for_compile(name: str, *args: Any) -> None:
-    """What the model `name` has in the place of its `test_function` until it is compiled again."""
+    """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
 
 

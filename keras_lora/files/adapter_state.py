@@ -106,7 +106,7 @@ class TrainedEntry:
 
     @classmethod
     def of(cls, layer: Any) -> TrainedEntry:
-        """The entry of a layer with no variable chosen yet."""
+        """The entry of a layer with no variable selected yet."""
         trains = [False] * len(keras_internals.own_trainable_variables(layer))
         shapes = [list(v.shape) for v in keras_internals.own_variables(layer)]
         return cls(type(layer).__name__, shapes, Flags(True, trains))
@@ -331,7 +331,7 @@ def _started(linear: LinearMap, address: str, entry: AdapterEntry) -> tuple[Adap
     try:
         with adapters.skip_init(), adapters.at_most(max(2 * held, 2 * math.prod(linear.matrix_shape), 10_000)):
             slots.start(linear, adapter)
-    except adapters.TooLarge as error:  # a header that asks for all memory
+    except adapters.TooLarge as error:  # the header asks for too much memory
         return None, [f"the adapter at '{address}' cannot be made: {error} The file has {held}"]
     return adapter, []
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-#: The file if an address names none.
+#: The file if the address has no file name.
 FILE = "adapter.safetensors"
 CARD = "README.md"
 
@@ -68,10 +68,10 @@ def parsed(address: str | os.PathLike[str]) -> Address:
     text = str(address)
     found = _ADDRESS.fullmatch(text)
     if found is None or _REFUSED.search(text) or "--" in found["repository"]:
-        slash = " `pathlib` takes one of the two slashes away: give it as a string." if re.match("hf:/[^/]", text) else ""
+        slash = " `pathlib` removes one of the two slashes: pass a string." if re.match("hf:/[^/]", text) else ""
         raise ValueError(
-            "The address of a model repository on the Hugging Face Hub is 'hf://owner/name', with '@revision' behind it for "
-            f"another than the newest, and then '/folder/file', of letters, digits and '_.-'. Received: {text!r}.{slash}"
+            "The address of a model repository on the Hugging Face Hub is 'hf://owner/name', then '@revision' if it is not "
+            f"the newest, then '/folder/file', of letters, digits and '_.-'. Received: {text!r}.{slash}"
         )
     return Address(found["repository"], found["revision"], found["inside"].removeprefix("/"))
 
@@ -295,7 +295,7 @@ def _explained(error: Exception, place: Address, library: ModuleType) -> tuple[t
     if library.constants.HF_HUB_OFFLINE:
         return (
             ConnectionError,
-            f"{cached}HF_HUB_OFFLINE forbids to ask the Hugging Face Hub. Unset it, or load it once before.",
+            f"{cached}HF_HUB_OFFLINE is set, so the Hugging Face Hub was not asked. Unset it, or load the file once before.",
         )
     reason = f"status {status}" if status else f"{type(answered or error).__name__}: {str(answered or error)[:300]}"
     return ConnectionError, f"{cached}the Hugging Face Hub cannot be reached ({reason}). Check the network, and try again."

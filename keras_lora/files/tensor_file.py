@@ -43,7 +43,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
 
 def what_it_is(path: Path) -> str | None:
-    """The kind of a file or folder that is no adapter file, and what reads it, in words; `None` if it is not known."""
+    """The kind of a file or folder that is not an adapter file, and what reads it, in words; `None` if it is not known."""
     names = {each.name for each in path.iterdir()} if path.is_dir() else set()
     start = b""
     if path.is_file():
@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             header = json.loads(metadata[ENTRY], object_pairs_hook=_each_once)
             version = header["version"]
             if type(version) is not int:
-                raise TypeError("'version' is no number")
+                raise TypeError("'version' is not a number")
             if 1 <= version <= VERSION:
                 _check_header(header)
                 tensors = {key: _tensor(file, key) for key in file.keys()}  # noqa: SIM118
@@ -96,7 +96,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _of_another_library(path: Path) -> str | None:
-    """What a whole safetensors file is that has no header of ours, in words."""
+    """What a safetensors file without our header is, in words."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names = list(file.keys())
@@ -131,7 +131,7 @@ def _tensor(file: Any, key: str) -> np.ndarray:
     part = file.get_slice(key)
     if part.get_dtype() not in _DTYPES or 0 in part.get_shape():
         raise TypeError(
-            f"the tensor '{key}' of dtype {part.get_dtype()} and shape {part.get_shape()} is none that is written"
+            f"the tensor '{key}' of dtype {part.get_dtype()} and shape {part.get_shape()} is not one that keras_lora writes"
         )
     found: np.ndarray = file.get_tensor(key)
     return found
@@ -140,7 +140,7 @@ def _tensor(file: Any, key: str) -> np.ndarray:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key appears twice")
     return table
 
 
@@ -173,14 +173,14 @@ def _check_header(header: dict[str, Any]) -> None:
     if header["version"] > 1:
         parts["adapters"]["scale"] = lambda value: type(value) in (int, float) and _plain(value)
         if not text(header["base_structure"]) or not text(header.get("base_weights", "")):
-            raise TypeError("a fingerprint of the base is no text")
+            raise TypeError("a fingerprint of the base is not a string")
     for part, fields in parts.items():
         if not isinstance(header[part], dict):
             raise TypeError(f"'{part}' is not a table")
         for address, entry in header[part].items():
             wrong = [name for name, fits in fields.items() if not isinstance(entry, dict) or not fits(entry.get(name))]
             if wrong:
-                raise TypeError(f"{part} at '{address}' lacks a right {', '.join(wrong)}")
+                raise TypeError(f"{part} at '{address}' has a missing or wrong {', '.join(wrong)}")
     if not header["adapters"]:
         raise ValueError("it has no adapter")
 
@@ -211,7 +211,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}, so it cannot be written", str(path)) from error  # not the name aside
+        # The error names the file, not the temporary one.
+        raise OSError(error.errno, f"{error.strerror}, so it cannot be written", str(path)) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -144,7 +144,7 @@ def from_enable_lora(model: Any, *, name: str | None = None, rank: int | None = 
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise ValueError(
             f"`from_enable_lora()` cannot convert all layers of '{model.name}', and has changed nothing. Expected layers of "
-            f"Keras's own classes, or of classes that `keras_lora.register_layer` made known. Received:{listed}\n"
+            f"Keras's own classes, or of classes registered with `keras_lora.register_layer`. Received:{listed}\n"
             "Convert a part of the model without these layers, or build it anew with `keras_lora.apply_lora`."
         )
     started = [(each, *each.started(rank)) for each in found]
@@ -174,8 +174,8 @@ def checked_arguments(function: str, model: Any, rank: int | None, name: str | N
         checks.positive_integer("rank", rank)
     if taken := list(named_adapters(model)):
         raise ValueError(
-            f"`{function}()` wants a model without adapters of keras_lora. Received: '{model.name}' with the adapters "
-            f"{taken}. `keras_lora.remove_lora(model)` or `keras_lora.merge_lora(model)` takes them out first."
+            f"`{function}()` needs a model without keras_lora adapters. Received: '{model.name}' with the adapters "
+            f"{taken}. Call `keras_lora.remove_lora(model)` or `keras_lora.merge_lora(model)` first."
         )
     return new_name(model, name)
 
@@ -209,7 +209,7 @@ def _enabled(model: keras.layers.Layer) -> tuple[list[LastAxisLoRA], list[str]]:
         elif mode not in quantization.SUPPORTED_MODES:
             problems.append(f"'{place.path}', quantised in the mode '{mode}'")
         elif mode is not None and getattr(layer, "tie_weights", False):
-            problems.append(f"'{place.path}', quantised ('{mode}') and tied: Keras leaves its way back without the change")
+            problems.append(f"'{place.path}', quantised ('{mode}') and tied: Keras does not change its output projection")
         else:
             a, b = (np.asarray(keras.ops.convert_to_numpy(v.value), "float64") for v in _variables(linear))
             if not np.isfinite([a.sum(), b.sum(), layer.lora_alpha]).all():
@@ -223,5 +223,5 @@ def _warn_of_regularizers(found: list[LastAxisLoRA]) -> None:
     if paths:
         checks.warn(
             f"Keras adds the regularizers of the kernels of {paths} for A and B to the loss. Our adapters have none, so the "
-            "loss in training is without these terms now; the outputs are the same."
+            "training loss no longer has these terms; the outputs are the same."
         )

@@ -78,8 +78,8 @@ def from_lora_h5(
     paths = {id(place.layer): place.path for place in walk(backbone)}
     if enabled := [place.path for place in walk(backbone) if getattr(place.layer, "lora_enabled", False)]:
         raise ValueError(
-            f"`from_lora_h5()` wants a backbone without Keras's own LoRA. Received: '{backbone.name}', where it is on at "
-            f"{enabled}. Read the file into a new backbone, or call `from_enable_lora` on this one."
+            f"`from_lora_h5()` needs a backbone without Keras's own LoRA. Received: '{backbone.name}', where it is enabled "
+            f"at {enabled}. Read the file into a new backbone, or call `from_enable_lora` on this one."
         )
     rank_in_file, tensors, problems = _read(path)
     layers = {str(index): layer for index, layer in enumerate(keras_internals.layers_with_weights(backbone))}

@@ -12,7 +12,7 @@ _NAMES = re.compile(rf"\[[^\[\]]*\]|{_QUOTED.pattern}")
 
 
 def grouped(problems: Iterable[str]) -> list[str]:
-    """Return one problem of each kind: the names of layers in it do not count. It says how many more there are."""
+    """Return one problem of each kind, with the number of others. Problems that differ only in layer names are one kind."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:
         kinds.setdefault(_NAMES.sub("", problem), []).append(problem)
@@ -22,7 +22,7 @@ def grouped(problems: Iterable[str]) -> list[str]:
 
 
 def capped(texts: Iterable[str], most: int = 3) -> str:
-    """Return the first texts, and how many more there are."""
+    """Return the first texts, and the number of others."""
     listed = list(texts)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

@@ -87,7 +87,7 @@ def _behaviour_like(layer_class: type, like: type) -> tuple[type[AdaptedLayer], 
     known = adapted_class(like)
     if known is None or not issubclass(layer_class, like):
         raise ValueError(
-            f"`like` must be a class we know, and a parent of {layer_class.__name__}. Received: like={like!r}. Name its "
+            f"`like` must be a known class, and a parent of {layer_class.__name__}. Received: like={like!r}. Name its "
             "`kernels` instead."
         )
     maps = tuple(type(each.__name__, (each,), {"layer_class": layer_class}) for each in known.linear_maps)
@@ -109,8 +109,8 @@ def _behaviour_of(
 def _stated_map(layer_class: type, name: str, axes: str, factored: bool) -> type[LinearMap]:
     if not set(axes) <= set("gio") or "i" not in axes or "o" not in axes:
         raise ValueError(
-            f"The axes of '{name}' must be said by a letter each, `i` (summed over), `o` (of the output) or `g` (of both), "
-            f"with at least one `i` and one `o`. Received: {axes!r}."
+            f"The axes of '{name}' must be given by one letter each, `i` (summed over), `o` (of the output) or `g` (of "
+            f"both), with at least one `i` and one `o`. Received: {axes!r}."
         )
     body: dict[str, Any] = {"layer_class": layer_class, "kernel_name": name, "part": name.strip("_")}
     if factored:

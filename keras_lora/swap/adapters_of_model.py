@@ -1,4 +1,4 @@
-"""The adapters of a model by name: their strengths, which names there are, and names for new ones."""
+"""The adapters of a model by name: their strengths, the names in use, and names for new adapters."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from keras_lora.swap.addresses import walk
 
 @contextlib.contextmanager
 def changing_strengths(model: Any) -> Iterator[None]:
-    """Change strengths inside this context: the variables that train beside the adapters follow them."""
+    """Change strengths inside this context: the base variables that train with the adapters follow them."""
     beside.store(model)
     yield
     show_beside(model)
 
 
 def show_beside(model: Any) -> None:
-    """Write the values that belong to the strengths into the variables that train beside the adapters."""
+    """Write the values for the current strengths into the base variables that train with the adapters."""
     for layer in beside.show(model):
-        for linear in maps_of(layer):  # a kernel may be among them, on which another adapter computed something
+        for linear in maps_of(layer):  # another adapter may have computed something from a kernel among them
             for adapter in slots.adapters_of(linear):
                 adapter.base_changed(linear)
 
@@ -41,7 +41,7 @@ def added_in(model: Any, new: Iterable[adapters.Adapter]) -> None:
 
 
 def refuse_shared(model: Any) -> None:
-    """Raise an error if `model` shares adapted layers with another model, and each of the two has layers of its own.
+    """Raise an error if `model` shares adapted layers with another model, and each also has layers that the other lacks.
 
     If one has all layers of the other, it is a model around it or a part of it, and both are adapted together.
     """
@@ -57,13 +57,13 @@ def refuse_shared(model: Any) -> None:
         raise ValueError(
             f"'{model.name}' shares layers with '{other.name}', which is adapted: {', '.join(paths[:5])}. Another adapter "
             f"would switch off those of '{other.name}', and removing one would change both models. Expected layers that no "
-            "other model has. Adapt one model that contains both, or make a copy with layers of its own "
+            "other model has. Adapt one model that contains both, or make a copy with separate layers "
             "(`keras.models.clone_model`, then `set_weights`)."
         )
 
 
 def _with_weights(model: Any) -> set[int]:
-    """The layers at or below `model` that have variables of their own, without adapters."""
+    """The layers at or below `model` that have direct variables, without adapters."""
     layers = (place.layer for place in walk(model))
     return {id(each) for each in layers if keras_internals.own_variables(each) and not isinstance(each, adapters.Adapter)}
 

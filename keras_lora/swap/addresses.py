@@ -23,7 +23,7 @@ class Place:
         address: Attributes and indices that lead to it, such as `"transformer_layers/0/_self_attention_layer/_query_dense"`.
             It depends only on the model's code, so files use it. The model has the address `""`.
         path: Names that lead to it, such as `"transformer_layer_0/self_attention_layer/query"`, for people and patterns.
-            Keras numbers unnamed layers through a process, so names are not stable.
+            Keras numbers unnamed layers across the whole process, so names are not stable.
         holder: The layer that contains it, or `None` for the model.
     """
 

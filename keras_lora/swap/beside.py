@@ -1,8 +1,8 @@
-"""Base variables that train beside an adapter, such as a head or biases: each adapter has its own values of them.
+"""Base variables that train with an adapter, such as a head or biases. Each adapter has separate values of them.
 
-A variable holds what is active now: `found + Σ strength · (own - found)`, where `found` is the value before `apply_lora`
-and `own` is that of an adapter. So without active adapters it is `found`, bit for bit. Call `store` before strengths change
-and `show` after.
+The value of a variable is `found + Σ strength · (own - found)` over the active adapters. `found` is the value before
+`apply_lora`, `own` that of an adapter. So without active adapters it is `found`, bit for bit. Call `store` before strengths
+change and `show` after.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STORED = "keras_lora.beside."
 
 @dataclass
 class Values:
-    """The values of those variables of one layer that train beside adapters. Not a dict, which Keras would search.
+    """The values of the variables of one layer that train with adapters. Not a dict, because Keras would search it.
 
     Attributes:
         found: The values before `apply_lora`, by key: place and name of the variable, `"0.kernel"`.
@@ -51,7 +51,7 @@ class Values:
         return (found + change).astype(found.dtype) if active else found
 
     def keep(self, key: str, now: np.ndarray, strengths: Mapping[str, float]) -> None:
-        """Keep the value that a variable has now: what was learned belongs to the active adapters that own it."""
+        """Keep the current value of a variable: what it learned belongs to the active adapters that own it."""
         if self.rebased:
             self.found[key] = now
         before = self._shown(key, strengths)
@@ -73,13 +73,13 @@ class Values:
 
 
 def variables(layer: keras.layers.Layer, trains: list[bool]) -> dict[str, keras.Variable]:
-    """The layer's own variables that train, by place and name; all of them, with its statistics, if it trains in full."""
+    """The layer's own variables that train, by place and name. If it trains in full, these are all, with its statistics."""
     own, in_full = keras_internals.own_variables(layer), all(trains)
     return {f"{i}.{v.name}": v for i, v in enumerate(own) if in_full or (i < len(trains) and trains[i])}
 
 
 def start(layer: keras.layers.Layer, name: str, trains: list[bool]) -> None:
-    """Let the adapter `name` own those variables of a layer. They have their found values now."""
+    """Let the adapter `name` own the variables of a layer that train. They have their found values now."""
     if not any(trains):
         return
     values = vars(layer).setdefault(_KEY, Values())
@@ -89,7 +89,7 @@ def start(layer: keras.layers.Layer, name: str, trains: list[bool]) -> None:
 
 
 def start_what_trains(layer: keras.layers.Layer, name: str) -> None:
-    """Let the adapter `name` own what trains in a layer and nobody owns, because its flags were set by hand."""
+    """Let the adapter `name` own what trains in a layer because its flags were set by hand, and no adapter owns yet."""
     found = vars(layer)[_KEY].found if _KEY in vars(layer) else {}
     own = keras_internals.own_trainable_variables(layer)
     start(layer, name, [v.trainable and f"{i}.{v.name}" not in found for i, v in enumerate(own)])
@@ -101,7 +101,7 @@ def owned(model: keras.layers.Layer, name: str) -> dict[str, tuple[keras.layers.
 
 
 def trains(layer: keras.layers.Layer, names: Iterable[str]) -> list[bool] | None:
-    """Which trainable variables of a layer those adapters own, or `None` if adapters own none of the layer's."""
+    """Which trainable variables of a layer these adapters own, or `None` if no adapter owns any of them."""
     values = vars(layer).get(_KEY)
     if values is None:
         return None
@@ -150,7 +150,7 @@ def show(model: keras.layers.Layer, strengths: Mapping[str, float] | None = None
 
 
 def loaded(model: keras.layers.Layer) -> None:
-    """Follow a weights file that was loaded, which has no strengths. What a file of the base alone has is found now."""
+    """Update after loading a weights file, which has no strengths. Values from a file of the base alone become `found`."""
     if any(values.rebased for _, values in _kept(model)):
         store(model)
     else:
@@ -159,7 +159,7 @@ def loaded(model: keras.layers.Layer) -> None:
 
 @contextlib.contextmanager
 def base_shown(model: keras.layers.Layer) -> Iterator[None]:
-    """Have the found values in the variables, and afterwards what they hold now. It may be inside a step."""
+    """Give the variables their found values inside this context, and their present ones afterwards. Works inside a step."""
     pairs = [
         (variable, values.found[key])
         for place, values in _kept(model)
@@ -176,7 +176,7 @@ def give(model: keras.layers.Layer, name: str, new: Mapping[str, Mapping[str, np
 
 
 def combine(model: keras.layers.Layer, weights: Mapping[str, float], name: str) -> None:
-    """Let the adapter `name` own the weighted sum of what those adapters changed. Store before."""
+    """Let the adapter `name` own the weighted sum of the changes of these adapters. Store before."""
     for _, values in _kept(model):
         keys = {key for each in weights for key in values.own.get(each, {})}
         if keys:
@@ -204,7 +204,7 @@ def put_back(model: keras.layers.Layer, values: Mapping[str, Values]) -> None:
             vars(place.layer)[_KEY] = values[place.address]
 
 
-# Into a `.keras` file and back. The config says who owns what; the arrays lie with the weights of the containing layer.
+# Into a `.keras` file and back. The config has the owners; the arrays are saved with the weights of the containing layer.
 
 
 def describe(layer: keras.layers.Layer) -> dict[str, dict[str, list[bool]]]:
@@ -224,7 +224,7 @@ def save_into(container: keras.layers.Layer, saved: Any) -> None:
 
 
 def load_from(container: keras.layers.Layer, saved: Any) -> dict[str, Any]:
-    """Take those values out of a part of a weights file, and return the rest of it."""
+    """Load these values from a part of a weights file, and return the rest of that part."""
     rest = {key: saved[key] for key in saved.keys()}  # noqa: SIM118  # not a dict
     ours = [key for key in rest if key.startswith(_STORED)]
     for key, holder, name in _places(container):

@@ -18,12 +18,12 @@ def rebuilt(config: dict[str, Any], description: dict[str, Any], custom_objects:
     whole = {**description["base"], "config": config, "build_config": description["build_config"]}
     found = keras.saving.deserialize_keras_object(whole, custom_objects=custom_objects)
     if not isinstance(found, keras.layers.Layer):
-        raise ValueError(f"The base of an adapted layer in this file is no layer: {description['base']}.")
+        raise ValueError(f"The base of an adapted layer in this file is not a layer: {description['base']}.")
     return found
 
 
 def check_description(description: Any, expected: int) -> None:
-    """Raise unless the description of an adapted layer in a file has the parts that are read, of the right types."""
+    """Raise an error unless the description of an adapted layer in a file has every part that is read, of the right type."""
 
     def table(value: Any, inside: type = object) -> bool:
         return isinstance(value, dict) and all(isinstance(each, inside) for each in value.values())
@@ -48,8 +48,8 @@ def check_description(description: Any, expected: int) -> None:
     }
     if wrong := [key for key, check in fits.items() if not check(description.get(key))]:
         raise ValueError(
-            f"The description of an adapted layer in this file lacks a right {', '.join(wrong)}. Expected a file that Keras "
-            "wrote of a model of keras_lora. It may be damaged."
+            f"The description of an adapted layer in this file has a missing or wrong {', '.join(wrong)}. "
+            "Expected a file that Keras wrote of a model of keras_lora. It may be damaged."
         )
 
 

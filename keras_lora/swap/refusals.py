@@ -1,4 +1,4 @@
-"""Methods of Keras that an adapted layer or model refuses, because they would lose the adapters or break them."""
+"""Methods of Keras that an adapted layer or model refuses, because they would lose or break the adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _REASONS = {
     "save_to_preset": _WITHOUT_ADAPTERS,
     "export_to_transformers": _WITHOUT_ADAPTERS,
     "enable_lora": (
-        "`enable_lora` would add Keras's own adapter to '{layer}', which keras_lora adapted; files and merging know one of "
-        "the two. Expected a plain layer. Received: an adapted one. Add an adapter with `keras_lora.apply_lora(model, "
-        "name=...)`. If you want Keras's, call `keras_lora.remove_lora(model)` first; "
+        "`enable_lora` would add Keras's own adapter to '{layer}', which keras_lora adapted; files and merging "
+        "support only one of the two. Expected a plain layer. Received: an adapted one. Add an adapter with "
+        "`keras_lora.apply_lora(model, name=...)`. If you want Keras's, call `keras_lora.remove_lora(model)` first; "
         "`keras_lora.interop.from_enable_lora(model)` converts it."
     ),
     "quantize": (

@@ -19,7 +19,7 @@ from keras_lora.swap.addresses import forget_walks
 
 #: The change of a kernel: one adapter, or several.
 Change = adapters.Adapter | adapters.Sum
-#: How many numbers an adapter may have, if they are not 100 times those of its kernel: a gigabyte. No rank needs more.
+#: An adapter may have this many numbers (a gigabyte), or 100 times those of its kernel. No useful rank needs more.
 _MOST = 2**28
 
 
@@ -71,7 +71,7 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
     """Remove an adapter from a kernel. If it was the last one, the kernel gets its original dtype back.
 
-    Its strength becomes 0, so that a function compiled before, of a model outside that contains the layer, runs without it.
+    Its strength becomes 0, so that functions already compiled, of a larger model that contains the layer, run without it.
     """
     if adapter.built:
         adapter.strength.assign(0.0)

@@ -15,7 +15,7 @@ from keras_lora.swap.addresses import Place, walk
 
 
 def series_of(places: list[Place]) -> list[list[Place]]:
-    """The series of blocks of a model: layers of one class in one holder, with the same name except for a number.
+    """The series of blocks of a model: layers of one class in one parent, with the same name except for a number.
 
     A block contains layers that can be adapted. Only the outermost blocks count. An encoder and a decoder are two series.
     """
@@ -47,7 +47,7 @@ def choose(
         series = [[place for place in places if id(place.layer) in adaptable]]
         ends = (chosen_by.start, chosen_by.stop) if isinstance(chosen_by, slice) else (0,)
         if any(checks.is_integer(end) for end in ends):
-            problem = "has no series of like blocks, so only fractions of its depth name some, as slice(0.5, None)"
+            problem = "has no repeated blocks, so select a fraction of its depth, as slice(0.5, None)"
             return {}, [f"blocks={blocks!r}: '{model.name}' {problem}; or use patterns in `targets` instead"]
     chosen = {group[index].key: group[index] for group in series for index in _indices(chosen_by, len(group))}
     asked = set(chosen_by) if isinstance(chosen_by, list) else set()

@@ -67,8 +67,8 @@ def list_targets(
 
     Returns:
         A list of `Target`, one for each layer that has variables itself. Printing it prints a table that fits the
-        terminal; there equal blocks are one ("× 12"), and so are the layers of a type that has no adapter. `total` is one
-        line, and `notes` says what to look at, such as a new head that stays frozen.
+        terminal. In the table equal blocks share one row ("× 12"), and so do the layers of a type that has no adapter.
+        `total` is a one-line summary, and `notes` lists what to look at, such as a new head that stays frozen.
 
     Raises:
         ValueError: As `keras_lora.apply_lora` would.
@@ -134,7 +134,7 @@ def list_targets(
 
 
 def method_for(model: Any, adapter: Any, rank: int | None, alpha: float | None) -> adapters.Adapter:
-    """The method that the first arguments of `apply_lora` name, or an error that says which of them is wrong."""
+    """The method given by the first arguments of `apply_lora`. Raises an error that names a wrong argument."""
     checks.keras_layer(model, adapter, no=(adapters.Adapter,))
     cls = adapters.TABLE.get(adapter.lower()) if isinstance(adapter, str) else type(adapter)
     if cls is not None and issubclass(cls, adapters.Adapter):
@@ -164,7 +164,7 @@ def _notes(heads: list[Place], rows: list[Target]) -> list[str]:
     new = [f"'{head.path}'" for head in heads if id(head.layer) in frozen and looks_new(head.layer)]
     notes = {
         f"{large} marked large: the adapter has more parameters than its kernel. A lower rank is enough.": large,
-        f"{unused} not used: if `call` uses them in training alone, call the model with training=True first.": unused,
+        f"{unused} not used: if `call` uses them only in training, call the model with training=True first.": unused,
         f"The output head {', '.join(new[:4])} looks new (its bias is zero) and stays frozen: add train='head'.": new,
     }
     return [note for note, holds in notes.items() if holds]
@@ -287,7 +287,7 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
     if site.linear.constraint is not None:
         return [f"'{site.path}' has a kernel constraint, which an adapted kernel would not keep; exclude it"]
     if adapter.derived and any(v is site.linear.kernel_variable for v in flags.planned_variables(site.layer)):
-        return [f"'{site.path}' trains in full, and a {type(adapter).__name__} measures the kernel once; exclude it"]
+        return [f"'{site.path}' trains in full, but a {type(adapter).__name__} reads the kernel only once; exclude it"]
     problem = adapter.problem_with(site.linear)
     return [f"'{site.path}': {problem}"] if problem else []
 
@@ -295,7 +295,7 @@ def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
 def _problems_of_training(place: Place) -> list[str]:
     """The reasons why this layer cannot train in full: an adapter has computed something from its kernel."""
     bound = [adapter.adapter_name for adapter in slots.adapters_in(place.layer) if adapter.derived]
-    return [f"'{place.path}' cannot train in full beside its adapters {bound}, which measured its kernel"] if bound else []
+    return [f"'{place.path}' cannot train in full: its adapters {bound} have read its kernel once"] if bound else []
 
 
 def _refuse_unfit_model(model: Any, places: list[Place], unused: set[Key], bias: str) -> None:
@@ -326,7 +326,7 @@ def _unused(places: list[Place]) -> set[Key]:
 
 
 def _makes_own_weights(layer: keras.layers.Layer) -> bool:
-    """Whether a layer that is not built may have weights one day, and not those of its sublayers alone."""
+    """Whether a layer that is not built may get weights of its own, besides those of its sublayers."""
     inside = any(keras_internals.makes_weights(each) for each in keras_internals.sublayers(layer))
     return bool(maps_of(layer)) or (keras_internals.makes_weights(layer) and not inside)
 

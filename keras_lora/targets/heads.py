@@ -39,7 +39,7 @@ def find_head(model: keras.layers.Layer, places: list[Place]) -> list[Place]:
     - A model with a graph (Functional, Sequential): the search goes back from each output through layers with one input
       and no variables. The first `Dense`, `EinsumDense` or convolution is a head, also inside a wrapper such as
       `TimeDistributed`. If a normalization, a merge or a block comes first, that output has no head. A convolution before
-      a pooling layer with windows is no head: it makes features.
+      a pooling layer with windows is not a head: it makes features.
     - Any other model: the last of its direct sublayers with variables, if that is such a layer or ends in one.
     - A single layer has no head.
     """

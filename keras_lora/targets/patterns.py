@@ -115,13 +115,13 @@ def matches(pattern: Any, place: Place) -> bool:
 
 
 def _paths(place: Any) -> list[str]:
-    """The path of a place; that of a kernel of several also without its layer: "gru/kernel" for "gru/gru_cell/kernel"."""
+    """The path of a place. For one kernel of several, also without its layer: "gru/kernel" for "gru/gru_cell/kernel"."""
     part = getattr(getattr(place, "linear", None), "part", "")
     return [place.path, "/".join([*place.path.split("/")[:-2], part])] if part else [place.path]
 
 
 def _names(pattern: str, path: str) -> bool:
-    """Whether a name, a path or a glob is a run of whole names in `path`."""
+    """Whether a name, a path or a glob matches consecutive whole names in `path`."""
     if not any(character in pattern for character in "*?["):
         return f"/{pattern}/" in f"/{path}/"
     names = path.split("/")
@@ -149,7 +149,7 @@ SYNONYMS = {
 
 
 def nearest(name: str, names: Sequence[str]) -> list[str]:
-    """The few of `names` that mean the same as `name`, else the most similar ones, else the first ones."""
+    """Names to suggest for `name`: those that mean the same, or else the most similar ones, or else the first ones."""
     if same := [each for each in SYNONYMS.get(name.rpartition("/")[2], ()) if each in names]:
         return same
     return difflib.get_close_matches(name, names, n=4, cutoff=0.4) or list(names[:4])

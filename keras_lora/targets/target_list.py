@@ -15,9 +15,9 @@ ALREADY = "trains already"
 #: Why a row has the action "adapt", and what is said if its adapter has more parameters than its kernel.
 TARGET = "target"
 LARGE = f"{TARGET}, larger than its kernel"
-#: How the reason starts why a layer that is no known linear map stays frozen.
+#: How the reason starts if a layer stays frozen because it is not a known linear map.
 NO_ADAPTER = "no adapter for"
-#: Why a layer stays frozen that has no weights although the model has run.
+#: The reason if a layer stays frozen because it has no weights after the model has run.
 UNUSED = "the model does not use it"
 
 
@@ -87,7 +87,7 @@ class TargetList(reports.Printed, list[Target]):
             aside.setdefault((row.layer_type, row.why), []).append(row)
         words = ("layer", "type", "action") if with_types else ("layer", "action")
         table = reports.table_of(words, ("matrix", "rank", "params", "trained"))
-        table.columns[words.index("action")].max_width = None if with_types else 12  # paths need the room
+        table.columns[words.index("action")].max_width = None if with_types else 12  # paths need the space
         reports.add_branches(table, branches)
         for (layer_type, _), group in aside.items():
             name = group[0].path if with_types and len(group) == 1 else f"{len(group)} × {layer_type}"
@@ -100,7 +100,7 @@ def _is_aside(row: Target) -> bool:
 
 
 def _equality(row: Target) -> tuple[object, ...]:
-    """What rows have in common that are printed as one."""
+    """The key for folding: rows with equal keys are printed as one."""
     columns = (row.layer_type, row.action, row.why, row.shape, row.rank, row.parameters, row.trainable)
     return (reports.stem(row.path), *columns)
 
