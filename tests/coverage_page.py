@@ -69,8 +69,7 @@ OF_MODELS = """
 Each model is built from a small config, gets random weights, is adapted with the default targets at rank 2, and goes through
 the steps of a user:
 
-- **share**: the share of the parameters that train. It is large because these models are tiny. The README shows it for a
-  real model.
+- **share**: the share of the parameters that train. It is large because these models are tiny.
 - **forward**: how much `apply_lora` changes the outputs. 0 means bit for bit the same.
 - **training**: what one step of `fit` on meaningless targets changes. "yes" means more than half of the adapters'
   weights, and nothing else.
