@@ -9,6 +9,9 @@ from keras import layers
 import keras_lora
 from keras_lora import adapters
 
+EVERYWHERE = pytest.mark.every_backend
+pytestmark = pytest.mark.torch_first
+
 
 def dense(method, units=6, width=9, **arguments):
     layer = layers.Dense(units)
@@ -16,6 +19,7 @@ def dense(method, units=6, width=9, **arguments):
     return keras_lora.apply_lora(layer, adapters.get(method, **arguments))
 
 
+@EVERYWHERE
 @pytest.mark.parametrize(("rank_stabilized", "scale"), [(False, 24 / 4), (True, 24 / 2)])
 def test_lora_is_the_scaled_product_of_its_factors(rank_stabilized, scale):
     layer = dense("lora", rank=4, alpha=24, rank_stabilized=rank_stabilized)
@@ -26,6 +30,7 @@ def test_lora_is_the_scaled_product_of_its_factors(rank_stabilized, scale):
     np.testing.assert_allclose(delta, scale * a @ b, rtol=1e-5, atol=1e-6)
 
 
+@EVERYWHERE
 def test_dora_is_the_normalised_direction_times_the_magnitude():
     layer = dense("dora", rank=2, alpha=6)
     perturb(layer)
@@ -35,8 +40,15 @@ def test_dora_is_the_normalised_direction_times_the_magnitude():
     np.testing.assert_allclose(w + value(adapter.delta_kernel(w.astype("float32"))), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param("dense", "float32", marks=EVERYWHERE),
+        ("dense", "mixed_bfloat16"),
+        ("conv", "float32"),
+        pytest.param("conv", "mixed_bfloat16", marks=EVERYWHERE),
+    ],
+)
 def test_dora_leaves_an_output_unit_of_zeros_as_it_is(kind, dtype):
     """A dead filter of a pretrained net, or a projection that starts at zero, has no direction."""
     layer = layers.Dense(6, dtype=dtype) if kind == "dense" else layers.Conv1D(6, 2, dtype=dtype)
@@ -114,6 +126,7 @@ def test_a_magnitude_starts_as_the_norm_of_the_kernel():
     np.testing.assert_allclose(value(layer.adapter.magnitude), np.linalg.norm(value(layer.kernel), axis=0), rtol=1e-6)
 
 
+@EVERYWHERE
 def test_a_seed_gives_the_same_start_every_time_and_another_one_to_each_layer():
     def start():
         stack = [keras.Input((8,)), layers.Dense(8), layers.Dense(8), layers.Dense(2)]  # Keras numbers their names
@@ -125,6 +138,7 @@ def test_a_seed_gives_the_same_start_every_time_and_another_one_to_each_layer():
     assert not np.array_equal(first[0], first[1])
 
 
+@EVERYWHERE
 def test_dropout_acts_in_training_alone_and_on_the_adapter_alone():
     layer = dense("lora", units=4, width=2000, rank=1, dropout=0.5)
     layer.adapter.lora_a.assign(np.ones((2000, 1), "float32"))
@@ -245,6 +259,7 @@ def with_tokens(tied=True):
     return keras.Model(ids, y)
 
 
+@EVERYWHERE
 def test_trainable_tokens_train_their_rows_and_leave_every_other_bit(tmp_path):
     model, x = with_tokens(), np.array([[1, 2, 3, 4, 5], [7, 7, 2, 9, 0]], "int32")
     table = value(model.get_layer("tokens").embeddings).copy()
@@ -294,6 +309,7 @@ def test_one_adapter_of_a_tied_embedding_serves_both_ways_and_merges():
         assert np.abs(keras_lora.merge_lora(model).predict(x, verbose=0) - before).max() < 1e-4
 
 
+@EVERYWHERE
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has ragged tensors")
 @pytest.mark.parametrize("method", [keras_lora.LoRA(rank=2), keras_lora.DoRA(rank=2), keras_lora.TrainableTokens([1, 3])])
 @pytest.mark.parametrize("cls", [keras_lora.layers.LoRAEmbedding, keras_lora.layers.LoRAReversibleEmbedding])

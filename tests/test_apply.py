@@ -116,7 +116,7 @@ def test_only_the_adapters_train():
     assert len(model.optimizer.variables) == 2 + 2 * 2 * 4
 
 
-@pytest.mark.parametrize("name", ["multi_head_attention", "hub_llama_backbone", "subclassed"])
+@pytest.mark.parametrize("name", covering(["multi_head_attention", "hub_llama_backbone", "subclassed"], ["subclassed"]))
 def test_the_factors_of_attention_are_textbook_sized(name):
     """Keras's own `enable_lora` makes `A` `heads` times as large."""
     model = ZOO[name]().model

@@ -15,7 +15,7 @@ import load_zoo
 import numpy as np
 import pytest
 from conftest import missing
-from helpers import difference, outputs, value
+from helpers import covering, difference, outputs, value
 from zoo import BATCH, SLICE, ZOO
 
 import keras_lora
@@ -182,7 +182,7 @@ def test_keras_own_lora_thaws_attention_on_loading(tmp_path):
     assert len([v for v in model.trainable_variables if v.path.endswith("kernel")]) == 4
 
 
-@pytest.mark.parametrize("name", ["block_built_in_build", "multi_head_attention", "subclassed"])
+@pytest.mark.parametrize("name", covering(["block_built_in_build", "multi_head_attention", "subclassed"], ["subclassed"]))
 def test_saving_twice_and_loading_twice_changes_nothing(tmp_path, name):
     specimen = adapted(name)
     fit(specimen, 2)
