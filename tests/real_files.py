@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -39,6 +38,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 from scipy.interpolate import splev
+
+import keras_lora
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "real_files"
 BATCH = 4
@@ -177,6 +178,9 @@ def leaky(x: Any) -> Any:
     return ops.minimum(ops.leaky_relu(x, 0.1), 20.0)
 
 
+# What each convolution of a subclass computes is said as a user says it.
+keras_lora.register_layer(ConvDNA, like=layers.Conv1D)
+
 CUSTOM = {each.__name__: each for each in (ConvDNA, GlobalAveragePooling1D_Mask0, SplineWeight1D, SqueezeLayer)}
 CUSTOM["<lambda>"] = leaky
 
@@ -197,8 +201,9 @@ def model_in(path: Path) -> Any:
 def fixed(config: Any, key: str = "") -> Any:
     """A config of Keras 2 in words of Keras 3, as far as these files need it."""
     if isinstance(config, dict):
+        dropped = {"time_major"} | ({"batch_input_shape"} if "sparse" not in config else set())  # an input keeps its shape
         whose = {"module": "keras.layers"} if key == "layer" else {}  # the layer inside of a wrapper
-        return {name: fixed(each, name) for name, each in config.items() if name != "time_major"} | whose
+        return {name: fixed(each, name) for name, each in config.items() if name not in dropped} | whose
     if isinstance(config, list):
         return [fixed(each) for each in config]
     return config.replace("cqt/mag", "cqt_mag") if isinstance(config, str) else config
@@ -242,12 +247,19 @@ def with_weights(model: Any, path: Path) -> Any:
     """A model with the weights of a file that has a group for each of its layers, in Keras's order."""
     with h5py.File(path) as file:
         for layer in model.layers:
-            group = file[layer.name] if layer.weights else {}
-            arrays = [group[each][()] for each in (group.attrs["weight_names"] if layer.weights else [])]
-            # The LSTM of CuDNN keeps two biases, which it adds.
-            pairs = zip(arrays, layer.weights, strict=True)
-            layer.set_weights([a.reshape(2, -1).sum(0) if a.size == 2 * math.prod(v.shape) else a for a, v in pairs])
+            if layer.weights:
+                group = file[layer.name]
+                arrays = [group[each][()] for each in group.attrs["weight_names"]]
+                on_cudnn = isinstance(layer, layers.LSTM) and arrays[-1].size == 8 * layer.units
+                layer.set_weights(from_cudnn(*arrays) if on_cudnn else arrays)
     return model
+
+
+def from_cudnn(kernel: Any, recurrent: Any, bias: Any) -> list[Any]:
+    """The weights of a `CuDNNLSTM` of Keras 2 as those of an `LSTM`: its gates lie the other way round, it has two biases."""
+    kernels = [gate.T.reshape(gate.shape, order="F") for gate in np.hsplit(kernel, 4)]
+    recurrents = [gate.T for gate in np.hsplit(recurrent, 4)]
+    return [np.hstack(kernels), np.hstack(recurrents), bias.reshape(2, -1).sum(0)]
 
 
 def minilm(path: None) -> Any:
@@ -344,7 +356,7 @@ REAL_FILES = {
     ),
     "nakdimon": RealFile("Hebrew letters, LSTMs, three heads", "nakdimon==0.1.2", "nakdimon/Nakdimon.h5", ids(12, 43)),
     "textgenrnn": RealFile(
-        "letters, LSTMs, attention", "textgenrnn==2.0.0", "textgenrnn/textgenrnn_weights.hdf5", ids(40, 465), textgenrnn
+        "letters, LSTMs, attention", "textgenrnn==2.0.0", "textgenrnn/textgenrnn_weights.hdf5", ids(40, 30), textgenrnn
     ),
     "chars2vec": RealFile(
         "words, LSTMs", "chars2vec==0.1.7", "chars2vec/trained_models/eng_50/weights.h5", one_hot(9, 59), chars2vec
