@@ -49,6 +49,7 @@ NEEDS = {
     "test_peft.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_page.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_refusals.py": ("keras_hub",),
+    "test_real_files.py": ("pip", "scipy"),
 }
 NOT_COLLECTED = {name: packages for name, needed in NEEDS.items() if (packages := missing(*needed))}
 collect_ignore = sorted(NOT_COLLECTED)

@@ -3,6 +3,7 @@
     KERAS_BACKEND=jax python tests/coverage_page.py law                   # writes docs/coverage/law_jax.json
     KERAS_BACKEND=jax python tests/sweep.py --json docs/coverage/models_jax.json
     KERAS_OWN_TESTS_JSON=docs/coverage/keras_tests_jax.json ...           # see keras_own_tests.py
+    REAL_FILES_JSON=docs/coverage/real_files_jax.json python -m pytest --speed=all tests/test_real_files.py
     python tests/coverage_page.py                                         # writes the page from these files
 
 `test_coverage_page.py` compares the page with the files.
@@ -85,6 +86,24 @@ Some steps do not work. The table then has "see" and the number of the reason:
 {table}
 
 The table has every backbone and task that KerasHub exports, except {not_here}.
+
+Measured with {versions}.
+"""
+OF_REAL_FILES = """
+## Real model files
+
+`tests/test_real_files.py` takes these pretrained models from packages on PyPI; most were written by Keras 1 or 2. Each is
+adapted with the default targets at rank 2, trained, saved, merged, and adapted again with DoRA. Only the adapters move.
+
+- **forward**: how much `apply_lora` changes the outputs.
+- **loss**: the loss after eight steps, as a share of the loss before them. The targets are what another adapter gives.
+- **`.keras`**: how far the saved model is in a fresh process of the same backend.
+- **adapter file**: how far the plain model with the adapter file is in a process of another backend: {elsewhere}.
+- **merge**, **DoRA merge**: how much the outputs change by merging.
+
+Each number is the largest one over {backends}, relative to the largest output if that is greater than one.
+
+{table}
 
 Measured with {versions}.
 """
@@ -249,9 +268,32 @@ def training(built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
     return "yes"
 
 
+# Real model files.
+
+
+def real_files_section() -> str:
+    """The section on real model files."""
+    from real_files import REAL_FILES
+
+    measured, rows = results("real_files"), []
+    if not measured:
+        return ""
+    for name, file in REAL_FILES.items():
+        seen = [each["files"][name] for each in measured.values()]
+        counts = [f"{seen[0][key]:,}" for key in ("parameters", "adapted", "trainable")]
+        worst = {key: max(each[key] for each in seen) for key in ("forward", "loss", "keras", "adapter", "merge", "dora")}
+        rows.append([name, file.kind, f"`{file.requirement}`", *counts, *(say(each) for each in worst.values())])
+        rows[-1][7] = f"{worst['loss']:.2f}"
+    header = ["file", "kind", "package", "parameters", "adapted", "trainable", "forward", "loss"]
+    shown = table([*header, "`.keras`", "adapter file", "merge", "DoRA merge"], rows, left=3)
+    elsewhere = ", ".join(f"{BACKENDS[here]} to {BACKENDS[each['elsewhere']]}" for here, each in measured.items())
+    backends = ", ".join(BACKENDS[each] for each in measured)
+    return OF_REAL_FILES.format(table=shown, elsewhere=elsewhere, backends=backends, versions=versions(measured))
+
+
 def page() -> str:
     """The whole page."""
-    return INTRODUCTION + layers_section() + keras_tests_section() + models_section()
+    return INTRODUCTION + layers_section() + keras_tests_section() + models_section() + real_files_section()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from coverage_page import BACKENDS, DOCS, METHODS, page, results, row_of
 from families import KINDS, MODELS, NOT_HERE
 from keras_own_tests import FILES
+from real_files import REAL_FILES
 from sweep import problems
 from test_law import CASES, FROZEN, PAIRS
 
@@ -59,3 +60,8 @@ def test_keras_own_tests_were_run_on_every_backend():
     assert measured.keys() == BACKENDS.keys()
     names = {f"{name}_test" for each in FILES.values() for name in each}
     assert all(set(each["files"]) == names for each in measured.values())
+
+
+def test_every_real_file_was_measured_where_any_was():
+    measured = results("real_files")
+    assert all(each["files"].keys() == REAL_FILES.keys() for each in measured.values())
