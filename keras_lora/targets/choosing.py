@@ -308,12 +308,6 @@ def _refuse_unfit_model(model: Any, places: list[Place], unused: set[Key], bias:
             f"'{model.name}' is not built: {', '.join(unbuilt[:8])} have no weights yet. Expected a built model. Call the "
             "model on data once, or pass `input_shape=` to `apply_lora`."
         )
-    rewritten = [place.path for place in places if isinstance(place.layer, keras.layers.SpectralNormalization)]
-    if rewritten:
-        raise ValueError(
-            f"'{model.name}' cannot be kept frozen: SpectralNormalization rewrites the kernel inside it in every training "
-            f"step, frozen or not. Expected a model without it. Received: {rewritten}."
-        )
 
 
 def _unused(places: list[Place]) -> set[Key]:
