@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two blocks of thirty, tested on what was trained: it runs")
     quick = parser.parse_args().quick
-    blocks, length, pairs, epochs = (2, 16, 8, 4) if quick else (smollm2.BLOCKS, 32, 96, 1)
+    blocks, length, pairs, epochs = (2, 16, 8, 4) if quick else (smollm2.BLOCKS, 32, 256, 1)
     train = load_pairs(slice(0, pairs), length)
     test = train if quick else load_pairs(slice(-64, None), length)
     few = {name: each[: 2 * BATCH] for name, each in test.items()}

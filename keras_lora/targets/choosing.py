@@ -164,7 +164,7 @@ def _notes(heads: list[Place], rows: list[Target]) -> list[str]:
     new = [f"'{head.path}'" for head in heads if id(head.layer) in frozen and looks_new(head.layer)]
     notes = {
         f"{large} marked large: the adapter has more parameters than its kernel. A lower rank is enough.": large,
-        f"{unused} not used: if `call` uses them in training alone, call the model with training=True first.": unused,
+        f"{unused} not used: they stay frozen. If training uses them, call the model with training=True first.": unused,
         f"The output head {', '.join(new[:4])} looks new (its bias is zero) and stays frozen: add train='head'.": new,
     }
     return [note for note, holds in notes.items() if holds]
