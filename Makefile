@@ -21,7 +21,7 @@ JAX_CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE
 QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1 OMP_NUM_THREADS=1 TF_ENABLE_ONEDNN_OPTS=1 $(JAX_CACHE)
 PYTEST := -m pytest --quiet -p no:cacheprovider --speed=$(SPEED)
 # Each example runs on one backend; `make test-all` runs all of them on all three.
-EXAMPLE_NAMES := movie_reviews every_layer small_memory many_tasks to_peft
+EXAMPLE_NAMES := movie_reviews every_layer small_memory many_tasks to_peft preference_tuning
 EXAMPLES_jax := small_memory
 EXAMPLES_tensorflow := every_layer
 EXAMPLES_torch := movie_reviews many_tasks to_peft

@@ -101,8 +101,23 @@ def positive_integer(name: str, value: Any, least: int = 1) -> int:
         number = least - 1
     if number < least:
         kind = "positive" if least == 1 else f"at least {least}, an"
-        raise ValueError(f"`{name}` must be a {kind} integer. Received: {name}={value!r}.")
+        raise ValueError(f"`{name}` must be a {kind} integer. Received: {name}={_short(value)}.")
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as a Python bool; NumPy's bools are bools too, and so are 0 and 1."""
+    known = isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")  # NumPy is not imported for this
+    if not known or value not in (0, 1):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={_short(value)}.")
+    return bool(value)
+
+
+def seed(value: Any) -> int | None:
+    """`value` as a Python integer, if it is one or None."""
+    if value is not None and not is_integer(value):
+        raise ValueError(f"`seed` must be an integer or None. Received: seed={_short(value)}.")
+    return None if value is None else operator.index(value)
 
 
 def is_integer(value: Any) -> bool:
@@ -121,21 +136,21 @@ def is_number(value: Any) -> bool:
 def positive_number(name: str, value: Any) -> float:
     """`value`, if it is a positive finite number."""
     if not is_number(value) or value <= 0:
-        raise ValueError(f"`{name}` must be a positive finite number. Received: {name}={value!r}.")
+        raise ValueError(f"`{name}` must be a positive finite number. Received: {name}={_short(value)}.")
     return _plain(value)
 
 
 def share(name: str, value: Any) -> float:
     """`value`, if it is a number in `(0, 1]`."""
     if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` must be a number in (0, 1]. Received: {name}={value!r}.")
+        raise ValueError(f"`{name}` must be a number in (0, 1]. Received: {name}={_short(value)}.")
     return _plain(value)
 
 
 def dropout_rate(name: str, value: Any) -> float:
     """`value`, if it is a number in `[0, 1)`."""
     if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}.")
+        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={_short(value)}.")
     return _plain(value)
 
 
@@ -159,9 +174,15 @@ def described(value: Any) -> str:
     if isinstance(value, (list, tuple, set, dict)):
         of = f", the first of type {type(next(iter(value))).__name__}" if value else ""
         return f"a {kind} of length {len(value)}{of}"
-    if value is None or isinstance(value, (str, bytes, Real)):
-        return f"{repr(value)[:80]} of type {kind}"
+    if value is None or isinstance(value, (str, bytes, Real, type)):
+        return f"{_short(value)} of type {kind}"
     return f"an object of type {kind}"
+
+
+def _short(value: Any) -> str:
+    """What `repr` says, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def bullets(problems: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ from keras_lora.compat import backend, keras_internals, quantization
 _STORED = "_keras_lora_stored"
 
 
-def view_of(layer: keras.layers.Layer, cls: type, **attributes: Any) -> Any:
+def view_of(layer: keras.layers.Layer, cls: type, /, **attributes: Any) -> Any:
     """A shallow copy of `layer`, of class `cls`, in which `attributes` replace those of the layer.
 
     The copy shares every other attribute and every weight. Running it reuses the layer's code with another kernel or

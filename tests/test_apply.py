@@ -207,12 +207,6 @@ def test_what_cannot_be_adapted_is_refused_by_name():
     assert len(keras_lora.apply_lora(model, exclude=["constrained", "builtin"]).trainable_variables) == 2
 
 
-def test_spectral_normalization_is_refused():
-    model = keras.Sequential([keras.Input((4,)), layers.SpectralNormalization(layers.Dense(4)), layers.Dense(2)])
-    with pytest.raises(ValueError, match="SpectralNormalization rewrites the kernel"):
-        keras_lora.apply_lora(model)
-
-
 def test_something_that_is_no_layer_is_refused():
     with pytest.raises(TypeError, match=r"must be a Keras model or layer\. Received: 'model'"):
         keras_lora.apply_lora("model")

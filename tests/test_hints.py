@@ -128,6 +128,28 @@ def test_numbers_of_numpy_are_numbers(model):
             keras_lora.LoRA(**wrong)
 
 
+@pytest.mark.parametrize("method", [keras_lora.LoRA, keras_lora.DoRA])
+def test_bools_and_seeds_of_numpy_are_saved(method, tmp_path):
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    given = {"rank_stabilized": np.True_, "freeze_a": np.False_, "seed": np.int64(3), "dropout": 0.1}
+    keras_lora.apply_lora(layer, method(rank=1, **given))
+    keras_lora.save_adapter(layer, tmp_path / "a.safetensors")
+    config = layer.adapter.get_config()
+    assert json.loads(json.dumps(config)) == config
+    assert (config["rank_stabilized"], config["freeze_a"]) == (True, False)
+    for wrong in ({"rank_stabilized": "no"}, {"freeze_a": 2}, {"seed": "3"}, {"seed": True}):
+        with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}` must be"):
+            method(**wrong)
+
+
+@pytest.mark.parametrize("given", [{"adapter": ...}, {"rank": ...}])
+def test_a_list_of_variables_in_a_wrong_place_prints_no_numbers(model, given):
+    with pytest.raises((TypeError, ValueError), match="must be") as error:
+        keras_lora.apply_lora(model, **dict.fromkeys(given, model.weights))
+    assert len(str(error.value)) < 300
+
+
 # Files and paths.
 
 

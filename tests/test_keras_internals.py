@@ -43,6 +43,11 @@ def test_own_variables_are_without_those_of_sublayers():
     norm.trainable = False
     assert [v.name for v in internals.own_trainable_variables(norm)] == ["gamma", "beta"]
     assert internals.own_variables(keras.Sequential([norm])) == []
+    wrapper = layers.SpectralNormalization(layers.Dense(1))
+    wrapper.build((None, 2))
+    assert wrapper.trainable_variables[0] is wrapper.kernel  # which it tracks beside the layer in it
+    assert [v.name for v in internals.own_variables(wrapper)] == ["vector_u"]
+    assert internals.own_trainable_variables(wrapper) == []
 
 
 def test_variables_of_layers_are_theirs_alone_each_once(dense):

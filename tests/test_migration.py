@@ -411,7 +411,7 @@ def test_the_scale_of_a_file_is_said_and_a_rank_cuts(tmp_path):
     ours = tiny("bert")
     from_lora_h5(ours, path, alpha=6)
     assert apart(outputs(ours, x), outputs(model, x)) < 1e-5
-    cut = from_lora_h5(tiny("bert"), path, alpha=6, rank=1)
+    cut = from_lora_h5(tiny("bert"), path, alpha=np.float32(6), rank=1)
     assert {row.rank for row in cut} == {1}
     assert sorted(row.error for row in cut) == sorted(row.error for row in from_enable_lora(model, rank=1))
     assert cut.error > 0.1

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from helpers import difference, outputs, perturb
+from helpers import difference, outputs, perturb, value
 from keras import layers
 from zoo import ZOO, Subclassed, numbers
 
@@ -377,6 +377,44 @@ def test_a_subclassed_model_with_layers_it_does_not_use_is_adapted(guide, tmp_pa
     loaded = keras_lora.merge_lora(loaded)
     assert difference(outputs(loaded, numbers(2, 8)), before) < 1e-5
     keras_lora.apply_lora(loaded, rank=1)  # built from its config, never called
+
+
+@keras.saving.register_keras_serializable("targets")
+class Helped(keras.Model):
+    """Its `call` uses a layer in training alone."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.main = layers.Dense(2, name="main")
+        self.helper = keras.Sequential([layers.Dense(2, name="inner"), layers.BatchNormalization()], name="helper")
+
+    def call(self, x, training=False):
+        return self.main(x) + self.helper(x) if training else self.main(x)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="there Keras cannot make weights inside `fit`, adapted or not")
+def test_a_layer_that_training_alone_uses_gets_its_weights_frozen(tmp_path):
+    model, x = Helped(name="helped"), numbers(4, 3)
+    model(x)
+    keras_lora.apply_lora(model, rank=1, head=None)
+    model.save(tmp_path / "helped.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "helped.keras")):
+        each.compile("sgd", "mse")
+        each.fit(x, numbers(4, 2), epochs=2, verbose=0)
+        assert [v.name for v in each.trainable_variables] == ["lora_a", "lora_b"]
+        inner, norm = each.helper.layers
+        assert not value(inner.bias).any()
+        assert not value(norm.moving_mean).any()
+        each.trainable = False
+        each.trainable = True
+        assert [v.name for v in each.trainable_variables] == ["lora_a", "lora_b"]
+        each.save(tmp_path / "again.keras")
+        keras.saving.load_model(tmp_path / "again.keras")
+        keras_lora.remove_lora(each)
+        assert [v.name for v in each.trainable_variables] == ["kernel", "bias", "kernel", "bias", "gamma", "beta"]
 
 
 def test_a_layer_that_is_not_used_cannot_be_chosen(guide):

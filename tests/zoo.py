@@ -338,6 +338,20 @@ def int8_attention() -> Specimen:
     return _quantized("int8", attention=True)
 
 
+@specimen
+def discriminator() -> Specimen:
+    normalized = layers.SpectralNormalization
+    stack = [
+        keras.Input((4, 4, 2)),
+        normalized(layers.Conv2D(3, 2, activation="leaky_relu"), name="first"),
+        layers.Flatten(),
+        normalized(layers.Dense(DIM), name="second"),
+        normalized(layers.Dense(1), name="head"),
+    ]
+    apply = {"rank": 2, "train": "head"}
+    return Specimen(keras.Sequential(stack), numbers(BATCH, 4, 4, 2), numbers(BATCH, 1), apply)
+
+
 if importlib.util.find_spec("keras_hub"):
     SLICE.append("hub_bert_classifier")
 

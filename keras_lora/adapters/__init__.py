@@ -67,8 +67,8 @@ def get(adapter: str | dict[str, Any] | Adapter, **arguments: Any) -> Adapter:
         number = isinstance(adapter, Real) and not isinstance(adapter, bool)
         hint = f" A rank is given by name: rank={adapter!r}." if number else ""
         raise TypeError(
-            f"`adapter` must be a name ({', '.join(sorted(TABLE))}), an instance or a config. Received: {adapter!r} of type "
-            f"{type(adapter).__name__}.{hint}"
+            f"`adapter` must be a name ({', '.join(sorted(TABLE))}), an instance or a config. Received: "
+            f"{checks.described(adapter)}.{hint}"
         )
     if given:
         words = ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from keras_lora import checks
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.low_rank import LowRank
 
@@ -67,7 +68,7 @@ class LoRA(LowRank):
         super().__init__(rank, alpha, dropout, rank_stabilized, seed, **kwargs)
         self.a_initializer = keras.initializers.get(a_initializer)
         self.b_initializer = keras.initializers.get(b_initializer)
-        self.freeze_a = bool(freeze_a)
+        self.freeze_a = checks.flag("freeze_a", freeze_a)
 
     def problem_with(self, linear: LinearMap) -> str | None:
         if self.freeze_a and linear.picks_rows and self.a_initializer is None:

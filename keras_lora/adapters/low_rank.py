@@ -49,9 +49,9 @@ class LowRank(Adapter):
         self.rank = checks.positive_integer("rank", rank)
         self.alpha = checks.positive_number("alpha", alpha)
         self.dropout = checks.dropout_rate("dropout", dropout)
-        self.rank_stabilized = rank_stabilized
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed) if dropout else None
+        self.rank_stabilized = checks.flag("rank_stabilized", rank_stabilized)
+        self.seed = checks.seed(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed) if dropout else None
 
     @property
     def scale(self) -> float:

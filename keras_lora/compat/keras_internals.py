@@ -86,8 +86,14 @@ def has_run(layer: keras.layers.Layer) -> bool:
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Return the variables of `layer` without those of its sublayers, trainable ones first."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    """Return the variables of `layer` without those of its sublayers, trainable ones first.
+
+    `SpectralNormalization` tracks the kernel of the layer in it a second time.
+    """
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    inside = layer._flatten_layers(include_self=False) if own and layer._layers else ()
+    theirs = {id(v) for each in inside for v in (*each._trainable_variables, *each._non_trainable_variables)}
+    return [v for v in own if id(v) not in theirs]
 
 
 def variables_of(layers: Iterable[keras.layers.Layer]) -> list[keras.Variable]:
@@ -97,7 +103,8 @@ def variables_of(layers: Iterable[keras.layers.Layer]) -> list[keras.Variable]:
 
 def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Return the direct variables that were created trainable, even if frozen now (so no BatchNormalization statistics)."""
-    return list(layer._trainable_variables)
+    created = {id(v) for v in layer._trainable_variables}
+    return [v for v in own_variables(layer) if id(v) in created]
 
 
 def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:

@@ -73,8 +73,7 @@ def from_lora_h5(
     ['value', 'query']
     """
     name = checked_arguments("from_lora_h5", backbone, rank, name)
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < np.inf):
-        raise ValueError(f"`alpha` must be a positive finite number or None. Received: alpha={alpha!r}.")
+    alpha = None if alpha is None else checks.positive_number("alpha", alpha)
     paths = {id(place.layer): place.path for place in walk(backbone)}
     if enabled := [place.path for place in walk(backbone) if getattr(place.layer, "lora_enabled", False)]:
         raise ValueError(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import keras
+
 from keras_lora.layers.conv import (
     LoRAConv1D,
     LoRAConv1DTranspose,
@@ -23,7 +25,8 @@ from keras_lora.layers.separable_conv import (
     LoRASeparableConv1D,
     LoRASeparableConv2D,
 )
-from keras_lora.swap.adapted import LATE_LAYERS, AdaptedLayer, enter_layer
+from keras_lora.layers.spectral_normalization import AdaptedSpectralNormalization
+from keras_lora.swap.adapted import CONTAINER_KINDS, LATE_LAYERS, AdaptedLayer, enter_layer
 
 TABLE: tuple[type[AdaptedLayer], ...] = (
     LoRADense,
@@ -47,6 +50,7 @@ TABLE: tuple[type[AdaptedLayer], ...] = (
 )
 for adapted_class in TABLE:
     enter_layer(adapted_class)
+CONTAINER_KINDS[keras.layers.SpectralNormalization] = AdaptedSpectralNormalization
 LATE_LAYERS["keras_hub"] = "keras_lora.layers.keras_hub"
 
 __all__ = [

@@ -48,9 +48,12 @@ class AdaptedContainer:
         if value:
             flags.follow_plan(self)
 
+    def as_base(self) -> Any:
+        """A view of this layer as its original class: Keras compares classes and methods while it writes a config."""
+        return view_of(self, self.base_class)
+
     def get_config(self) -> dict[str, Any]:
-        # Called on a view of the base class, because Keras compares classes and methods while it writes a config.
-        config, description = view_of(self, self.base_class).get_config(), describe(self)
+        config, description = self.as_base().get_config(), describe(self)
         if not vars(self).get(_REBUILDS):
             rebuilding.check_rebuilds(self, config, description)
             vars(self)[_REBUILDS] = True
@@ -147,13 +150,11 @@ class AdaptedLayer(AdaptedContainer):
 
     def adapted_maps(self) -> list[tuple[LinearMap, slots.Change]]:
         """Return the changed kernels with their changes. Not a property, because Keras saves the values of properties."""
-        pairs = [(linear, slots.change_of(linear)) for linear in maps_of(self)]
-        return [(linear, change) for linear, change in pairs if change is not None]
+        return [(linear, change) for linear in maps_of(self) if (change := slots.change_of(linear)) is not None]
 
     def maps_in_call(self) -> list[tuple[LinearMap, slots.Change]]:
         """Return the kernels that a call has to change, with their changes."""
-        pairs = [(linear, slots.change_in_call(linear)) for linear in maps_of(self)]
-        return [(linear, change) for linear, change in pairs if change is not None]
+        return [(linear, change) for linear in maps_of(self) if (change := slots.change_in_call(linear)) is not None]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         linear = self.linear_map
@@ -291,8 +292,7 @@ def set_adapter(
 
 def set_containers(model: keras.layers.Layer) -> None:
     """Make an adapted container of every layer at or below `model` that has a training mark and contains other layers."""
-    for place in walk(model):
-        layer = place.layer
+    for layer in by_address(model).values():
         plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
         if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
             cls: Any = type(layer)

@@ -55,13 +55,14 @@ def freeze(
     """Freeze every layer at `places`, except the layers in `trained` and the biases selected by the option `bias`.
 
     Variables that were planned to train before still train, except in the layers in `stopped`.
-    Layers without weights are not changed. A frozen layer without sublayers gets `trainable = False`, which keeps the
+    Layers without weights are not changed, except one that gets weights when it is first called, perhaps in training alone:
+    these will be frozen. A frozen layer without sublayers gets `trainable = False`, which keeps the
     moving statistics of BatchNormalization fixed. In a layer with sublayers, only its direct variables are frozen.
     """
     adapted_ids, trained_ids, stopped_ids = ({id(layer) for layer in each} for each in (adapted, trained, stopped))
     for place in places:
         layer = place.layer
-        if not layer.weights:
+        if not layer.weights and (id(layer) in trained_ids or not _gets_weights(layer)):
             continue
         own, before = keras_internals.own_trainable_variables(layer), vars(layer).get(MARK)
         in_full = id(layer) in trained_ids
@@ -75,10 +76,30 @@ def freeze(
         mark(layer, flags_of(layer) if before is None else before["found"], plan, Flags(plan.layer, now))
 
 
+def _gets_weights(layer: keras.layers.Layer) -> bool:
+    """Whether a layer without sublayers is not built and may get weights."""
+    return not layer.built and not keras_internals.sublayers(layer) and keras_internals.makes_weights(layer)
+
+
 def mark(layer: keras.layers.Layer, found: Flags, plan: Flags, now: Flags | None = None) -> None:
-    """Put a mark on one layer and set its flags to `now`, or else to the plan. Flags may be pairs read from a file."""
-    vars(layer)[MARK] = {"found": Flags(*found), "plan": Flags(*plan)}
-    set_flags(layer, Flags(*(plan if now is None else now)))
+    """Put a mark on one layer and set its flags to `now`, or else to the plan. Flags may be pairs read from a file.
+
+    A layer that is not built is marked again when it is: its variables were found as the layer, and do not train.
+    """
+    found, plan, now = Flags(*found), Flags(*plan), Flags(*(plan if now is None else now))
+    count = len(keras_internals.own_trainable_variables(layer))
+    if count and not plan.variables:
+        found = Flags(found.layer, [found.layer] * count)
+        plan, now = (Flags(each.layer, [False] * count) for each in (plan, now))
+    vars(layer)[MARK] = {"found": found, "plan": plan}
+    set_flags(layer, now)
+    if not layer.built:
+        keras_internals.when_built(layer, lambda: _mark_again(layer))
+
+
+def _mark_again(layer: keras.layers.Layer) -> None:
+    if MARK in vars(layer):  # it is still adapted
+        mark(layer, **vars(layer)[MARK])
 
 
 def plan_again(layer: keras.layers.Layer, trains: bool | list[bool] | None) -> None:

@@ -164,7 +164,7 @@ def _notes(heads: list[Place], rows: list[Target]) -> list[str]:
     new = [f"'{head.path}'" for head in heads if id(head.layer) in frozen and looks_new(head.layer)]
     notes = {
         f"{large} marked large: the adapter has more parameters than its kernel. A lower rank is enough.": large,
-        f"{unused} not used: if `call` uses them only in training, call the model with training=True first.": unused,
+        f"{unused} not used: they stay frozen. If training uses them, call the model with training=True first.": unused,
         f"The output head {', '.join(new[:4])} looks new (its bias is zero) and stays frozen: add train='head'.": new,
     }
     return [note for note, holds in notes.items() if holds]
@@ -307,12 +307,6 @@ def _refuse_unfit_model(model: Any, places: list[Place], unused: set[Key], bias:
         raise ValueError(
             f"'{model.name}' is not built: {', '.join(unbuilt[:8])} have no weights yet. Expected a built model. Call the "
             "model on data once, or pass `input_shape=` to `apply_lora`."
-        )
-    rewritten = [place.path for place in places if isinstance(place.layer, keras.layers.SpectralNormalization)]
-    if rewritten:
-        raise ValueError(
-            f"'{model.name}' cannot be kept frozen: SpectralNormalization rewrites the kernel inside it in every training "
-            f"step, frozen or not. Expected a model without it. Received: {rewritten}."
         )
 
 
