@@ -67,7 +67,8 @@ def config_of(folder):
 
 def their_adapter(family, base, folder, **config):
     """A PEFT adapter with random numbers in `folder`, and the logits of the model that has it."""
-    targets = {"target_modules": family.targets, "r": 3, "lora_alpha": 5, **config}
+    targets = {"target_modules": family.targets, "target_parameters": list(family.parameters), "r": 3, "lora_alpha": 5}
+    targets |= {"target_parameters": None} | config if "target_modules" in config else config
     heads = {} if not family.names else {"modules_to_save": sorted({each.split(".")[0] for each in family.names.values()})}
     model = randomized(peft.get_peft_model(family.theirs(base), peft.LoraConfig(**{**heads, **targets})))
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -133,7 +134,7 @@ def test_trained_here_and_run_in_peft(name, checkpoints, tmp_path):
     family, base = FAMILIES[name], checkpoints(name)
     model = family.ours(base)
     heads = list(family.names)
-    keras_lora.apply_lora(model, rank=2, alpha=7, train=heads or None, exclude=family.exclude)
+    keras_lora.apply_lora(model, rank=2, alpha=7, train=heads or None)
     trainer = keras.Model(model.inputs, model.outputs)  # without what KerasHub's tasks compile with
     eager = keras.backend.backend() == "tensorflow"  # where two steps take less time than compiling one
     trainer.compile(keras.optimizers.Adam(0.05), keras.losses.MeanSquaredError(), run_eagerly=eager, jit_compile=False)

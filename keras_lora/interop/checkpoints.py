@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from keras_lora.compat import keras_internals
+from keras_lora.interop import experts
 from keras_lora.interop.ports import Port, shape_of
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import address_of, maps_of
@@ -61,9 +62,10 @@ class Source:
     """Where the matrix of a kernel is in the weight of a module.
 
     Attributes:
-        module: The name of the module, for example `"model.layers.0.self_attn.q_proj"`.
-        kind: `"linear"`, `"transposed"` (GPT-2's Conv1D, whose weight is `(in, out)`), `"embedding"` or `"convolution"`.
-        shape: The shape of its weight.
+        module: The name of the module, for example `"model.layers.0.self_attn.q_proj"`, or of a parameter of experts.
+        kind: `"linear"`, `"transposed"` (GPT-2's Conv1D, whose weight is `(in, out)`), `"embedding"`, `"convolution"` or
+            `"bank"`.
+        shape: The shape of its weight; of a bank, `(experts, out, in)`.
         ins, outs: For each input and output of our matrix, its index in the weight. Several kernels may
             be parts of one weight; each kernel then has some of its outputs and all its inputs.
     """
@@ -77,12 +79,12 @@ class Source:
     @property
     def out_dim(self) -> int:
         """The number of outputs of the weight."""
-        return self.shape[1 if self.kind in ("transposed", "embedding") else 0]
+        return self.shape[1 if self.kind in ("transposed", "embedding", "bank") else 0]
 
     @property
     def in_dim(self) -> int:
         """The number of inputs of the weight."""
-        return math.prod(self.shape) // self.out_dim
+        return self.shape[2] if self.kind == "bank" else math.prod(self.shape) // self.out_dim
 
 
 class CheckpointMap:
@@ -148,13 +150,18 @@ class CheckpointMap:
 
     @property
     def modules(self) -> dict[str, list[str]]:
-        """The modules whose weights contain kernels, with the addresses of these kernels."""
+        """The modules whose weights contain kernels, and the parameters of experts, with the addresses of these kernels."""
         found: dict[str, list[str]] = {}
         for address, linear in self.maps.items():
             port = self._ports.get((id(linear.layer), linear.kernel_name))
-            if port is not None and port.key.endswith(".weight"):
+            if port is not None and (port.key.endswith(".weight") or experts.is_bank(port.key)):
                 found.setdefault(port.key.removesuffix(".weight"), []).append(address)
         return found
+
+    @property
+    def bank_parameters(self) -> list[str]:
+        """The parameters of modules of experts, in their order there; empty for a model without banks."""
+        return [each for each in experts.PARAMETERS if any(key.endswith(f".experts.{each}") for key in self.keys)]
 
     def source_of(self, address: str) -> Source:
         """Return where the matrix of the kernel at an address is.
@@ -164,14 +171,18 @@ class CheckpointMap:
         """
         linear = self.maps[address]
         port = self._port(linear.layer, linear.kernel_name)
-        if not port.key.endswith(".weight"):
+        bank = experts.is_bank(port.key) and len(linear.matrix_shape) == 3
+        if not bank and not port.key.endswith(".weight"):
             raise NotAReshape(f"it comes from what is no weight of a module ('{port.key}')")
-        if len(linear.matrix_shape) > 2:
+        if not bank and len(linear.matrix_shape) > 2:
             raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
         for shape in self._shapes(port, linear):
             if (found := self._layout(port, shape, linear)) is not None:
                 self._refuse_overlap(port, shape)
                 kind, ins, outs = found
+                if kind == "bank":
+                    number, in_dim, _ = linear.matrix_shape
+                    shape = (number, math.prod(shape) // (number * in_dim), in_dim)
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
 
@@ -208,7 +219,7 @@ class CheckpointMap:
             NotAReshape: The variable is in no tensor, or differs in more than the order of its entries.
         """
         port = self._port(layer, attribute)
-        plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2)
+        plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2 or experts.is_bank(port.key))
         linear = next((each for each in plain if each.kernel_name == attribute), None)
         for shape in self._shapes(port, linear):
             index = _index(port, shape, shape_of(layer, attribute))
@@ -250,7 +261,11 @@ class CheckpointMap:
         sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in self.keys[port.key]]
         for whole in dict.fromkeys([sum(sizes), math.prod(own)]):  # parts of one tensor, or all of it
             shapes = [own, own[::-1]]
-            if linear is not None:
+            if linear is not None and len(linear.matrix_shape) == 3:
+                number, in_dim, _ = linear.matrix_shape
+                out_dim = whole // (number * in_dim)
+                shapes = [(number, out_dim, in_dim), (number, in_dim, out_dim)]
+            elif linear is not None:
                 in_dim = linear.matrix_shape[-2]
                 shapes = [(whole // in_dim, in_dim), (in_dim, whole // in_dim), *shapes]
             elif port.key.endswith(".bias"):
@@ -286,8 +301,10 @@ def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarr
 
 def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
     """Return the kind of a weight and its inputs and outputs in our order, or `None` if more than the order differs."""
-    order = [axis for role in "io" for axis, each in enumerate(linear.kernel_axes) if each == role]
+    order = [axis for role in "gio" for axis, each in enumerate(linear.kernel_axes) if each == role]
     matrix = index.transpose(order).reshape(linear.matrix_shape)
+    if matrix.ndim == 3:
+        return _bank(matrix, shape)
     first, rest = np.divmod(matrix, math.prod(shape[1:]))
     if (first == first[:1]).all() and (rest == rest[:, :1]).all():  # (out, in) or (out, in, height, width)
         kind, ins, outs = "convolution" if len(shape) > 2 else "linear", rest[:, 0], first[0]
@@ -297,6 +314,21 @@ def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _La
         return None
     whole = len(np.unique(ins)) == (math.prod(shape[1:]) if kind in ("linear", "convolution") else shape[0])
     return (kind, ins, outs) if whole and (kind == "embedding") == linear.picks_rows else None
+
+
+def _bank(index: np.ndarray, shape: tuple[int, ...]) -> _Layout | None:
+    """Return what `_matrix` does for a kernel of one matrix for each expert, which are all laid out alike."""
+    number, (expert, one) = len(index), np.divmod(index, math.prod(shape[1:]))
+    if len(shape) != 3 or shape[0] != number or (expert != np.arange(number)[:, None, None]).any() or (one != one[:1]).any():
+        return None
+    first, rest = np.divmod(one[0], shape[2])
+    if (first == first[:1]).all() and (rest == rest[:, :1]).all():  # (experts, out, in)
+        ins, outs, whole = rest[:, 0], first[0], shape[2]
+    elif (first == first[:, :1]).all() and (rest == rest[:1]).all():  # (experts, in, out)
+        ins, outs, whole = first[:, 0], rest[0], shape[1]
+    else:
+        return None
+    return ("bank", ins, outs) if len(np.unique(ins)) == whole else None
 
 
 def _is_output(model: Any, layer: keras.layers.Layer) -> bool:

@@ -6,14 +6,16 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_lora import adapters
+from keras_lora import adapters, factors
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
+from keras_lora.interop import experts
 from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
@@ -33,6 +35,23 @@ _USED_BACK = (
 )
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Factors of a bank of experts, for all outputs of its parameter or for a half.
+
+    Attributes:
+        a, b: `(experts, rank, in)` and `(experts, out, rank)`.
+        first: The first of these outputs in the parameter.
+        rank, alpha: What the config says.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    first: int
+    rank: int
+    alpha: float
+
+
 class Reader:
     """Converts the modules of a PEFT adapter to the contents of an adapter file, and collects all problems."""
 
@@ -44,7 +63,7 @@ class Reader:
     def take(self, module: str, known: str, found: Module) -> None:
         """Convert the contents of one module, which is called `known` in the converter."""
         addresses = self.checkpoint.modules.get(known, [])
-        if found.a is not None or found.tokens is not None:
+        if found.a is not None or found.tokens is not None or found.experts:
             if not addresses:
                 near = nearest(known, sorted(self.checkpoint.modules))
                 why = f"the nearest that the model has are {near}" if near else self.checkpoint.reason
@@ -63,7 +82,9 @@ class Reader:
 
     def _take_adapter(self, module: str, address: str, source: Source, found: Module) -> None:
         linear = self.checkpoint.maps[address]
-        if found.a is not None and found.tokens is not None:
+        if source.kind == "bank":
+            self._take_bank(module, address, linear, source, found)
+        elif found.a is not None and found.tokens is not None:
             self.problems.append(f"the module '{module}' has factors and trained tokens; one kernel can have one of them")
         elif found.tokens is not None:
             self._take_tokens(module, address, linear, source, found.tokens)
@@ -82,7 +103,15 @@ class Reader:
     ) -> None:
         if self._is_shared(module, address, f"{source.module}.weight"):
             return
-        rank, said, alpha = a.shape[0], self.config.rank_of(module), self.config.alpha_of(module)
+        parameter = f"{module}.weight"
+        named = parameter if self.config.targets(parameter) else module
+        if named == parameter and source.kind != "linear":
+            self.problems.append(
+                f"the module '{module}' has a LoRA of its parameter `weight`, as `target_parameters` says; that is read for "
+                "linear layers and experts. Train it with `target_modules`"
+            )
+            return
+        rank, said, alpha = a.shape[0], self.config.rank_of(named), self.config.alpha_of(named)
         if rank != said:
             self.problems.append(f"the module '{module}' has rank {rank}, and the config says {said}")
             return
@@ -110,6 +139,69 @@ class Reader:
             tensors["magnitude"] = magnitude.reshape(-1)[source.outs]
         contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
         self.state.adapters[address] = AdapterEntry.of(linear, adapter, contiguous)
+
+    def _take_bank(self, module: str, address: str, linear: LinearMap, source: Source, found: Module) -> None:
+        """Convert the factors of all experts; a kernel may be a part of their parameter, with some of its outputs."""
+        pieces = self._pieces(module, source, found)
+        parts = []
+        for piece in pieces:
+            inside = (source.outs >= piece.first) & (source.outs < piece.first + piece.b.shape[1])
+            if inside.any():
+                b = np.zeros((len(piece.b), len(source.outs), piece.rank), "float32")
+                b[:, inside] = piece.b[:, source.outs[inside] - piece.first]
+                parts.append(replace(piece, b=b))
+        if not parts:
+            return
+        rank, scales = sum(each.rank for each in parts), [self._scale(each) for each in parts]
+        stacked = len(parts) > 1  # the exact sum, as PEFT makes of it
+        adapter = adapters.LoRA(
+            rank,
+            scales[0] * rank if stacked else parts[0].alpha,
+            0.0 if linear.no_dropout else self.config.dropout,
+            False if stacked else self.config.rank_stabilized,
+        )
+        a = np.concatenate([each.a[..., source.ins] for each in parts], axis=1)
+        b = np.concatenate([(s / scales[0] * p.b).astype("float32") for s, p in zip(scales, parts, strict=True)], axis=2)
+        tensors = {"lora_a": np.ascontiguousarray(a.swapaxes(1, 2)), "lora_b": np.ascontiguousarray(b.swapaxes(1, 2))}
+        self.state.adapters[address] = AdapterEntry.of(linear, adapter, tensors)
+
+    def _pieces(self, module: str, source: Source, found: Module) -> list[_Piece]:
+        """Return the factors of a bank, for all outputs or for each half; none if there is a problem with them."""
+        number, out_dim, in_dim = source.shape
+        if self.config.dora:
+            self.problems.append(f"'{module}' is a bank of experts with DoRA, which PEFT has for plain matrices alone")
+            return []
+        if found.a is not None and found.b is not None:
+            rank = self.config.rank_of(module)
+            wanted = (number * rank, in_dim), (out_dim, rank * number)
+            if (found.a.shape, found.b.shape) == wanted:
+                a, b = experts.from_peft(found.a, found.b, number)
+                return [_Piece(a, b, 0, rank, self.config.alpha_of(module))]
+            self.problems.append(
+                f"'{module}' has factors of shape {found.a.shape} and {found.b.shape}; for {number} experts and rank {rank}, as "
+                f"the config says, expected are {wanted[0]} and {wanted[1]}"
+            )
+            return []
+        pieces = []
+        for half in dict.fromkeys(half for half, _ in found.experts):
+            each = {expert: one for (of, expert), one in found.experts.items() if of == half}
+            rows = out_dim if half is None else out_dim // 2
+            said = {(self.config.rank_of(name), self.config.alpha_of(name)) for name, _ in each.values()}
+            rank, alpha = next(iter(said))
+            shapes = {(one.a.shape, one.b.shape) for _, one in each.values() if one.a is not None and one.b is not None}
+            if sorted(each) != list(range(number)) or len(said) > 1 or shapes != {((rank, in_dim), (rows, rank))}:
+                self.problems.append(
+                    f"'{module}' has {len(each)} modules of single experts, with the ranks and alphas {sorted(said)} and factors "
+                    f"of the shapes {sorted(shapes)}; expected are {number} experts with one rank and one alpha, and the "
+                    f"shapes {(rank, in_dim)} and {(rows, rank)}"
+                )
+                return []
+            a, b = (np.stack([getattr(each[expert][1], key) for expert in range(number)]) for key in ("a", "b"))
+            pieces.append(_Piece(a, b, rows if half else 0, rank, alpha))
+        return pieces
+
+    def _scale(self, piece: _Piece) -> float:
+        return factors.scale(piece.rank, piece.alpha, self.config.rank_stabilized)
 
     def _is_shared(self, module: str, address: str, key: str) -> bool:
         """Whether a change of an embedding in PEFT is not its change here, which is then a problem."""
@@ -201,7 +293,7 @@ def aligned(modules: Iterable[str], checkpoint: CheckpointMap, ask: bool) -> dic
     names do not do, because importing it is slow.
     """
     modules = list(modules)
-    names = {key.rpartition(".")[0]: key.rpartition(".")[0] for key in checkpoint.keys}
+    names = {name: name for key in checkpoint.keys for name in _names_of(key)}
     found = _aligned(modules, names)
     if ask and checkpoint.config and not set(found.values()) <= set(names):
         found = _aligned(modules, names := names | _also(checkpoint, recorded(checkpoint.config["model_type"])))
@@ -217,10 +309,14 @@ def _also(checkpoint: CheckpointMap, rename: Callable[[str], str]) -> dict[str, 
     """Return other names of modules, with their names in the converter."""
     found = {}
     for key in checkpoint.converted:
-        (module, _, variable), (other, _, same) = key.rpartition("."), rename(key).rpartition(".")
-        if variable == same:
-            found[other] = module
+        if key.rpartition(".")[2] == rename(key).rpartition(".")[2]:
+            found |= dict(zip(_names_of(rename(key)), _names_of(key), strict=True))
     return found
+
+
+def _names_of(key: str) -> list[str]:
+    """Return the name of a tensor's module; a parameter of experts has its own LoRA, as a module has."""
+    return [key.rpartition(".")[0], *([key] if experts.is_bank(key) else [])]
 
 
 def _aligned(modules: list[str], names: Mapping[str, str]) -> dict[str, str]:

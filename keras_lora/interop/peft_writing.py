@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
+from keras_lora.interop import experts
 from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_reading import number_of
@@ -43,15 +45,19 @@ class Part:
 
     @property
     def a(self) -> np.ndarray:
-        """`(rank, in)`, with the inputs in the order of the weight."""
-        found = np.empty((self.values["lora_a"].shape[1], self.source.in_dim), "float32")
-        found[:, self.source.ins] = self.values["lora_a"].T
+        """`(rank, in)`, with the inputs in the order of the weight; of a bank, `(experts, rank, in)`."""
+        *groups, _, rank = self.values["lora_a"].shape
+        found = np.empty((*groups, rank, self.source.in_dim), "float32")
+        found[..., self.source.ins] = self.values["lora_a"].swapaxes(-1, -2)
         return found
 
     @property
     def b(self) -> np.ndarray:
         """`(out, rank)`, with the outputs in the order of the weight; zeros for outputs of other kernels."""
-        return self.spread(self.values["lora_b"].T)
+        *groups, rank, _ = self.values["lora_b"].shape
+        found = np.zeros((*groups, self.source.out_dim, rank), "float32")
+        found[..., self.source.outs, :] = self.values["lora_b"].swapaxes(-1, -2)
+        return found
 
     def spread(self, rows: np.ndarray) -> np.ndarray:
         """Spread values for each output of the kernel over the outputs of the weight."""
@@ -65,9 +71,10 @@ class Written:
     """The adapter of one module.
 
     Attributes:
-        module, kind, weight: The name of the module, and the kind and shape of its weight.
+        module, kind, weight: The name of the module, or of a parameter of experts, and the kind and shape of its weight.
         rank, alpha, rank_stabilized: The values that define its scale.
         dropout: The dropout used in training.
+        by_parameter: Whether PEFT finds the module only by its parameter `weight`.
     """
 
     module: str
@@ -80,11 +87,22 @@ class Written:
     a: np.ndarray
     b: np.ndarray
     magnitude: np.ndarray | None = None
+    by_parameter: bool = False
 
     @property
     def scale(self) -> float:
         """The factor that multiplies `b a`."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    @property
+    def parameter(self) -> str | None:
+        """The name of the parameter that PEFT adapts, or `None` if it adapts the module."""
+        return self.module if self.kind == "bank" else f"{self.module}.weight" if self.by_parameter else None
+
+    @property
+    def pattern(self) -> str:
+        """The name to which PEFT compares its patterns of ranks and alphas."""
+        return self.parameter or self.module
 
 
 @dataclass
@@ -155,6 +173,12 @@ class Writer:
                 return
             parts, taken = parts[:1], parts[0].source.outs
         magnitude = None
+        if isinstance(parts[0].adapter, adapters.DoRA) and parts[0].source.kind == "bank":
+            self.problems.append(
+                f"{[part.address for part in parts]} is a bank of experts, for which PEFT has no DoRA; "
+                "`keras_lora.compress_adapter` makes LoRA of it"
+            )
+            return
         if isinstance(parts[0].adapter, adapters.DoRA):
             if len(taken) < parts[0].source.out_dim:
                 self.problems.append(
@@ -169,13 +193,31 @@ class Writer:
         a, b = parts[0].a, np.sum([part.b for part in parts], axis=0, dtype="float32") if same_a else parts[0].b
         if not same_a:  # the factors stacked: the exact sum
             ratios = [part.adapter.scale / one.scale for part in parts]
-            a = np.concatenate([part.a for part in parts])
+            a = np.concatenate([part.a for part in parts], axis=-2)
             b = np.concatenate(
-                [(ratio * part.b).astype("float32") for ratio, part in zip(ratios, parts, strict=True)], axis=1
+                [(ratio * part.b).astype("float32") for ratio, part in zip(ratios, parts, strict=True)], axis=-1
             )
-            rank, alpha, stabilized = len(a), one.scale * len(a), False
+            rank = a.shape[-2]
+            alpha, stabilized = one.scale * rank, False
         shape = source.shape
         self.written.append(Written(module, source.kind, shape, rank, alpha, stabilized, said["dropout"], a, b, magnitude))
+
+    def find_by_parameter(self, choose: Callable[[list[str]], set[str]]) -> None:
+        """Note which modules PEFT finds by their parameter `weight` alone; `choose` returns them."""
+        chosen = choose([each.module for each in self.written if each.kind != "bank"])
+        for each in (each for each in self.written if each.module in chosen):
+            each.by_parameter = True
+            if each.kind != "linear" or each.magnitude is not None:
+                what = "DoRA" if each.magnitude is not None else "LoRA"
+                self.problems.append(
+                    f"the module '{each.module}' is none that PEFT adapts as a linear layer, and it has no {what} for its "
+                    "parameter; leave it out of `targets`, or use `train=` for it"
+                )
+
+    @property
+    def drops_dropout(self) -> bool:
+        """Whether dropout was used, and PEFT refuses it for these modules."""
+        return any(each.parameter for each in self.written) and any(each.dropout for each in self.written)
 
     def _take_tokens(self, module: str, parts: list[Part]) -> None:
         part = parts[0]
@@ -197,7 +239,7 @@ class Writer:
             for port in ports:
                 by_layer.setdefault(id(port.layer), []).append(port)
         layers = {address: key for key, address in self.checkpoint.addresses.items()}
-        adapted = {each.module for each in self.written}
+        adapted = self._adapted
         keys: dict[str, bool] = {}
         for address, entry in trained.items():
             found = {number_of(port.layer, port.attribute): port for port in by_layer.get(layers[address], [])}
@@ -259,7 +301,7 @@ class Writer:
     def bake(self) -> None:
         """Use one rank and move the scales into B, for readers that support only one scale, `alpha / rank`."""
         rank = max((each.rank for each in self.written), default=1)
-        for each in self.written:
+        for each in (each for each in self.written if each.kind != "bank"):
             more = rank - each.rank
             each.b = np.pad((each.scale * each.b).astype("float32"), [(0, 0), (0, more)])
             each.a = np.pad(each.a, [(0, more), (0, 0)])
@@ -272,13 +314,21 @@ class Writer:
     def modules(self) -> set[str]:
         """Return the names of all modules in the file."""
         beside = {key.removesuffix(".base_layer") for key in (each.rpartition(".")[0] for each in self.variables)}
-        return {each.module for each in self.written} | set(self.tokens) | beside
+        return self._adapted | set(self.tokens) | beside
+
+    @property
+    def _adapted(self) -> set[str]:
+        return {each.module.rpartition(".")[0] if each.kind == "bank" else each.module for each in self.written}
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the tensors by their keys in the file."""
         found: dict[str, np.ndarray] = {}
         for each in self.written:
+            if each.kind == "bank":
+                key = f"{PREFIX}{self._wrapped(each.module)}.lora_"
+                found[f"{key}A.weight"], found[f"{key}B.weight"] = experts.as_in_peft(each.a, each.b)
+                continue
             key, embedding = f"{PREFIX}{each.module}.lora_", each.kind == "embedding"
             spatial = each.weight[1:] if each.kind == "convolution" else ()
             a = each.a.reshape(each.rank, *spatial) if spatial else each.a
@@ -300,10 +350,11 @@ class Writer:
         """Return the settings, only those that every version of PEFT knows."""
         stabilized = bool(self.written) and all(each.rank_stabilized for each in self.written)
         alphas = {
-            each.module: each.alpha if each.rank_stabilized == stabilized else each.scale * each.rank
+            each.pattern: each.alpha if each.rank_stabilized == stabilized else each.scale * each.rank
             for each in self.written
         }
-        ranks = {each.module: each.rank for each in self.written}
+        ranks = {each.pattern: each.rank for each in self.written}
+        parameters = sorted(each.parameter for each in self.written if each.parameter)
         rank, alpha = _most_common(ranks.values(), 8), _most_common(map(_whole, alphas.values()), 8)
         named = type(self.model).__name__
         found: dict[str, Any] = {
@@ -313,9 +364,9 @@ class Writer:
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": max((each.dropout for each in self.written), default=0.0),
+            "lora_dropout": 0.0 if parameters else max((each.dropout for each in self.written), default=0.0),
             "bias": self._bias,
-            "target_modules": self._targets(sorted(ranks)),
+            "target_modules": self._targets(sorted(ranks.keys() - set(parameters))),
             "modules_to_save": sorted(self.saved) or None,
             "use_rslora": stabilized,
             "use_dora": any(each.magnitude is not None for each in self.written),
@@ -326,7 +377,15 @@ class Writer:
         }
         if self.tokens:
             found["trainable_token_indices"] = self.tokens
+        if parameters:
+            found["target_parameters"] = parameters
         return found
+
+    def _wrapped(self, parameter: str) -> str:
+        """Return the module with the LoRA of a parameter of experts: a wrapper around or inside that of another one."""
+        module, _, name = parameter.rpartition(".")
+        beside = [each.module.rpartition(".")[2] for each in self.written if each.module.rpartition(".")[0] == module]
+        return module + ".base_layer" * experts.levels(beside)[name]
 
     def _targets(self, modules: list[str]) -> list[str] | str:
         """Return the module names, or one regular expression if a name is the end of another and would match both."""

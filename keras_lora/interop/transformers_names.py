@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from keras_lora import checks
+from keras_lora.interop import experts
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.problems import capped
 
@@ -26,6 +27,9 @@ _TABLES = ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "", "IMAGE
 
 #: Classes of modules for which PEFT has a LoRA.
 _LINEAR = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
+
+#: Models whose adapters of `transformers` 4 PEFT converts: it takes each `gate_proj` for that of the experts.
+_MISTAKEN = {"mixtral", "qwen2_moe", "qwen3_moe"}
 
 _VIT = {
     r"encoder\.layer\.": "layers.",
@@ -225,16 +229,22 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
         )
 
 
-def without_lora(checkpoint: CheckpointMap, prefix: str, modules: list[str]) -> list[str]:
-    """Return problems of adapted modules for which PEFT has no LoRA, such as routers of experts in `transformers` 5."""
+def found_by_parameter(checkpoint: CheckpointMap, prefix: str, modules: Iterable[str]) -> set[str]:
+    """Return the adapted modules that PEFT finds by their parameter `weight` alone.
+
+    These are modules of which PEFT has no LoRA, such as routers of experts in `transformers` 5, and linear layers with names
+    that PEFT takes for those of one expert in `transformers` 4.
+    """
+    mistaken = checkpoint.config.get("model_type") in _MISTAKEN and checkpoint.bank_parameters
+    found = {module for module in modules if mistaken and module.rpartition(".")[2] in experts.NOT_BY_MODULE}
     with contextlib.suppress(ImportError):
         has = {module: lora for each in classes_with(checkpoint, prefix) for module, lora in each.modules.items()}
-        return [
-            f"the module '{module}' is no linear layer in `transformers`, and PEFT has no LoRA for it; use `train=` for it"
+        found |= {
+            module
             for module in modules
             if not has.get(_unnumbered(module.removeprefix(prefix)), has.get(_unnumbered(module), True))
-        ]
-    return []
+        }
+    return found
 
 
 def _class_names(module: Any) -> set[str]:
