@@ -35,7 +35,7 @@ DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads
 VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-OSS = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8} | {
+OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}
 }
 DROPOUT = {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
@@ -241,7 +241,7 @@ FAMILIES = {
     ),
     "mixtral": Family(
         _t.MixtralForCausalLM,
-        _t.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2, sliding_window=8),
+        _t.MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
         _k.MixtralCausalLM,
         targets=["q_proj", "v_proj", "lm_head"],
         parameters=("experts.gate_up_proj", "experts.down_proj"),

@@ -32,9 +32,8 @@ LINEAR: dict[str, tuple[str, int | None]] = {
     "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
 }
-#: Names that PEFT takes for those of one expert in `transformers` 4, and the routers. In a model with experts, it finds
-#: these modules only by the parameter `weight`.
-NOT_BY_MODULE = {*LINEAR, "gate", "router"}
+#: Names of routers, which are no linear layers in `transformers` 5.
+ROUTERS = ("gate", "router")
 
 _TENSOR = re.compile(r"(?P<module>.+\.experts)\.((?P<number>\d+)\.)?(?P<name>\w+?)(?P<packed>_blocks|_scales)?(\.weight)?")
 _OF_ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<number>\d{{1,4}})\.(?P<name>{'|'.join(LINEAR)})")

@@ -29,7 +29,7 @@ _TABLES = ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "", "IMAGE
 _LINEAR = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
 
 #: Models whose adapters of `transformers` 4 PEFT converts: it takes each `gate_proj` for that of the experts.
-_MISTAKEN = {"mixtral", "qwen2_moe", "qwen3_moe"}
+_MISTAKEN = {"mixtral", "qwen3_moe"}
 
 _VIT = {
     r"encoder\.layer\.": "layers.",
@@ -232,11 +232,12 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
 def found_by_parameter(checkpoint: CheckpointMap, prefix: str, modules: Iterable[str]) -> set[str]:
     """Return the adapted modules that PEFT finds by their parameter `weight` alone.
 
-    These are modules of which PEFT has no LoRA, such as routers of experts in `transformers` 5, and linear layers with names
-    that PEFT takes for those of one expert in `transformers` 4.
+    These are modules of which PEFT has no LoRA, such as the routers of experts in `transformers` 5, and linear layers with
+    names that PEFT takes for those of one expert in `transformers` 4.
     """
-    mistaken = checkpoint.config.get("model_type") in _MISTAKEN and checkpoint.bank_parameters
-    found = {module for module in modules if mistaken and module.rpartition(".")[2] in experts.NOT_BY_MODULE}
+    mistaken = experts.LINEAR if checkpoint.config.get("model_type") in _MISTAKEN else ()
+    named = {*experts.ROUTERS, *mistaken} if checkpoint.bank_parameters else ()
+    found = {module for module in modules if module.rpartition(".")[2] in named}
     with contextlib.suppress(ImportError):
         has = {module: lora for each in classes_with(checkpoint, prefix) for module, lora in each.modules.items()}
         found |= {
