@@ -121,7 +121,7 @@ def by_parameter(
             parameter, half = LINEAR[one["name"]]
             bank = found.setdefault(f"{one['module']}.{parameter}", Module())
             bank.experts[half, int(one["number"])] = (name, module)
-        elif inside != name or any(config.targets(f"{name}.{each}") for each in parameters):
+        elif inside != name or any(is_bank(f"{name}.{each}") and config.targets(f"{name}.{each}") for each in parameters):
             wrapped.setdefault(inside, {})[name.count(".base_layer")] = module
         else:
             found[name] = module

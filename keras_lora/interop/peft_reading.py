@@ -21,7 +21,7 @@ from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
 from keras_lora.interop.transformers_names import classes_with, recorded
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap.adapted import maps_of
+from keras_lora.swap.adapted import address_of, maps_of
 from keras_lora.targets.patterns import nearest
 
 #: Why an embedding in PEFT does not match one here.
@@ -246,8 +246,11 @@ class Reader:
                     "before training); give the base that weight first"
                 )
 
-    def _is_kernel(self, port: Port) -> bool:
-        return any(each.kernel_name == port.attribute for each in maps_of(port.layer))
+    def _kernel_of(self, port: Port) -> str | None:
+        """Return the address of the kernel that a variable is, or `None`."""
+        address = self.checkpoint.addresses[id(port.layer)]
+        found = (each for each in maps_of(port.layer) if each.kernel_name == port.attribute)
+        return next((address_of(address, each) for each in found), None)
 
     def _take_variable(self, module: str, key: str, tensor: np.ndarray) -> None:
         ports = self.checkpoint.keys.get(key, [])
@@ -264,10 +267,11 @@ class Reader:
                 self.problems.append(f"the tensor '{key}' of '{module}' cannot be read: {error}")
                 continue
             address, index = self.checkpoint.addresses[id(port.layer)], number_of(port.layer, port.attribute)
-            if self._is_kernel(port) and quantization.mode_of(port.layer) is not None:
+            kernel = self._kernel_of(port)
+            if kernel is not None and quantization.mode_of(port.layer) is not None:
                 self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and the layer is quantised here")
                 continue
-            if self._is_kernel(port) and self._is_shared(module, address, port.key):
+            if kernel is not None and self._is_shared(module, kernel, port.key):
                 continue
             if tensor.shape != lie.shape or index is None:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")
