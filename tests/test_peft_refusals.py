@@ -89,7 +89,10 @@ CONFIGS = {
     "a start that moves the base": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "biases of the change": ({"lora_bias": True}, "`lora_bias` is True"),
     "layers twice": ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
-    "experts": ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+    "parameters that are no names": (
+        {"target_parameters": "experts.down_proj"},
+        "`target_parameters` is 'experts.down_proj'",
+    ),
     "a rank that is not that of the tensors": ({"r": 3}, r"down_proj' has rank 2, and the config says 3 .and so 6 more"),
     "no rank": ({"r": 0}, "`r` is 0"),
     "a rank that is true": ({"r": True}, "`r` is True"),

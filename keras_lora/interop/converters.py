@@ -229,7 +229,8 @@ class _Different(_Unknown):
 
 def _from(*values: Any) -> _Unknown:
     """Return what was computed from these values."""
-    made, names = _Unknown(), []
+    made = _Unknown()
+    names: list[str] = []
     for each in _unknowns(values):
         made.loader = made.loader or each.loader
         names += each.names

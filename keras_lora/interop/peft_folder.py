@@ -93,7 +93,7 @@ class Config:
     rank_pattern: dict[str, Any]
     alpha_pattern: dict[str, Any]
     tokens: Any
-    parameters: frozenset[str]
+    parameters: frozenset[str] = frozenset()
 
     def targets(self, parameter: str) -> bool:
         """Whether a parameter is adapted itself, and not the module that it is the weight of."""

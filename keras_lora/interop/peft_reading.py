@@ -67,6 +67,8 @@ class Reader:
             if not addresses:
                 near = nearest(known, sorted(self.checkpoint.modules))
                 why = f"the nearest that the model has are {near}" if near else self.checkpoint.reason
+                if experts.is_bank(known) and known.endswith("_bias"):
+                    why = "biases of experts have no LoRA here; train the experts themselves (`modules_to_save`)"
                 self.problems.append(f"the module '{module}' is no kernel of this model; {why}")
             for address in addresses:
                 try:
@@ -178,8 +180,8 @@ class Reader:
                 a, b = experts.from_peft(found.a, found.b, number)
                 return [_Piece(a, b, 0, rank, self.config.alpha_of(module))]
             self.problems.append(
-                f"'{module}' has factors of shape {found.a.shape} and {found.b.shape}; for {number} experts and rank {rank}, as "
-                f"the config says, expected are {wanted[0]} and {wanted[1]}"
+                f"'{module}' has factors of shape {found.a.shape} and {found.b.shape}; for {number} experts and rank "
+                f"{rank}, as the config says, expected are {wanted[0]} and {wanted[1]}"
             )
             return []
         pieces = []
@@ -191,9 +193,9 @@ class Reader:
             shapes = {(one.a.shape, one.b.shape) for _, one in each.values() if one.a is not None and one.b is not None}
             if sorted(each) != list(range(number)) or len(said) > 1 or shapes != {((rank, in_dim), (rows, rank))}:
                 self.problems.append(
-                    f"'{module}' has {len(each)} modules of single experts, with the ranks and alphas {sorted(said)} and factors "
-                    f"of the shapes {sorted(shapes)}; expected are {number} experts with one rank and one alpha, and the "
-                    f"shapes {(rank, in_dim)} and {(rows, rank)}"
+                    f"'{module}' has {len(each)} modules of single experts, with the ranks and alphas {sorted(said)} and "
+                    f"factors of the shapes {sorted(shapes)}; expected are {number} experts with one rank and one alpha, "
+                    f"and the shapes {(rank, in_dim)} and {(rows, rank)}"
                 )
                 return []
             a, b = (np.stack([getattr(each[expert][1], key) for expert in range(number)]) for key in ("a", "b"))
@@ -311,7 +313,7 @@ def aligned(modules: Iterable[str], checkpoint: CheckpointMap, ask: bool) -> dic
 
 def _also(checkpoint: CheckpointMap, rename: Callable[[str], str]) -> dict[str, str]:
     """Return other names of modules, with their names in the converter."""
-    found = {}
+    found: dict[str, str] = {}
     for key in checkpoint.converted:
         if key.rpartition(".")[2] == rename(key).rpartition(".")[2]:
             found |= dict(zip(_names_of(rename(key)), _names_of(key), strict=True))
