@@ -34,6 +34,8 @@ _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", 
 
 #: Why trained tokens of an encoder or a decoder differ.
 TIED_OTHERWISE = "its rows are used in other places here than in PEFT, which ties trained tokens to the encoder's embedding"
+#: The output projection of the language models of `transformers`.
+HEAD = "lm_head"
 #: The kind of a weight, and for each input and output of a matrix its index there.
 _Layout = tuple[str, np.ndarray, np.ndarray]
 
@@ -102,6 +104,7 @@ class CheckpointMap:
         keys: The tensors, with the variables that each contains.
         converted: The names of those that KerasHub's converter named, and `names` did not.
         config: The config of the checkpoint, as far as it is known, with its `model_type`; empty without a converter.
+        head: The name of the output projection of a language model.
         reason: Why there is no map from KerasHub's converter for this model, or `""`.
     """
 
@@ -113,6 +116,7 @@ class CheckpointMap:
         prefix: str = "",
     ):
         self.model, places = model, walk(model)
+        self.head = HEAD
         self.addresses = {id(place.layer): place.address for place in places}
         self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
         self.config, ports, self.reason = _converted(model, prefix)
@@ -140,6 +144,7 @@ class CheckpointMap:
 
     def rename(self, function: Callable[[str], str]) -> None:
         """Give the tensors that the converter named new names."""
+        self.head = function(f"{self.head}.weight").removesuffix(".weight")
         new = {key: function(key) for key in self.converted}
         self.converted = list(new.values())
         keys, self.keys = self.keys, {}
@@ -199,6 +204,13 @@ class CheckpointMap:
             keras_internals.is_called_in_reverse(linear.layer) or _is_output(self.model, linear.layer)
         )
         return bool(back) or key.removeprefix("model.") == "shared.weight"
+
+    def head_tied_to(self, address: str) -> str | None:
+        """Return the module in `transformers` that is the output projection with the weight of this embedding, if known."""
+        of_text = any(
+            cls.__name__ == "CausalLM" and cls.__module__.startswith("keras_hub.") for cls in type(self.model).__mro__
+        )
+        return self.head if of_text and getattr(self.maps[address].layer, "tie_weights", False) else None
 
     def is_used_back_by_tasks(self, address: str) -> bool:
         """Whether this is a backbone alone, and the language models on it use this embedding as their output projection."""

@@ -19,9 +19,9 @@ from keras_lora.checks import AnyLayer
 from keras_lora.files import huggingface
 from keras_lora.files.adapter_state import AdapterState
 from keras_lora.files.misfits import raise_problems
-from keras_lora.interop import experts, peft_folder
+from keras_lora.interop import peft_folder
 from keras_lora.interop.checkpoints import CheckpointMap
-from keras_lora.interop.peft_reading import Reader, aligned
+from keras_lora.interop.peft_reading import Reader
 from keras_lora.interop.peft_writing import Writer
 from keras_lora.interop.problems import grouped
 from keras_lora.interop.transformers_names import found_by_parameter, rename_for_peft, warn_of_names
@@ -85,9 +85,7 @@ def from_peft(
     config, modules = peft_folder.read(folder)
     checkpoint = CheckpointMap(model, names, rename)
     reader = Reader(checkpoint, config)
-    modules, reader.problems = experts.by_parameter(modules, config, checkpoint.bank_parameters)
-    for module, known in aligned(sorted(modules), checkpoint, ask=rename is None).items():
-        reader.take(module, known, modules[module])
+    reader.take_all(modules, ask=rename is None)
     source = f"The PEFT adapter {folder}"
     raise_problems(source, model, grouped(reader.problems))
     reader.state.put_into(model, source, name=name, trainable=trainable)

@@ -16,7 +16,7 @@ from keras_lora import adapters, factors
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
 from keras_lora.interop import experts
-from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
+from keras_lora.interop.checkpoints import HEAD, TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
 from keras_lora.interop.transformers_names import classes_with, recorded
@@ -27,11 +27,11 @@ from keras_lora.targets.patterns import nearest
 #: Why an embedding in PEFT does not match one here.
 _ELSEWHERE = (
     "is an embedding that this model uses in more places than one (its way back, or an encoder and a decoder), of which "
-    "PEFT changes one"
+    "PEFT changes one. With `ensure_weight_tying=True` in its config, PEFT changes a tied output projection too"
 )
 _USED_BACK = (
     "is the embedding of a backbone, which KerasHub's language models also use as their output projection; PEFT changes the "
-    "embedding alone"
+    "embedding alone. With `ensure_weight_tying=True` in its config, it changes both"
 )
 
 
@@ -59,6 +59,20 @@ class Reader:
         self.checkpoint, self.config = checkpoint, config
         self.state = AdapterState()
         self.problems: list[str] = []
+        self.head: tuple[str, Module] | None = None
+        self._head_is_tied = False
+
+    def take_all(self, modules: dict[str, Module], ask: bool) -> None:
+        """Convert the contents of all modules; `ask` is for `aligned`."""
+        modules, self.problems = experts.by_parameter(modules, self.config, self.checkpoint.bank_parameters)
+        known = {module.rpartition(".")[2] for module in self.checkpoint.modules}
+        heads = [] if HEAD in known else [name for name in modules if name.rpartition(".")[2] == HEAD]
+        rest = {name: module for name, module in modules.items() if name not in heads[:1]}
+        self.head = (heads[0], modules[heads[0]]) if heads else None
+        for name, its_name in aligned(sorted(rest), self.checkpoint, ask).items():
+            self.take(name, its_name, rest[name])
+        if self.head and not self._head_is_tied:
+            self.take(self.head[0], *self.head)
 
     def take(self, module: str, known: str, found: Module) -> None:
         """Convert the contents of one module, which is called `known` in the converter."""
@@ -103,7 +117,7 @@ class Reader:
         b: np.ndarray,
         magnitude: np.ndarray | None,
     ) -> None:
-        if self._is_shared(module, address, f"{source.module}.weight"):
+        if self._is_shared(module, address, f"{source.module}.weight", Module(a, b, magnitude)):
             return
         parameter = f"{module}.weight"
         named = parameter if self.config.targets(parameter) else module
@@ -205,8 +219,28 @@ class Reader:
     def _scale(self, piece: _Piece) -> float:
         return factors.scale(piece.rank, piece.alpha, self.config.rank_stabilized)
 
-    def _is_shared(self, module: str, address: str, key: str) -> bool:
+    def _changes_head(self, module: str, address: str, key: str, found: Module) -> bool:
+        """Whether the output projection in the file, which has the weight of this embedding, changes as it does."""
+        linear = self.checkpoint.maps[address]
+        if self.head is None or not linear.picks_rows or not getattr(linear.layer, "tie_weights", False):
+            return False
+        name, head = self.head
+        if found.a is not None and found.b is not None and head.a is not None and head.b is not None:
+            same = [found.a.shape[0], self.config.rank_of(module), self.config.alpha_of(module)]
+            tied = same == [head.a.shape[0], self.config.rank_of(name), self.config.alpha_of(name)]
+            tied &= np.array_equal(head.a, found.b.T) and np.array_equal(head.b, found.a.T) and not self.config.dora
+        else:
+            own, its = found.variables.get("weight"), head.variables.get("weight")
+            tied = own is not None and its is not None and np.array_equal(own, its)
+        if tied and head.base is not None:
+            self._compare(name, key, head.base)
+        self._head_is_tied |= tied
+        return tied
+
+    def _is_shared(self, module: str, address: str, key: str, found: Module) -> bool:
         """Whether a change of an embedding in PEFT is not its change here, which is then a problem."""
+        if self._changes_head(module, address, key, found):
+            return False
         if self.checkpoint.is_used_elsewhere(address, key):
             self.problems.append(f"the module '{module}' {_ELSEWHERE}")
             return True
@@ -273,7 +307,7 @@ class Reader:
             if kernel is not None and quantization.mode_of(port.layer) is not None:
                 self.problems.append(f"the tensor '{key}' of '{module}' was trained itself, and the layer is quantised here")
                 continue
-            if kernel is not None and self._is_shared(module, kernel, port.key):
+            if kernel is not None and self._is_shared(module, kernel, port.key, Module(variables={"weight": tensor})):
                 continue
             if tensor.shape != lie.shape or index is None:
                 self.problems.append(f"the tensor '{key}' of '{module}' has shape {tensor.shape}; expected is {lie.shape}")

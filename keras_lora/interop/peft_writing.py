@@ -16,93 +16,15 @@ from keras_lora import adapters
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
 from keras_lora.interop import experts
-from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
+from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape
 from keras_lora.interop.peft_folder import PREFIX
+from keras_lora.interop.peft_parts import Part, Written
 from keras_lora.interop.peft_reading import number_of
 from keras_lora.interop.ports import Port
 from keras_lora.interop.serving_rules import unread
-from keras_lora.linear_map import LinearMap
 
 #: PEFT's task type for a model, by the end of its class name. Not `SEQ_CLS`: PEFT then expects a whole head.
 _TASKS = {"CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM"}
-
-
-@dataclass
-class Part:
-    """The adapter of one kernel.
-
-    Attributes:
-        address, linear, source: The kernel, and where it is in the checkpoint.
-        adapter: The method, without weights.
-        values: Its weights by name.
-    """
-
-    address: str
-    linear: LinearMap
-    source: Source
-    adapter: Any
-    values: dict[str, np.ndarray]
-
-    @property
-    def a(self) -> np.ndarray:
-        """`(rank, in)`, with the inputs in the order of the weight; of a bank, `(experts, rank, in)`."""
-        *groups, _, rank = self.values["lora_a"].shape
-        found = np.empty((*groups, rank, self.source.in_dim), "float32")
-        found[..., self.source.ins] = self.values["lora_a"].swapaxes(-1, -2)
-        return found
-
-    @property
-    def b(self) -> np.ndarray:
-        """`(out, rank)`, with the outputs in the order of the weight; zeros for outputs of other kernels."""
-        *groups, rank, _ = self.values["lora_b"].shape
-        found = np.zeros((*groups, self.source.out_dim, rank), "float32")
-        found[..., self.source.outs, :] = self.values["lora_b"].swapaxes(-1, -2)
-        return found
-
-    def spread(self, rows: np.ndarray) -> np.ndarray:
-        """Spread values for each output of the kernel over the outputs of the weight."""
-        found = np.zeros((self.source.out_dim, *rows.shape[1:]), "float32")
-        found[self.source.outs] = rows
-        return found
-
-
-@dataclass
-class Written:
-    """The adapter of one module.
-
-    Attributes:
-        module, kind, weight: The name of the module, or of a parameter of experts, and the kind and shape of its weight.
-        rank, alpha, rank_stabilized: The values that define its scale.
-        dropout: The dropout used in training.
-        by_parameter: Whether PEFT finds the module only by its parameter `weight`.
-    """
-
-    module: str
-    kind: str
-    weight: tuple[int, ...]
-    rank: int
-    alpha: float
-    rank_stabilized: bool
-    dropout: float
-    a: np.ndarray
-    b: np.ndarray
-    magnitude: np.ndarray | None = None
-    by_parameter: bool = False
-
-    @property
-    def scale(self) -> float:
-        """The factor that multiplies `b a`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-
-    @property
-    def parameter(self) -> str | None:
-        """The name of the parameter that PEFT adapts, or `None` if it adapts the module."""
-        return self.module if self.kind == "bank" else f"{self.module}.weight" if self.by_parameter else None
-
-    @property
-    def pattern(self) -> str:
-        """The name to which PEFT compares its patterns of ranks and alphas."""
-        return self.parameter or self.module
 
 
 @dataclass
@@ -114,6 +36,7 @@ class Writer:
         written: The factors, by module.
         tokens, rows: The token ids and the rows of embeddings with trained tokens.
         variables, saved: The other trained variables, by key, and the modules that were trained as a whole.
+        tied: Whether an embedding changed that is the output projection too.
         problems: The reasons why it cannot be converted.
     """
 
@@ -124,6 +47,7 @@ class Writer:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     variables: dict[str, np.ndarray] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    tied: bool = False
     problems: list[str] = field(default_factory=list)
 
     def take(self, state: AdapterState) -> None:
@@ -159,7 +83,14 @@ class Writer:
             self._take_tokens(module, parts)
             return
         back = [part.address for part in parts if self.checkpoint.is_used_elsewhere(part.address, f"{module}.weight")]
-        if back:
+        head = self.checkpoint.head_tied_to(parts[0].address) if back else None
+        if head and isinstance(parts[0].adapter, adapters.DoRA):
+            self.problems.append(
+                f"the embedding at {back} is tied to the output projection, and PEFT has a DoRA of another size for each; "
+                "`keras_lora.compress_adapter` makes LoRA of it"
+            )
+            return
+        if back and not head:
             self.problems.append(
                 f"the embedding at {back} is used in more places than one (the way back, or an encoder and a decoder), and "
                 "so is its change; in PEFT these are other modules. Leave it out of `targets`"
@@ -201,6 +132,9 @@ class Writer:
             alpha, stabilized = one.scale * rank, False
         shape = source.shape
         self.written.append(Written(module, source.kind, shape, rank, alpha, stabilized, said["dropout"], a, b, magnitude))
+        if head:  # as `ensure_weight_tying` of PEFT writes it
+            self.tied = True
+            self.written.append(Written(head, "linear", shape, rank, alpha, stabilized, said["dropout"], b.T, a.T))
 
     def find_by_parameter(self, choose: Callable[[list[str]], set[str]]) -> None:
         """Note which modules PEFT finds by their parameter `weight` alone; `choose` returns them."""
@@ -266,7 +200,12 @@ class Writer:
                 self.problems.append(f"'{key}' was trained, and has no place there: {error}")
                 continue
             kernels = {address for address in self.checkpoint.modules.get(module, ()) if variable == "weight"}
-            if any(self.checkpoint.is_used_elsewhere(address, key) for address in kernels):
+            back = [address for address in kernels if self.checkpoint.is_used_elsewhere(address, key)]
+            head = self.checkpoint.head_tied_to(back[0]) if back else None
+            if head:
+                self.tied, self.variables[f"{head}.weight"] = True, tensor
+                self.saved.add(head)
+            elif back:
                 self.problems.append(
                     f"the embedding '{module}' was trained itself, and is used in more places than one here; in PEFT "
                     "these are other modules"
@@ -379,6 +318,8 @@ class Writer:
             found["trainable_token_indices"] = self.tokens
         if parameters:
             found["target_parameters"] = parameters
+        if self.tied:
+            found["ensure_weight_tying"] = True
         return found
 
     def _wrapped(self, parameter: str) -> str:
