@@ -196,7 +196,6 @@ def test_serving_programs_do_not_read_experts(checkpoints, tmp_path):  # noqa: F
     assert all("it has adapted parameters" in str(each) for each in serving_problems(tmp_path / "ours").values())
 
 
-@pytest.mark.every_backend
 @pytest.mark.parametrize(
     "name",
     covering(

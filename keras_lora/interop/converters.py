@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ import keras_hub
 import numpy as np
 from keras_hub.src.utils.transformers import preset_loader
 
+from keras_lora.compat import keras_internals
 from keras_lora.interop import experts
-from keras_lora.interop.ports import Port, as_it_is_now, shape_of
+from keras_lora.interop.ports import Port, as_it_is_now, attribute_of, shape_of
 from keras_lora.linear_map import view_of
 from keras_lora.swap.adapted import AdaptedContainer, maps_of
 from keras_lora.targets.patterns import nearest
@@ -48,16 +50,17 @@ def watch(backbone: keras.Model) -> tuple[dict[str, Any], list[Port]]:
     found: list[tuple[tuple[int, int, int], dict[str, Any], list[Port]]] = []
     for model_type in model_types_of(backbone):
         config, apart = _config_of(backbone, converters()[model_type], model_type)
-        for lacks in (_MAYBE_LACKING, _OLD_NAMES):
+        for part, lacks in itertools.product((None, *_LANGUAGE_MODELS), (_MAYBE_LACKING, _OLD_NAMES)):
             loader = _Loader(lacks)
+            said = config if part is None else config | {"text_config": part}
             try:
-                converters()[model_type].convert_weights(_shown(backbone), loader, _Config(config))
+                converters()[model_type].convert_weights(_shown(backbone), loader, _Config(said))
             except Exception as error:  # the converter is foreign code that gets less than it expects
                 failure = error
                 continue
             variables = {(id(port.layer), port.attribute) for port in loader.ports}
             fit = (apart, -len(variables), -len({port.key for port in loader.ports}))
-            found.append((fit, config, loader.ports))
+            found.append((fit, said, loader.ports))
             break
     if not found:
         reason = f"KerasHub's converter for {_plain_class(backbone).__name__} could not be followed"
@@ -289,6 +292,8 @@ class _Config(dict[str, Any]):
 _OLD_NAMES = (".gamma", ".beta")
 #: Names that a converter looks up to tell two kinds of norm apart.
 _MAYBE_LACKING = (*_OLD_NAMES, ".running_mean")
+#: The kinds of language model in BLIP-2, which its config does not say; only the right one can be followed.
+_LANGUAGE_MODELS = ({"model_type": "opt"}, {"model_type": "t5", "feed_forward_proj": "gated-gelu"})
 
 
 class _Loader:
@@ -362,6 +367,10 @@ class _View:
     def __getattr__(self, name: str) -> Any:
         layer = vars(self)["_layer"]
         plain = view_of(layer, layer.base_class) if isinstance(layer, AdaptedContainer) else layer
+        if not layer.built and (name == "build" or not hasattr(plain, name)):  # it is not part of this model
+            return _Unknown()
+        if name == "weights":
+            return [_Slot(layer, attribute_of(layer, each), each) for each in keras_internals.own_variables(layer)]
         value = getattr(plain, name)
         if isinstance(value, keras.Variable) or (
             _is_tensor(value) and name in {each.kernel_name for each in maps_of(layer)}
