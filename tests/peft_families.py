@@ -35,6 +35,18 @@ DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads
 VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+QWEN3_5 = {**DECODER, **EXPERTS, "head_dim": 8, "shared_expert_intermediate_size": 20, "linear_num_key_heads": 2} | {
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    | {"mrope_section": [1, 1, 0], "mrope_interleaved": True},
+}
+NO_IMAGES = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 8} | {
+    "out_hidden_size": 16,
+    "num_position_embeddings": 16,
+}
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8} | {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}
 }
@@ -87,7 +99,9 @@ class Family:
         model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         if "num_local_experts" in config:  # KerasHub reads the name of `transformers` 4
-            (folder / "config.json").write_text(json.dumps({"num_experts": config["num_local_experts"], **config}))
+            config["num_experts"] = config["num_local_experts"]
+        config["language_model_only"] = "vision_config" in config  # no images are given here
+        (folder / "config.json").write_text(json.dumps(config))
         if packed:
             shutil.copytree(folder, folder / "packed")
             whole = {key: each for key, each in safetensors.torch.load_file(folder / WEIGHTS).items() if key not in packed}
@@ -259,6 +273,13 @@ FAMILIES = {
         _k.Qwen3MoeCausalLM,
         targets=["q_proj", "v_proj"],
         parameters=("experts.gate_up_proj", "experts.down_proj"),
+    ),
+    "qwen3_5_moe": Family(
+        _t.Qwen3_5MoeForConditionalGeneration,
+        _t.Qwen3_5MoeConfig(text_config=QWEN3_5, vision_config=NO_IMAGES, tie_word_embeddings=False),
+        _k.Qwen3_5MoeCausalLM,
+        targets=["q_proj", "in_proj_qkv", "shared_expert.gate_proj"],
+        parameters=("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"),
     ),
     "gpt_oss": Family(
         _t.GptOssForCausalLM,

@@ -31,6 +31,8 @@ _LINEAR = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
 #: Models whose adapters of `transformers` 4 PEFT converts: it takes each `gate_proj` for that of the experts.
 _MISTAKEN = {"mixtral", "qwen3_moe"}
 
+_EXPERTS = re.compile(r"\.(experts|router)(\.|$)")
+
 _VIT = {
     r"encoder\.layer\.": "layers.",
     r"attention\.attention\.(q|k|v)(uery|ey|alue)(?!\w)": r"attention.\1_proj",
@@ -131,6 +133,10 @@ class ModelClass:
         """Whether a model of this class has a module, at any depth: the number of layers is not compared."""
         return _unnumbered(module.removeprefix(self.prefix)) in self.modules
 
+    def may_have(self, module: str) -> bool:
+        """Whether it has a module, or was built without any experts: the known config of a Gemma 4 does not say them."""
+        return self.has(module) or not (_EXPERTS.search(module) is None or any(map(_EXPERTS.search, self.modules)))
+
 
 def best_of(classes: Iterable[ModelClass], keys: Iterable[str]) -> ModelClass:
     """Return the first class that has the modules of most of these tensors after renaming them."""
@@ -220,7 +226,7 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
                 "Install `transformers` and write the adapter again, or pass `rename`."
             )
         return
-    missing = [[module for module in sorted(modules) if not each.has(module)] for each in classes]
+    missing = [[module for module in sorted(modules) if not each.may_have(module)] for each in classes]
     if missing and (fewest := min(missing, key=len)):
         checks.warn(
             f"`transformers` has no modules {capped(map(repr, fewest))} in {classes[missing.index(fewest)].name}, as built "
