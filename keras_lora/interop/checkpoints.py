@@ -176,7 +176,7 @@ class CheckpointMap:
         """
         linear = self.maps[address]
         port = self._port(linear.layer, linear.kernel_name)
-        bank = experts.is_bank(port.key) and len(linear.matrix_shape) == 3
+        bank = experts.is_bank(port.key) and linear.kernel_axes == "gio"
         if not bank and not port.key.endswith(".weight"):
             raise NotAReshape(f"it comes from what is no weight of a module ('{port.key}')")
         if not bank and len(linear.matrix_shape) > 2:
@@ -263,8 +263,12 @@ class CheckpointMap:
         """Return the result of `_matrix`, cached for equal kernels: a large model has many, and each takes seconds."""
         alike = (port.meaning, shape, linear.kernel_shape, linear.kernel_axes, linear.picks_rows)
         if alike not in self._layouts:
-            index = _index(port, shape, linear.kernel_shape)
-            self._layouts[alike] = None if index is None else _matrix(index, shape, linear)
+            own, is_bank = linear.kernel_shape, linear.kernel_axes == "gio"
+            if is_bank:  # two experts show how all are laid out, in less memory
+                shape, own = (min(shape[0], 2), *shape[1:]), (min(own[0], 2), *own[1:])
+            index = _index(port, shape, own)
+            found = None if index is None else _bank(index, shape) if is_bank else _matrix(index, shape, linear)
+            self._layouts[alike] = found
         return self._layouts[alike]
 
     def _shapes(self, port: Port, linear: LinearMap | None) -> Iterator[tuple[int, ...]]:
@@ -273,7 +277,7 @@ class CheckpointMap:
         sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in self.keys[port.key]]
         for whole in dict.fromkeys([sum(sizes), math.prod(own)]):  # parts of one tensor, or all of it
             shapes = [own, own[::-1]]
-            if linear is not None and len(linear.matrix_shape) == 3:
+            if linear is not None and linear.kernel_axes == "gio":
                 number, in_dim, _ = linear.matrix_shape
                 out_dim = whole // (number * in_dim)
                 shapes = [(number, out_dim, in_dim), (number, in_dim, out_dim)]
@@ -313,10 +317,8 @@ def _index(port: Port, shape: tuple[int, ...], own: tuple[int, ...]) -> np.ndarr
 
 def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _Layout | None:
     """Return the kind of a weight and its inputs and outputs in our order, or `None` if more than the order differs."""
-    order = [axis for role in "gio" for axis, each in enumerate(linear.kernel_axes) if each == role]
+    order = [axis for role in "io" for axis, each in enumerate(linear.kernel_axes) if each == role]
     matrix = index.transpose(order).reshape(linear.matrix_shape)
-    if matrix.ndim == 3:
-        return _bank(matrix, shape)
     first, rest = np.divmod(matrix, math.prod(shape[1:]))
     if (first == first[:1]).all() and (rest == rest[:, :1]).all():  # (out, in) or (out, in, height, width)
         kind, ins, outs = "convolution" if len(shape) > 2 else "linear", rest[:, 0], first[0]
