@@ -218,6 +218,9 @@ def test_what_is_no_whole_bank_is_refused_and_nothing_changes(checkpoints, tmp_p
     )
     refused("'model.layers.0.mlp.experts' is no kernel of this model", {}, one)
     refused(r"for 5 experts and rank 4, .* expected are \(20, 16\) and \(24, 20\)", {**targets, "r": 4}, one)
+    refused("has a LoRA for all experts, and others for single ones", targets, tensors | one)
+    named = {key.replace("experts.", "experts.down_proj."): each for key, each in one.items()}
+    refused("is a parameter of experts, whose LoRA has the name of its module", {}, named)
     assert np.array_equal(family.our_logits(model), before)
 
 

@@ -111,6 +111,11 @@ def by_parameter(
         parameters: The parameters that modules of experts have in the model; none if it has no such modules.
     """
     found: dict[str, Module] = {}
+    problems = [
+        f"the module '{name}' has a LoRA, and is a parameter of experts, whose LoRA has the name of its module"
+        for name, module in modules.items()
+        if parameters and is_bank(name) and module.a is not None
+    ]
     wrapped: dict[str, dict[int, Module]] = {}
     for name, module in modules.items():
         inside = re.sub(r"(\.base_layer)+$", "", name)
@@ -125,10 +130,11 @@ def by_parameter(
             wrapped.setdefault(inside, {})[name.count(".base_layer")] = module
         else:
             found[name] = module
-    problems = []
     for name, inner in wrapped.items():
         targeted = [each for each in parameters if config.targets(f"{name}.{each}")]
-        if sorted(inner) == list(range(len(targeted))):
+        if any(f"{name}.{each}" in found for each in targeted):
+            problems.append(f"the module '{name}' has a LoRA for all experts, and others for single ones")
+        elif sorted(inner) == list(range(len(targeted))):
             found |= {f"{name}.{each}": inner[level] for each, level in levels(targeted).items()}
         else:
             problems.append(
