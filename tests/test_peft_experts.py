@@ -89,7 +89,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", covering(VARIANTS, [], pytest.mark.full))
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=pytest.mark.nightly if number else ()) for number, each in enumerate(VARIANTS)]
+)
 def test_variants_of_experts(variant, checkpoints, tmp_path):  # noqa: F811
     assert_both_ways("qwen3_moe", checkpoints, tmp_path, **VARIANTS[variant])
 
