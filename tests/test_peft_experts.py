@@ -179,7 +179,7 @@ def single_experts(family, names, base, folder, rank=3, alpha=5, **config):
 
 
 @pytest.mark.parametrize("stabilized", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["rslora", "lora"])
-@pytest.mark.parametrize("name", covering(OF_ONE, ["qwen3_moe"], pytest.mark.nightly))
+@pytest.mark.parametrize("name", ["qwen3_moe", *covering(["mixtral"], [], pytest.mark.nightly)])
 def test_an_adapter_of_single_experts_is_read_and_written_as_one_of_banks(name, stabilized, checkpoints, tmp_path):  # noqa: F811
     family, base = FAMILIES[name], checkpoints(name)
     model = single_experts(family, OF_ONE[name], base, tmp_path / "old", use_rslora=stabilized)
