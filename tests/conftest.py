@@ -47,6 +47,7 @@ NEEDS = {
     "test_huggingface.py": ("huggingface_hub", "keras_hub"),
     "test_migration.py": ("keras_hub",),
     "test_peft.py": ("keras_hub", "peft", "torch", "transformers"),
+    "test_peft_experts.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_page.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_refusals.py": ("keras_hub",),
     "test_real_files.py": ("pip", "scipy"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -33,8 +36,25 @@ GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions"
 DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
 VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 3}
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+QWEN3_5 = {**DECODER, **EXPERTS, "head_dim": 8, "shared_expert_intermediate_size": 20, "linear_num_key_heads": 2} | {
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    | {"mrope_section": [1, 1, 0], "mrope_interleaved": True},
+}
+NO_IMAGES = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 8} | {
+    "out_hidden_size": 16,
+    "num_position_embeddings": 16,
+}
+OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8} | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}
+}
 DROPOUT = {name: 0.0 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
 
+WEIGHTS = "model.safetensors"
 TOKENS = np.random.default_rng(0).integers(3, 40, size=(2, 6)).astype("int32")
 IMAGES = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype("float32")
 
@@ -55,7 +75,8 @@ class Family:
         prefix: For `to_peft`.
         names: For heads that KerasHub's converters do not know.
         arguments: Of the task.
-        exclude: For `apply_lora`: kernels that PEFT has in another form.
+        parameters: For PEFT's `target_parameters`.
+        encoded: Whether KerasHub reads the experts in the four bits of GPT-OSS only.
     """
 
     cls: Any
@@ -65,7 +86,8 @@ class Family:
     prefix: str = ""
     names: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    exclude: str | None = None
+    parameters: tuple[str, ...] = ()
+    encoded: bool = False
 
     @property
     def of_images(self) -> bool:
@@ -80,13 +102,25 @@ class Family:
                 each.copy_((each + 0.1 * torch.randn_like(each)).half().float())
                 if "token_type" in name and self.cls is transformers.RobertaForSequenceClassification:
                     each.zero_()  # KerasHub's RoBERTa has none
+        packed = {} if not self.encoded else _in_four_bits(model)
         model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        if "num_local_experts" in config:  # KerasHub reads the name of `transformers` 4
+            config["num_experts"] = config["num_local_experts"]
+        config["language_model_only"] = "vision_config" in config  # no images are given here
+        (folder / "config.json").write_text(json.dumps(config))
+        if packed:
+            shutil.copytree(folder, folder / "packed")
+            whole = {key: each for key, each in safetensors.torch.load_file(folder / WEIGHTS).items() if key not in packed}
+            pairs = {key: each for pair in packed.values() for key, each in pair.items()}
+            safetensors.torch.save_file({**whole, **pairs}, folder / "packed" / WEIGHTS)
         return folder
 
     def theirs(self, folder: Path) -> Any:
         return copy.deepcopy(_read(self.cls, folder))
 
     def ours(self, folder: Path) -> Any:
+        folder = folder / "packed" if self.encoded else folder
         if issubclass(self.task, keras_hub.models.Backbone):
             return self.task.from_preset(str(folder))
         if self.of_images:
@@ -124,6 +158,20 @@ class Family:
             found = model.eval()(**{name: torch.tensor(each) for name, each in given.items()})
         names = ("cls_logits", "logits", "last_hidden_state")  # of DeiT with a teacher, KerasHub has the first
         return next(found[name] for name in names if name in found).numpy()
+
+
+def _in_four_bits(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Give the experts of GPT-OSS numbers that its four bits can have, and return these, as its checkpoints have them."""
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    found = {}
+    for name, each in model.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            number, in_dim, out_dim = each.shape
+            codes = torch.randint(16, (number, out_dim, in_dim // 32, 16, 2), dtype=torch.uint8)
+            each.data.copy_((table[codes.long()] / 16).reshape(number, out_dim, in_dim).transpose(1, 2))
+            scales = torch.full(codes.shape[:3], 127 - 4, dtype=torch.uint8)
+            found[name] = {f"{name}_blocks": codes[..., 0] | (codes[..., 1] << 4), f"{name}_scales": scales}
+    return found
 
 
 _t, _k = transformers, keras_hub.models
@@ -214,9 +262,38 @@ FAMILIES = {
     ),
     "mixtral": Family(
         _t.MixtralForCausalLM,
-        _t.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2, sliding_window=8),
+        _t.MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
         _k.MixtralCausalLM,
         targets=["q_proj", "v_proj", "lm_head"],
-        exclude="*expert*",
+        parameters=("experts.gate_up_proj", "experts.down_proj"),
+    ),
+    "qwen2_moe": Family(
+        _t.Qwen2MoeForCausalLM,
+        _t.Qwen2MoeConfig(**DECODER, **EXPERTS, shared_expert_intermediate_size=20),
+        _k.QwenMoeCausalLM,
+        targets=["q_proj", "shared_expert_gate"],
+        parameters=("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight", "shared_expert.up_proj.weight"),
+    ),
+    "qwen3_moe": Family(
+        _t.Qwen3MoeForCausalLM,
+        _t.Qwen3MoeConfig(**DECODER, **EXPERTS, head_dim=4, norm_topk_prob=True),
+        _k.Qwen3MoeCausalLM,
+        targets=["q_proj", "v_proj"],
+        parameters=("experts.gate_up_proj", "experts.down_proj"),
+    ),
+    "qwen3_5_moe": Family(
+        _t.Qwen3_5MoeForConditionalGeneration,
+        _t.Qwen3_5MoeConfig(text_config=QWEN3_5, vision_config=NO_IMAGES, tie_word_embeddings=False),
+        _k.Qwen3_5MoeCausalLM,
+        targets=["q_proj", "in_proj_qkv", "shared_expert.gate_proj"],
+        parameters=("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"),
+    ),
+    "gpt_oss": Family(
+        _t.GptOssForCausalLM,
+        _t.GptOssConfig(**{**DECODER, "hidden_size": 32, "intermediate_size": 32}, **OSS),
+        _k.GptOssCausalLM,
+        targets=["q_proj", "o_proj"],
+        parameters=("experts.gate_up_proj", "experts.down_proj"),
+        encoded=True,
     ),
 }

@@ -89,7 +89,10 @@ CONFIGS = {
     "a start that moves the base": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "biases of the change": ({"lora_bias": True}, "`lora_bias` is True"),
     "layers twice": ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
-    "experts": ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+    "parameters that are no names": (
+        {"target_parameters": "experts.down_proj"},
+        "`target_parameters` is 'experts.down_proj'",
+    ),
     "a rank that is not that of the tensors": ({"r": 3}, r"down_proj' has rank 2, and the config says 3 .and so 6 more"),
     "no rank": ({"r": 0}, "`r` is 0"),
     "a rank that is true": ({"r": True}, "`r` is True"),
@@ -278,12 +281,11 @@ def test_what_has_no_place_in_peft_is_listed_and_nothing_is_written(tmp_path):
     mixed = keras_lora.apply_lora(base(), rank=1, adapter_pattern={"*query": keras_lora.DoRA(2)})
     with pytest.raises(ValueError, match="both LoRA and DoRA"):
         to_peft(mixed, tmp_path / "a")
-    tied = keras_hub.models.GemmaCausalLM(
-        keras_hub.models.GemmaBackbone(vocabulary_size=9, head_dim=4, **SIZES), preprocessor=None
-    )
-    keras_lora.apply_lora(tied, rank=1, targets="token_embedding", head=None)
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 8, "max_sequence_length": 5}
+    shared = keras_hub.models.BartBackbone(vocabulary_size=9, **sizes)
+    keras_lora.apply_lora(shared, rank=1, targets="token_embedding", head=None)
     with pytest.raises(ValueError, match="used in more places than one"):
-        to_peft(tied, tmp_path / "a")
+        to_peft(shared, tmp_path / "a")
     with pytest.raises(ValueError, match="found no adapter"):
         to_peft(base(), tmp_path / "a")
     with pytest.raises(ValueError, match=r"`names` must have.*'quer'.*query"):

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from keras_lora.compat import keras_internals
+from keras_lora.interop import experts
 from keras_lora.interop.ports import Port, shape_of
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import address_of, maps_of
@@ -33,6 +34,8 @@ _NAMES = {"bias": "bias", "beta": "bias", "gamma": "weight", "scale": "weight", 
 
 #: Why trained tokens of an encoder or a decoder differ.
 TIED_OTHERWISE = "its rows are used in other places here than in PEFT, which ties trained tokens to the encoder's embedding"
+#: The output projection of the language models of `transformers`.
+HEAD = "lm_head"
 #: The kind of a weight, and for each input and output of a matrix its index there.
 _Layout = tuple[str, np.ndarray, np.ndarray]
 
@@ -61,9 +64,10 @@ class Source:
     """Where the matrix of a kernel is in the weight of a module.
 
     Attributes:
-        module: The name of the module, for example `"model.layers.0.self_attn.q_proj"`.
-        kind: `"linear"`, `"transposed"` (GPT-2's Conv1D, whose weight is `(in, out)`), `"embedding"` or `"convolution"`.
-        shape: The shape of its weight.
+        module: The name of the module, for example `"model.layers.0.self_attn.q_proj"`, or of a parameter of experts.
+        kind: `"linear"`, `"transposed"` (GPT-2's Conv1D, whose weight is `(in, out)`), `"embedding"`, `"convolution"` or
+            `"bank"`.
+        shape: The shape of its weight; of a bank, `(experts, out, in)`.
         ins, outs: For each input and output of our matrix, its index in the weight. Several kernels may
             be parts of one weight; each kernel then has some of its outputs and all its inputs.
     """
@@ -77,12 +81,12 @@ class Source:
     @property
     def out_dim(self) -> int:
         """The number of outputs of the weight."""
-        return self.shape[1 if self.kind in ("transposed", "embedding") else 0]
+        return self.shape[1 if self.kind in ("transposed", "embedding", "bank") else 0]
 
     @property
     def in_dim(self) -> int:
         """The number of inputs of the weight."""
-        return math.prod(self.shape) // self.out_dim
+        return self.shape[2] if self.kind == "bank" else math.prod(self.shape) // self.out_dim
 
 
 class CheckpointMap:
@@ -100,6 +104,7 @@ class CheckpointMap:
         keys: The tensors, with the variables that each contains.
         converted: The names of those that KerasHub's converter named, and `names` did not.
         config: The config of the checkpoint, as far as it is known, with its `model_type`; empty without a converter.
+        head: The name of the output projection of a language model.
         reason: Why there is no map from KerasHub's converter for this model, or `""`.
     """
 
@@ -111,6 +116,7 @@ class CheckpointMap:
         prefix: str = "",
     ):
         self.model, places = model, walk(model)
+        self.head = HEAD
         self.addresses = {id(place.layer): place.address for place in places}
         self.maps = {address_of(place.address, each): each for place in places for each in maps_of(place.layer)}
         self.config, ports, self.reason = _converted(model, prefix)
@@ -138,6 +144,7 @@ class CheckpointMap:
 
     def rename(self, function: Callable[[str], str]) -> None:
         """Give the tensors that the converter named new names."""
+        self.head = function(f"{self.head}.weight").removesuffix(".weight")
         new = {key: function(key) for key in self.converted}
         self.converted = list(new.values())
         keys, self.keys = self.keys, {}
@@ -148,13 +155,18 @@ class CheckpointMap:
 
     @property
     def modules(self) -> dict[str, list[str]]:
-        """The modules whose weights contain kernels, with the addresses of these kernels."""
+        """The modules whose weights contain kernels, and the parameters of experts, with the addresses of these kernels."""
         found: dict[str, list[str]] = {}
         for address, linear in self.maps.items():
             port = self._ports.get((id(linear.layer), linear.kernel_name))
-            if port is not None and port.key.endswith(".weight"):
+            if port is not None and (port.key.endswith(".weight") or experts.is_bank(port.key)):
                 found.setdefault(port.key.removesuffix(".weight"), []).append(address)
         return found
+
+    @property
+    def bank_parameters(self) -> list[str]:
+        """The parameters of modules of experts, in their order there; empty for a model without banks."""
+        return [each for each in experts.PARAMETERS if any(key.endswith(f".experts.{each}") for key in self.keys)]
 
     def source_of(self, address: str) -> Source:
         """Return where the matrix of the kernel at an address is.
@@ -164,14 +176,18 @@ class CheckpointMap:
         """
         linear = self.maps[address]
         port = self._port(linear.layer, linear.kernel_name)
-        if not port.key.endswith(".weight"):
+        bank = experts.is_bank(port.key) and linear.kernel_axes == "gio"
+        if not bank and not port.key.endswith(".weight"):
             raise NotAReshape(f"it comes from what is no weight of a module ('{port.key}')")
-        if len(linear.matrix_shape) > 2:
+        if not bank and len(linear.matrix_shape) > 2:
             raise NotAReshape("its kernel has groups, and PEFT changes plain matrices")
         for shape in self._shapes(port, linear):
             if (found := self._layout(port, shape, linear)) is not None:
                 self._refuse_overlap(port, shape)
                 kind, ins, outs = found
+                if kind == "bank":
+                    number, in_dim, _ = linear.matrix_shape
+                    shape = (number, math.prod(shape) // (number * in_dim), in_dim)
                 return Source(port.key.removesuffix(".weight"), kind, shape, ins, outs)
         raise NotAReshape(f"its matrix is not the inputs and outputs of a weight in another order ('{port.key}')")
 
@@ -188,6 +204,13 @@ class CheckpointMap:
             keras_internals.is_called_in_reverse(linear.layer) or _is_output(self.model, linear.layer)
         )
         return bool(back) or key.removeprefix("model.") == "shared.weight"
+
+    def head_tied_to(self, address: str) -> str | None:
+        """Return the module in `transformers` that is the output projection with the weight of this embedding, if known."""
+        of_text = any(
+            cls.__name__ == "CausalLM" and cls.__module__.startswith("keras_hub.") for cls in type(self.model).__mro__
+        )
+        return self.head if of_text and getattr(self.maps[address].layer, "tie_weights", False) else None
 
     def is_used_back_by_tasks(self, address: str) -> bool:
         """Whether this is a backbone alone, and the language models on it use this embedding as their output projection."""
@@ -208,7 +231,7 @@ class CheckpointMap:
             NotAReshape: The variable is in no tensor, or differs in more than the order of its entries.
         """
         port = self._port(layer, attribute)
-        plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2)
+        plain = (each for each in maps_of(layer) if len(each.matrix_shape) == 2 or experts.is_bank(port.key))
         linear = next((each for each in plain if each.kernel_name == attribute), None)
         for shape in self._shapes(port, linear):
             index = _index(port, shape, shape_of(layer, attribute))
@@ -240,8 +263,12 @@ class CheckpointMap:
         """Return the result of `_matrix`, cached for equal kernels: a large model has many, and each takes seconds."""
         alike = (port.meaning, shape, linear.kernel_shape, linear.kernel_axes, linear.picks_rows)
         if alike not in self._layouts:
-            index = _index(port, shape, linear.kernel_shape)
-            self._layouts[alike] = None if index is None else _matrix(index, shape, linear)
+            own, is_bank = linear.kernel_shape, linear.kernel_axes == "gio"
+            if is_bank:  # two experts show how all are laid out, in less memory
+                shape, own = (min(shape[0], 2), *shape[1:]), (min(own[0], 2), *own[1:])
+            index = _index(port, shape, own)
+            found = None if index is None else _bank(index, shape) if is_bank else _matrix(index, shape, linear)
+            self._layouts[alike] = found
         return self._layouts[alike]
 
     def _shapes(self, port: Port, linear: LinearMap | None) -> Iterator[tuple[int, ...]]:
@@ -250,7 +277,11 @@ class CheckpointMap:
         sizes = [math.prod(shape_of(each.layer, each.attribute)) for each in self.keys[port.key]]
         for whole in dict.fromkeys([sum(sizes), math.prod(own)]):  # parts of one tensor, or all of it
             shapes = [own, own[::-1]]
-            if linear is not None:
+            if linear is not None and linear.kernel_axes == "gio":
+                number, in_dim, _ = linear.matrix_shape
+                out_dim = whole // (number * in_dim)
+                shapes = [(number, out_dim, in_dim), (number, in_dim, out_dim)]
+            elif linear is not None:
                 in_dim = linear.matrix_shape[-2]
                 shapes = [(whole // in_dim, in_dim), (in_dim, whole // in_dim), *shapes]
             elif port.key.endswith(".bias"):
@@ -297,6 +328,21 @@ def _matrix(index: np.ndarray, shape: tuple[int, ...], linear: LinearMap) -> _La
         return None
     whole = len(np.unique(ins)) == (math.prod(shape[1:]) if kind in ("linear", "convolution") else shape[0])
     return (kind, ins, outs) if whole and (kind == "embedding") == linear.picks_rows else None
+
+
+def _bank(index: np.ndarray, shape: tuple[int, ...]) -> _Layout | None:
+    """Return what `_matrix` does for a kernel of one matrix for each expert, which are all laid out alike."""
+    number, (expert, one) = len(index), np.divmod(index, math.prod(shape[1:]))
+    if len(shape) != 3 or shape[0] != number or (expert != np.arange(number)[:, None, None]).any() or (one != one[:1]).any():
+        return None
+    first, rest = np.divmod(one[0], shape[2])
+    if (first == first[:1]).all() and (rest == rest[:, :1]).all():  # (experts, out, in)
+        ins, outs, whole = rest[:, 0], first[0], shape[2]
+    elif (first == first[:, :1]).all() and (rest == rest[:1]).all():  # (experts, in, out)
+        ins, outs, whole = first[:, 0], rest[0], shape[1]
+    else:
+        return None
+    return ("bank", ins, outs) if len(np.unique(ins)) == whole else None
 
 
 def _is_output(model: Any, layer: keras.layers.Layer) -> bool:

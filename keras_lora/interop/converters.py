@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ import keras_hub
 import numpy as np
 from keras_hub.src.utils.transformers import preset_loader
 
-from keras_lora.interop.ports import Port, as_it_is_now, shape_of
+from keras_lora.compat import keras_internals
+from keras_lora.interop import experts
+from keras_lora.interop.ports import Port, as_it_is_now, attribute_of, shape_of
 from keras_lora.linear_map import view_of
 from keras_lora.swap.adapted import AdaptedContainer, maps_of
 from keras_lora.targets.patterns import nearest
@@ -47,16 +50,17 @@ def watch(backbone: keras.Model) -> tuple[dict[str, Any], list[Port]]:
     found: list[tuple[tuple[int, int, int], dict[str, Any], list[Port]]] = []
     for model_type in model_types_of(backbone):
         config, apart = _config_of(backbone, converters()[model_type], model_type)
-        for lacks in (_MAYBE_LACKING, _OLD_NAMES):
+        for part, lacks in itertools.product((None, *_LANGUAGE_MODELS), (_MAYBE_LACKING, _OLD_NAMES)):
             loader = _Loader(lacks)
+            said = config if part is None else config | {"text_config": part}
             try:
-                converters()[model_type].convert_weights(_shown(backbone), loader, _Config(config))
+                converters()[model_type].convert_weights(_shown(backbone), loader, _Config(said))
             except Exception as error:  # the converter is foreign code that gets less than it expects
                 failure = error
                 continue
             variables = {(id(port.layer), port.attribute) for port in loader.ports}
             fit = (apart, -len(variables), -len({port.key for port in loader.ports}))
-            found.append((fit, config, loader.ports))
+            found.append((fit, said, loader.ports))
             break
     if not found:
         reason = f"KerasHub's converter for {_plain_class(backbone).__name__} could not be followed"
@@ -158,30 +162,43 @@ def _contradicts(made: Any, own: Any) -> int:
 
 
 class _Unknown:
-    """An unknown value; everything computed from it is unknown too."""
+    """An unknown value; everything computed from it is unknown too, and comes from the same tensors.
+
+    Attributes:
+        loader: The loader that was asked for these tensors, if any.
+        names: The names of the tensors, in the order in which they were put together.
+    """
 
     place: tuple[Any, ...] = ()
+    loader: _Loader | None = None
+    names: tuple[str, ...] = ()
     __array_priority__ = 1e6
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Unknown()
+        return _from(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Unknown()
+        return _from(self, args)
 
     def __getitem__(self, key: Any) -> Any:
-        return _Unknown()
+        return _from(self)
 
-    def __array_function__(self, *args: Any) -> Any:
-        return _Unknown()
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Ignore the assignment."""
 
-    def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
-        return _Unknown()
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return _from(args)
+
+    def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return _from(args)
 
     def __eq__(self, other: object) -> Any:
         return _Unequal()
+
+    def __ne__(self, other: object) -> Any:
+        return _Different()
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -206,11 +223,37 @@ class _Unequal(_Unknown):
         return False
 
 
+class _Different(_Unknown):
+    """An unknown comparison, taken as true."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _from(*values: Any) -> _Unknown:
+    """Return what was computed from these values."""
+    made = _Unknown()
+    names: list[str] = []
+    for each in _unknowns(values):
+        made.loader = made.loader or each.loader
+        names += each.names
+    made.names = tuple(dict.fromkeys(names))
+    return made
+
+
+def _unknowns(value: Any) -> Iterator[_Unknown]:
+    if isinstance(value, _Unknown):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _unknowns(each)
+
+
 def _unknown(self: Any, *args: Any) -> Any:
-    return _Unknown()
+    return _from(self, args)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "rshift", "and", "invert"):
     setattr(_Unknown, f"__{_name}__", _unknown)
     setattr(_Unknown, f"__r{_name}__", _unknown)
 
@@ -249,6 +292,8 @@ class _Config(dict[str, Any]):
 _OLD_NAMES = (".gamma", ".beta")
 #: Names that a converter looks up to tell two kinds of norm apart.
 _MAYBE_LACKING = (*_OLD_NAMES, ".running_mean")
+#: The kinds of language model in BLIP-2, which its config does not say; only the right one can be followed.
+_LANGUAGE_MODELS = ({"model_type": "opt"}, {"model_type": "t5", "feed_forward_proj": "gated-gelu"})
 
 
 class _Loader:
@@ -267,10 +312,26 @@ class _Loader:
     def get_tensor(self, hf_weight_key: str) -> Any:
         if hf_weight_key.endswith(self.lacks):
             raise KeyError(hf_weight_key)
-        return _Unknown()
+        return _Tensor(self, hf_weight_key)
+
+    def assigned(self, slot: _Slot, names: tuple[str, ...]) -> None:
+        """Note that a converter filled a variable itself; only what becomes of a bank of experts is known."""
+        if (port := experts.port_of(slot.layer, slot.attribute, names)) is not None:
+            self.ports.append(port)
 
     def get_prefixed_key(self, hf_weight_key: str, dict_like: Any) -> str:
         return hf_weight_key
+
+
+class _Tensor(_Unknown):
+    """A tensor of a checkpoint. GPT-OSS's packed tensors have four axes, which the converter asks for."""
+
+    def __init__(self, loader: _Loader, name: str):
+        self.loader, self.names = loader, (name,)
+
+    @property
+    def shape(self) -> Any:
+        return (_Unknown(),) * 4 if self.names[0].endswith("_blocks") else _Unknown()
 
 
 class _Slot(_Unknown):
@@ -284,6 +345,10 @@ class _Slot(_Unknown):
         return shape_of(self.layer, self.attribute)
 
     dtype = "float32"
+
+    def assign(self, value: Any) -> None:
+        if isinstance(value, _Unknown) and value.loader is not None:
+            value.loader.assigned(self, value.names)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return np.broadcast_to(np.float32(0), self.shape)  # for code that computes one variable from another
@@ -302,6 +367,10 @@ class _View:
     def __getattr__(self, name: str) -> Any:
         layer = vars(self)["_layer"]
         plain = view_of(layer, layer.base_class) if isinstance(layer, AdaptedContainer) else layer
+        if not layer.built and (name == "build" or not hasattr(plain, name)):  # it is not part of this model
+            return _Unknown()
+        if name == "weights":
+            return [_Slot(layer, attribute_of(layer, each), each) for each in keras_internals.own_variables(layer)]
         value = getattr(plain, name)
         if isinstance(value, keras.Variable) or (
             _is_tensor(value) and name in {each.kernel_name for each in maps_of(layer)}

@@ -21,10 +21,10 @@ from keras_lora.files.adapter_state import AdapterState
 from keras_lora.files.misfits import raise_problems
 from keras_lora.interop import peft_folder
 from keras_lora.interop.checkpoints import CheckpointMap
-from keras_lora.interop.peft_reading import Reader, aligned
+from keras_lora.interop.peft_reading import Reader
 from keras_lora.interop.peft_writing import Writer
 from keras_lora.interop.problems import grouped
-from keras_lora.interop.transformers_names import rename_for_peft, warn_of_names, without_lora
+from keras_lora.interop.transformers_names import found_by_parameter, rename_for_peft, warn_of_names
 
 
 @checks.helpful
@@ -85,8 +85,7 @@ def from_peft(
     config, modules = peft_folder.read(folder)
     checkpoint = CheckpointMap(model, names, rename)
     reader = Reader(checkpoint, config)
-    for module, known in aligned(sorted(modules), checkpoint, ask=rename is None).items():
-        reader.take(module, known, modules[module])
+    reader.take_all(modules, ask=rename is None)
     source = f"The PEFT adapter {folder}"
     raise_problems(source, model, grouped(reader.problems))
     reader.state.put_into(model, source, name=name, trainable=trainable)
@@ -155,7 +154,7 @@ def to_peft(
         rename_for_peft(checkpoint, prefix)
     writer = Writer(model, checkpoint)
     writer.take(AdapterState.of(model, name))
-    writer.problems += without_lora(checkpoint, prefix, [each.module for each in writer.written])
+    writer.find_by_parameter(lambda modules: found_by_parameter(checkpoint, prefix, modules))
     do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
     if bake_scaling and not writer.problems:
         writer.bake()
@@ -165,4 +164,9 @@ def to_peft(
         )
     raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, grouped(writer.problems), do=do)
     peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)
+    if writer.drops_dropout:
+        checks.warn(
+            f"The adapter of '{model.name}' was trained with dropout, and PEFT has none where it adapts parameters, such as "
+            "experts and routers. The file says `lora_dropout` 0.0 for all modules. This matters for further training alone."
+        )
     warn_of_names(checkpoint, prefix, writer.modules, rename is not None)

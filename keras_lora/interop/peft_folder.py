@@ -44,7 +44,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "megatron_config": (None,),
     "arrow_config": (None,),
@@ -66,6 +65,8 @@ class Module:
         tokens: Rows that replace rows of the embedding.
         variables: Variables of the base that were trained, by name (`"weight"`, `"bias"`).
         base: A copy of the base weight under an adapter, which PEFT adds for embeddings.
+        experts: For a bank of experts that are modules of their own in the file: by half of the outputs (`None` for all) and
+            number of the expert, the name of its module there and the contents.
     """
 
     a: np.ndarray | None = None
@@ -74,11 +75,15 @@ class Module:
     tokens: np.ndarray | None = None
     variables: dict[str, np.ndarray] = field(default_factory=dict)
     base: np.ndarray | None = None
+    experts: dict[tuple[int | None, int], tuple[str, Module]] = field(default_factory=dict)
 
 
 @dataclass
 class Config:
-    """The settings of a PEFT adapter that define the meaning of its tensors."""
+    """The settings of a PEFT adapter that define the meaning of its tensors.
+
+    `parameters` are the names, or ends of names, of the parameters that are adapted themselves.
+    """
 
     r: int
     alpha: float
@@ -88,6 +93,12 @@ class Config:
     rank_pattern: dict[str, Any]
     alpha_pattern: dict[str, Any]
     tokens: Any
+    parameters: frozenset[str] = frozenset()
+
+    def targets(self, parameter: str) -> bool:
+        """Whether a parameter is adapted itself, and not the module that it is the weight of."""
+        parts = parameter.split(".")
+        return any(".".join(parts[place:]) in self.parameters for place in range(len(parts)))
 
     def rank_of(self, module: str) -> Any:
         """Return the rank of a module in the config."""
@@ -154,7 +165,7 @@ def read(folder: Path) -> tuple[Config, dict[str, Module]]:
         listed = "".join(f"\n  - {each[:1000]}" for each in grouped(problems))
         raise ValueError(
             f"The PEFT adapter {folder} is not one that keras_lora can read:{listed}\nExpected a LoRA or DoRA of plain "
-            "matrices, embeddings or convolutions, with what was trained beside it."
+            "matrices, embeddings, convolutions or banks of experts, with what was trained beside it."
         )
     return config, modules
 
@@ -190,6 +201,7 @@ def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
         "rank_pattern": ({}, lambda value: _are_patterns(value, lambda each: type(each) is int and each > 0)),
         "alpha_pattern": ({}, lambda value: _are_patterns(value, number)),
         "trainable_token_indices": (None, _are_tokens),
+        "target_parameters": ([], _are_names),
     }
     found = {key: default if said.get(key) is None else said[key] for key, (default, _) in fields.items()}
     problems += [f"its `{key}` is {found[key]!r}"[:300] for key, (_, fits) in fields.items() if not fits(found[key])]
@@ -202,6 +214,7 @@ def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
         rank_pattern=found["rank_pattern"],
         alpha_pattern=found["alpha_pattern"],
         tokens=found["trainable_token_indices"],
+        parameters=frozenset(map(str, found["target_parameters"])),
     ), problems
 
 
@@ -221,6 +234,10 @@ def _compiles(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 20_000 and all(isinstance(each, str) and each for each in value)
 
 
 def _are_tokens(value: Any) -> bool:

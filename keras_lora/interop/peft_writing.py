@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,77 +15,16 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
-from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
+from keras_lora.interop import experts
+from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape
 from keras_lora.interop.peft_folder import PREFIX
+from keras_lora.interop.peft_parts import Part, Written
 from keras_lora.interop.peft_reading import number_of
 from keras_lora.interop.ports import Port
 from keras_lora.interop.serving_rules import unread
-from keras_lora.linear_map import LinearMap
 
 #: PEFT's task type for a model, by the end of its class name. Not `SEQ_CLS`: PEFT then expects a whole head.
 _TASKS = {"CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM"}
-
-
-@dataclass
-class Part:
-    """The adapter of one kernel.
-
-    Attributes:
-        address, linear, source: The kernel, and where it is in the checkpoint.
-        adapter: The method, without weights.
-        values: Its weights by name.
-    """
-
-    address: str
-    linear: LinearMap
-    source: Source
-    adapter: Any
-    values: dict[str, np.ndarray]
-
-    @property
-    def a(self) -> np.ndarray:
-        """`(rank, in)`, with the inputs in the order of the weight."""
-        found = np.empty((self.values["lora_a"].shape[1], self.source.in_dim), "float32")
-        found[:, self.source.ins] = self.values["lora_a"].T
-        return found
-
-    @property
-    def b(self) -> np.ndarray:
-        """`(out, rank)`, with the outputs in the order of the weight; zeros for outputs of other kernels."""
-        return self.spread(self.values["lora_b"].T)
-
-    def spread(self, rows: np.ndarray) -> np.ndarray:
-        """Spread values for each output of the kernel over the outputs of the weight."""
-        found = np.zeros((self.source.out_dim, *rows.shape[1:]), "float32")
-        found[self.source.outs] = rows
-        return found
-
-
-@dataclass
-class Written:
-    """The adapter of one module.
-
-    Attributes:
-        module, kind, weight: The name of the module, and the kind and shape of its weight.
-        rank, alpha, rank_stabilized: The values that define its scale.
-        dropout: The dropout used in training.
-    """
-
-    module: str
-    kind: str
-    weight: tuple[int, ...]
-    rank: int
-    alpha: float
-    rank_stabilized: bool
-    dropout: float
-    a: np.ndarray
-    b: np.ndarray
-    magnitude: np.ndarray | None = None
-
-    @property
-    def scale(self) -> float:
-        """The factor that multiplies `b a`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 @dataclass
@@ -96,6 +36,7 @@ class Writer:
         written: The factors, by module.
         tokens, rows: The token ids and the rows of embeddings with trained tokens.
         variables, saved: The other trained variables, by key, and the modules that were trained as a whole.
+        tied: Whether an embedding changed that is the output projection too.
         problems: The reasons why it cannot be converted.
     """
 
@@ -106,6 +47,7 @@ class Writer:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     variables: dict[str, np.ndarray] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    tied: bool = False
     problems: list[str] = field(default_factory=list)
 
     def take(self, state: AdapterState) -> None:
@@ -141,7 +83,14 @@ class Writer:
             self._take_tokens(module, parts)
             return
         back = [part.address for part in parts if self.checkpoint.is_used_elsewhere(part.address, f"{module}.weight")]
-        if back:
+        head = self.checkpoint.head_tied_to(parts[0].address) if back else None
+        if head and isinstance(parts[0].adapter, adapters.DoRA):
+            self.problems.append(
+                f"the embedding at {back} is tied to the output projection, and PEFT has a DoRA of another size for each; "
+                "`keras_lora.compress_adapter` makes LoRA of it"
+            )
+            return
+        if back and not head:
             self.problems.append(
                 f"the embedding at {back} is used in more places than one (the way back, or an encoder and a decoder), and "
                 "so is its change; in PEFT these are other modules. Leave it out of `targets`"
@@ -155,6 +104,12 @@ class Writer:
                 return
             parts, taken = parts[:1], parts[0].source.outs
         magnitude = None
+        if isinstance(parts[0].adapter, adapters.DoRA) and parts[0].source.kind == "bank":
+            self.problems.append(
+                f"{[part.address for part in parts]} is a bank of experts, for which PEFT has no DoRA; "
+                "`keras_lora.compress_adapter` makes LoRA of it"
+            )
+            return
         if isinstance(parts[0].adapter, adapters.DoRA):
             if len(taken) < parts[0].source.out_dim:
                 self.problems.append(
@@ -169,13 +124,34 @@ class Writer:
         a, b = parts[0].a, np.sum([part.b for part in parts], axis=0, dtype="float32") if same_a else parts[0].b
         if not same_a:  # the factors stacked: the exact sum
             ratios = [part.adapter.scale / one.scale for part in parts]
-            a = np.concatenate([part.a for part in parts])
+            a = np.concatenate([part.a for part in parts], axis=-2)
             b = np.concatenate(
-                [(ratio * part.b).astype("float32") for ratio, part in zip(ratios, parts, strict=True)], axis=1
+                [(ratio * part.b).astype("float32") for ratio, part in zip(ratios, parts, strict=True)], axis=-1
             )
-            rank, alpha, stabilized = len(a), one.scale * len(a), False
+            rank = a.shape[-2]
+            alpha, stabilized = one.scale * rank, False
         shape = source.shape
         self.written.append(Written(module, source.kind, shape, rank, alpha, stabilized, said["dropout"], a, b, magnitude))
+        if head:  # as `ensure_weight_tying` of PEFT writes it
+            self.tied = True
+            self.written.append(Written(head, "linear", shape, rank, alpha, stabilized, said["dropout"], b.T, a.T))
+
+    def find_by_parameter(self, choose: Callable[[list[str]], set[str]]) -> None:
+        """Note which modules PEFT finds by their parameter `weight` alone; `choose` returns them."""
+        chosen = choose([each.module for each in self.written if each.kind != "bank"])
+        for each in (each for each in self.written if each.module in chosen):
+            each.by_parameter = True
+            if each.kind != "linear" or each.magnitude is not None:
+                what = "DoRA" if each.magnitude is not None else "LoRA"
+                self.problems.append(
+                    f"the module '{each.module}' is none that PEFT adapts as a linear layer, and it has no {what} for its "
+                    "parameter; leave it out of `targets`, or use `train=` for it"
+                )
+
+    @property
+    def drops_dropout(self) -> bool:
+        """Whether dropout was used, and PEFT refuses it for these modules."""
+        return any(each.parameter for each in self.written) and any(each.dropout for each in self.written)
 
     def _take_tokens(self, module: str, parts: list[Part]) -> None:
         part = parts[0]
@@ -197,7 +173,7 @@ class Writer:
             for port in ports:
                 by_layer.setdefault(id(port.layer), []).append(port)
         layers = {address: key for key, address in self.checkpoint.addresses.items()}
-        adapted = {each.module for each in self.written}
+        adapted = self._adapted
         keys: dict[str, bool] = {}
         for address, entry in trained.items():
             found = {number_of(port.layer, port.attribute): port for port in by_layer.get(layers[address], [])}
@@ -224,7 +200,12 @@ class Writer:
                 self.problems.append(f"'{key}' was trained, and has no place there: {error}")
                 continue
             kernels = {address for address in self.checkpoint.modules.get(module, ()) if variable == "weight"}
-            if any(self.checkpoint.is_used_elsewhere(address, key) for address in kernels):
+            back = [address for address in kernels if self.checkpoint.is_used_elsewhere(address, key)]
+            head = self.checkpoint.head_tied_to(back[0]) if back else None
+            if head:
+                self.tied, self.variables[f"{head}.weight"] = True, tensor
+                self.saved.add(head)
+            elif back:
                 self.problems.append(
                     f"the embedding '{module}' was trained itself, and is used in more places than one here; in PEFT "
                     "these are other modules"
@@ -259,7 +240,7 @@ class Writer:
     def bake(self) -> None:
         """Use one rank and move the scales into B, for readers that support only one scale, `alpha / rank`."""
         rank = max((each.rank for each in self.written), default=1)
-        for each in self.written:
+        for each in (each for each in self.written if each.kind != "bank"):
             more = rank - each.rank
             each.b = np.pad((each.scale * each.b).astype("float32"), [(0, 0), (0, more)])
             each.a = np.pad(each.a, [(0, more), (0, 0)])
@@ -272,13 +253,21 @@ class Writer:
     def modules(self) -> set[str]:
         """Return the names of all modules in the file."""
         beside = {key.removesuffix(".base_layer") for key in (each.rpartition(".")[0] for each in self.variables)}
-        return {each.module for each in self.written} | set(self.tokens) | beside
+        return self._adapted | set(self.tokens) | beside
+
+    @property
+    def _adapted(self) -> set[str]:
+        return {each.module.rpartition(".")[0] if each.kind == "bank" else each.module for each in self.written}
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the tensors by their keys in the file."""
         found: dict[str, np.ndarray] = {}
         for each in self.written:
+            if each.kind == "bank":
+                key = f"{PREFIX}{self._wrapped(each.module)}.lora_"
+                found[f"{key}A.weight"], found[f"{key}B.weight"] = experts.as_in_peft(each.a, each.b)
+                continue
             key, embedding = f"{PREFIX}{each.module}.lora_", each.kind == "embedding"
             spatial = each.weight[1:] if each.kind == "convolution" else ()
             a = each.a.reshape(each.rank, *spatial) if spatial else each.a
@@ -300,10 +289,11 @@ class Writer:
         """Return the settings, only those that every version of PEFT knows."""
         stabilized = bool(self.written) and all(each.rank_stabilized for each in self.written)
         alphas = {
-            each.module: each.alpha if each.rank_stabilized == stabilized else each.scale * each.rank
+            each.pattern: each.alpha if each.rank_stabilized == stabilized else each.scale * each.rank
             for each in self.written
         }
-        ranks = {each.module: each.rank for each in self.written}
+        ranks = {each.pattern: each.rank for each in self.written}
+        parameters = sorted(each.parameter for each in self.written if each.parameter)
         rank, alpha = _most_common(ranks.values(), 8), _most_common(map(_whole, alphas.values()), 8)
         named = type(self.model).__name__
         found: dict[str, Any] = {
@@ -313,9 +303,9 @@ class Writer:
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": max((each.dropout for each in self.written), default=0.0),
+            "lora_dropout": 0.0 if parameters else max((each.dropout for each in self.written), default=0.0),
             "bias": self._bias,
-            "target_modules": self._targets(sorted(ranks)),
+            "target_modules": self._targets(sorted(ranks.keys() - set(parameters))),
             "modules_to_save": sorted(self.saved) or None,
             "use_rslora": stabilized,
             "use_dora": any(each.magnitude is not None for each in self.written),
@@ -326,7 +316,17 @@ class Writer:
         }
         if self.tokens:
             found["trainable_token_indices"] = self.tokens
+        if parameters:
+            found["target_parameters"] = parameters
+        if self.tied:
+            found["ensure_weight_tying"] = True
         return found
+
+    def _wrapped(self, parameter: str) -> str:
+        """Return the module with the LoRA of a parameter of experts: a wrapper around or inside that of another one."""
+        module, _, name = parameter.rpartition(".")
+        beside = [each.module.rpartition(".")[2] for each in self.written if each.module.rpartition(".")[0] == module]
+        return module + ".base_layer" * experts.levels(beside)[name]
 
     def _targets(self, modules: list[str]) -> list[str] | str:
         """Return the module names, or one regular expression if a name is the end of another and would match both."""

@@ -50,6 +50,13 @@ def _meaning(value: Any) -> Any:
     return (type(value), value) if isinstance(value, (int, str, float, type(None))) else id(value)
 
 
+def attribute_of(layer: keras.layers.Layer, variable: keras.Variable) -> str:
+    """Return the attribute of a layer that is one of its own variables."""
+    kernels = (each.kernel_name for each in maps_of(layer) if each.kernel_variable is variable)
+    names = (name for name, value in vars(layer).items() if value is variable)
+    return next(kernels, None) or next(names, variable.name)
+
+
 def shape_of(layer: keras.layers.Layer, attribute: str) -> tuple[int, ...]:
     """Return the shape of a layer's variable; for a packed kernel, the unpacked shape."""
     for linear in maps_of(layer):

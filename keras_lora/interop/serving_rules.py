@@ -76,6 +76,10 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
         problems.append(f"it has modules trained themselves, {config['modules_to_save']}, which are refused")
     if config.get("trainable_token_indices"):
         problems.append("it has trained tokens, which are refused or left out")
+    if config.get("target_parameters"):
+        problems.append("it has adapted parameters (banks of experts, routers), which are refused or left out")
+    if config.get("ensure_weight_tying"):
+        problems.append("it has an output projection that is the embedding, which is refused or left out")
     if config.get("alpha_pattern"):
         problems.append("its `alpha_pattern` is ignored: there is one scale for all modules")
     if config.get("rank_pattern") and reader != "llama.cpp":

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from keras_lora import checks
+from keras_lora.interop import experts
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.problems import capped
 
@@ -26,6 +27,11 @@ _TABLES = ("IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "", "IMAGE
 
 #: Classes of modules for which PEFT has a LoRA.
 _LINEAR = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
+
+#: Models whose adapters of `transformers` 4 PEFT converts: it takes each `gate_proj` for that of the experts.
+_MISTAKEN = {"mixtral", "qwen3_moe"}
+
+_EXPERTS = re.compile(r"\.(experts|router)(\.|$)")
 
 _VIT = {
     r"encoder\.layer\.": "layers.",
@@ -127,6 +133,10 @@ class ModelClass:
         """Whether a model of this class has a module, at any depth: the number of layers is not compared."""
         return _unnumbered(module.removeprefix(self.prefix)) in self.modules
 
+    def may_have(self, module: str) -> bool:
+        """Whether it has a module, or was built without any experts: the known config of a Gemma 4 does not say them."""
+        return self.has(module) or not (_EXPERTS.search(module) is None or any(map(_EXPERTS.search, self.modules)))
+
 
 def best_of(classes: Iterable[ModelClass], keys: Iterable[str]) -> ModelClass:
     """Return the first class that has the modules of most of these tensors after renaming them."""
@@ -216,7 +226,7 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
                 "Install `transformers` and write the adapter again, or pass `rename`."
             )
         return
-    missing = [[module for module in sorted(modules) if not each.has(module)] for each in classes]
+    missing = [[module for module in sorted(modules) if not each.may_have(module)] for each in classes]
     if missing and (fewest := min(missing, key=len)):
         checks.warn(
             f"`transformers` has no modules {capped(map(repr, fewest))} in {classes[missing.index(fewest)].name}, as built "
@@ -225,16 +235,23 @@ def warn_of_names(checkpoint: CheckpointMap, prefix: str, modules: set[str], ren
         )
 
 
-def without_lora(checkpoint: CheckpointMap, prefix: str, modules: list[str]) -> list[str]:
-    """Return problems of adapted modules for which PEFT has no LoRA, such as routers of experts in `transformers` 5."""
+def found_by_parameter(checkpoint: CheckpointMap, prefix: str, modules: Iterable[str]) -> set[str]:
+    """Return the adapted modules that PEFT finds by their parameter `weight` alone.
+
+    These are modules of which PEFT has no LoRA, such as the routers of experts in `transformers` 5, and linear layers with
+    names that PEFT takes for those of one expert in `transformers` 4.
+    """
+    mistaken = experts.LINEAR if checkpoint.config.get("model_type") in _MISTAKEN else ()
+    named = {*experts.ROUTERS, *mistaken} if checkpoint.bank_parameters else ()
+    found = {module for module in modules if module.rpartition(".")[2] in named}
     with contextlib.suppress(ImportError):
         has = {module: lora for each in classes_with(checkpoint, prefix) for module, lora in each.modules.items()}
-        return [
-            f"the module '{module}' is no linear layer in `transformers`, and PEFT has no LoRA for it; use `train=` for it"
+        found |= {
+            module
             for module in modules
             if not has.get(_unnumbered(module.removeprefix(prefix)), has.get(_unnumbered(module), True))
-        ]
-    return []
+        }
+    return found
 
 
 def _class_names(module: Any) -> set[str]:
