@@ -59,3 +59,14 @@ def test_a_broken_site_fails(what, tmp_path):
     page, package, said = BROKEN[what]
     found = site(tmp_path, page, package)
     assert any(said in each for each in found), found
+
+
+def test_a_page_is_checked_again_and_what_else_is_in_the_cache_stays(tmp_path):
+    assert site(tmp_path, PAGE, PACKAGE) == []
+    kept = tmp_path / ".cache" / "jax" / "0123"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("compiled")
+    (tmp_path / "docs" / "index.md").write_text(PAGE + "\n[x](nowhere.md)\n")
+    for _ in range(2):
+        assert any("page does not exist" in each for each in problems_of(tmp_path))
+    assert kept.read_text() == "compiled"

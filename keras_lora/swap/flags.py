@@ -55,8 +55,8 @@ def freeze(
     """Freeze every layer at `places`, except the layers in `trained` and the biases selected by the option `bias`.
 
     Variables that were planned to train before still train, except in the layers in `stopped`.
-    Layers without weights are not changed, except one that gets weights when it is first called, perhaps in training alone:
-    these will be frozen. A frozen layer without sublayers gets `trainable = False`, which keeps the
+    Layers without weights are not changed, except a layer that gets its weights when it is first called, perhaps only in
+    training: these weights will be frozen. A frozen layer without sublayers gets `trainable = False`, which keeps the
     moving statistics of BatchNormalization fixed. In a layer with sublayers, only its direct variables are frozen.
     """
     adapted_ids, trained_ids, stopped_ids = ({id(layer) for layer in each} for each in (adapted, trained, stopped))
