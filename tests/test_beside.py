@@ -133,6 +133,7 @@ def test_deleting_the_active_one_leaves_the_others():
     assert difference(outputs(keras_lora.activate_adapters(model, "a"), X), seen["a"]) == 0
 
 
+@pytest.mark.torch_first
 def test_weights_of_the_base_loaded_later_are_the_base(tmp_path):
     plain = net()
     perturb(plain)
@@ -154,6 +155,7 @@ def test_what_was_thawed_by_hand_is_saved_with_the_adapter(tmp_path):
     assert difference(outputs(keras_lora.load_adapter(net(), tmp_path / "a.safetensors"), X), expected) < 1e-6
 
 
+@pytest.mark.torch_first
 def test_weights_saved_with_one_adapter_are_loaded_with_another(tmp_path):
     model, seen = two({"train": "out"})
     model.save_weights(tmp_path / "both.weights.h5")  # "b" is active

@@ -81,6 +81,7 @@ def test_saved_again_it_is_the_file_of_today_bit_for_bit(tmp_path, name, version
     assert (tmp_path / "again.safetensors").read_bytes() == newest.read_bytes()
 
 
+@pytest.mark.torch_first
 def test_the_script_writes_the_header_of_the_committed_files(tmp_path):
     for name in CASES:
         make(name, tmp_path)

@@ -374,7 +374,7 @@ print(sorted({"jax", "tensorflow", "torch"} & set(sys.modules)))
 """
 
 
-@pytest.mark.full
+@(pytest.mark.full if keras.backend.backend() == "jax" else pytest.mark.nightly)  # it starts a process
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="there it is the backend")
 def test_tensorflow_is_not_imported_on_another_backend():
     with internals.without_tensorflow():
