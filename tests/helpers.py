@@ -15,18 +15,24 @@ import safetensors
 once = pytest.mark.once
 
 
-def covering(names: Iterable[Any], kept: Iterable[Any], *marks: Any) -> list[Any]:
+def covering(names: Iterable[Any], kept: Iterable[Any], *marks: Any, quick: Iterable[Any] = ()) -> list[Any]:
     """Parameters of a test: those in `kept` run always, the others on torch, and elsewhere in `make test-all`.
 
     Args:
         names: All parameters.
         kept: Those that cover what differs between backends.
         marks: Further marks of the others.
+        quick: Those of the others without the further marks.
     """
-    kept = list(kept)
-    assert all(each in names for each in kept), kept
-    others = [pytest.mark.torch_first, *marks]
-    return [pytest.param(each, marks=pytest.mark.every_backend if each in kept else others) for each in names]
+    kept, quick = list(kept), list(quick)
+    assert all(each in names for each in kept + quick), kept + quick
+
+    def marks_of(each: Any) -> Any:
+        if each in kept:
+            return pytest.mark.every_backend
+        return [pytest.mark.torch_first, *(() if each in quick else marks)]
+
+    return [pytest.param(each, marks=marks_of(each)) for each in names]
 
 
 def value(tensor: Any) -> np.ndarray:

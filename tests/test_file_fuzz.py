@@ -290,6 +290,7 @@ def test_a_value_of_the_header_replaced_by_anything_is_refused(target, data):
     assert all(result != "loaded" or is_allowed(target.header, path, new) for result in results), (path, new)
 
 
+@pytest.mark.full
 def test_every_part_of_the_header_replaced_by_every_wrong_kind_is_refused(target):
     for path in paths_in(target.header):
         for new in (None, [], "x", -1, True, CALLS[0]):

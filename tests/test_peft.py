@@ -23,6 +23,7 @@ from keras_lora.interop.checkpoints import CheckpointMap
 RELATIVE = 1e-4
 # KerasHub compiles its tasks when they are made.
 pytestmark = pytest.mark.torch_first
+FULL = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_the_base_is_the_same(name, checkpoints):
         assert apart(family.our_logits(family.ours(base)), family.their_logits(family.theirs(base))) < RELATIVE
 
 
-@pytest.mark.parametrize("name", covering(DENSE, ["bert"]))
+@pytest.mark.parametrize("name", covering(DENSE, ["bert"], FULL, quick=["gpt2", "llama", "vit"]))
 def test_from_peft_and_back(name, checkpoints, tmp_path):
     assert_both_ways(name, checkpoints, tmp_path)
 
@@ -183,18 +184,21 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", covering(VARIANTS, [], FULL, quick=["patterns", "dora", "embeddings and a head", "some layers"])
+)
 def test_variants_on_llama(variant, checkpoints, tmp_path):
     assert_both_ways("llama", checkpoints, tmp_path, **VARIANTS[variant])
 
 
+NORMS = "gemma2, norms trained themselves"
 OTHER_VARIANTS = {
     "gpt2, DoRA": ("gpt2", {"use_dora": True}),
     "gpt2, all biases": ("gpt2", {"bias": "all"}),
     "gpt2, biases of its layers": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}),
     "bert, biases": ("bert", {"bias": "lora_only"}),
     "bert, embeddings": ("bert", {"target_modules": ["word_embeddings", "token_type_embeddings", "query"]}),
-    "gemma2, norms trained themselves": (
+    NORMS: (
         "gemma2",
         {"modules_to_save": ["post_attention_layernorm", "pre_feedforward_layernorm"], "target_modules": ["q_proj"]},
     ),
@@ -206,7 +210,9 @@ OTHER_VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", OTHER_VARIANTS)
+@pytest.mark.parametrize(
+    "variant", covering(OTHER_VARIANTS, [], FULL, quick=["gpt2, DoRA", "bert, biases", NORMS, "vit, head by LoRA"])
+)
 def test_variants_on_others(variant, checkpoints, tmp_path):
     name, config = OTHER_VARIANTS[variant]
     assert_both_ways(name, checkpoints, tmp_path, **config)
