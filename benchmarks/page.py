@@ -287,7 +287,11 @@ def summary(results: Results) -> str:
 
 def training_section(results: Results) -> str:
     """Every training step, as ratios to `full`, and the layers alone, as ratios to `frozen`."""
-    whole = section("A whole training step: ratios to `full`", compared(results, "step", FULL))
+    whole = section(
+        "A whole training step: ratios to `full`",
+        compared(results, "step", FULL),
+        pictures(results, "training_step", "tokens"),
+    )
     layers = section("Forward and backward of the layers alone: ratios to `frozen`", compared(results, "layers", FROZEN))
     return chapter("Training", "The column of the variant that the ratios refer to shows its median.", [whole, layers])
 
@@ -295,7 +299,11 @@ def training_section(results: Results) -> str:
 def inference_section(results: Results) -> str:
     """Every forward pass, as ratios to the base."""
     found = table_of(compared(results, "inference", BASE))
-    return chapter("Inference", "Ratios to `base`. The column of `base` shows its median.", [found])
+    return chapter(
+        "Inference",
+        "Ratios to `base`. The column of `base` shows its median.",
+        [*pictures(results, "inference"), found] if found else [],
+    )
 
 
 def serving_section(results: Results) -> str:
@@ -311,16 +319,16 @@ def chapter(heading: str, about: str, parts: list[str]) -> str:
     return "\n" + "\n\n".join([f"## {heading}", about, *filter(None, parts)]) + "\n" if any(parts) else ""
 
 
-def section(heading: str, rows: Rows) -> str:
-    """A heading and a table, or `""` if there are no rows."""
-    return f"### {heading}\n\n{table_of(rows)}" if rows else ""
+def section(heading: str, rows: Rows, plots: Iterable[str] = ()) -> str:
+    """A heading, plots and a table, or `""` if there are no rows."""
+    return "\n\n".join([f"### {heading}", *plots, table_of(rows)]) if rows else ""
 
 
 def table_of(rows: Rows) -> str:
     """A table with a column for each variant, or `""` if there are no rows."""
     columns = ordered(variant for _, _, cells in rows for variant in cells)
-    lines = [[backend, case, *(cells.get(each, "-") for each in columns)] for backend, case, cells in rows]
-    return table(["backend", "case", *(f"`{each}`" for each in columns)], lines) if rows else ""
+    lines = [[case, backend, *(cells.get(each, "-") for each in columns)] for backend, case, cells in rows]
+    return table(["case", "backend", *(f"`{each}`" for each in columns)], lines) if rows else ""
 
 
 def compared(results: Results, quantity: str, to: str) -> Rows:
@@ -330,6 +338,8 @@ def compared(results: Results, quantity: str, to: str) -> Rows:
         for variants, found in ratios(result, quantity, to):
             cells = {each: str(found.get(each, "-")) for each in variants.keys() | found.keys()}
             cells |= {to: amount(variants[to])} if to in variants else {}
+            if set(cells.values()) == {"-"} and first(variants)["case"] in SWEEPS:
+                continue  # its medians are in the chapter on sweeps
             rows.append((title(name, result), label(first(variants)), cells))
     return rows
 
@@ -397,12 +407,12 @@ def sweeps_section(results: Results) -> str:
         }
         ats = sorted({at for line in lines.values() for at in line})
         rows = [
-            [backend, quantity, f"`{variant}`", *(amount(line[at]) if at in line else "-" for at in ats)]
+            [quantity, f"`{variant}`", backend, *(amount(line[at]) if at in line else "-" for at in ats)]
             for (backend, quantity, variant), line in lines.items()
         ]
         if rows:
-            header = ["backend", "quantity", "variant", *(f"{varied} {at}" for at in ats)]
-            parts += [f"### Over {case}", table(header, rows, left=3)]
+            header = ["quantity", "variant", "backend", *(f"{varied} {at}" for at in ats)]
+            parts += [f"### Over {case}", *pictures(results, case), table(header, rows, left=3)]
     return chapter("Sweeps", "The median of each quantity for different sizes.", parts)
 
 
@@ -426,11 +436,6 @@ def text(results: Results) -> str:
     gpu = f"The GPU results were measured on {results['gpu']['machine']['gpu']}." if "gpu" in results else NO_GPU
     hasty = ", ".join(title(name, each) for name, each in results.items() if each["quick"])
     quick = QUICK.format(names=hasty) if hasty else ""
-    plots = chapter(
-        "Plots",
-        "The plots show ratios of medians. The dashed line is `limit`.",
-        [f"![{each.title}](benchmarks/{each.name}.svg)" for each in figures(results)],
-    )
     sections = [
         training_section,
         inference_section,
@@ -440,12 +445,7 @@ def text(results: Results) -> str:
         sweeps_section,
         machine_section,
     ]
-    return (
-        INTRODUCTION.format(gpu=gpu, quick=quick)
-        + bars_section(results)
-        + plots
-        + "".join(each(results) for each in sections)
-    )
+    return INTRODUCTION.format(gpu=gpu, quick=quick) + bars_section(results) + "".join(each(results) for each in sections)
 
 
 # The plots.
@@ -456,6 +456,7 @@ class Figure(NamedTuple):
 
     name: str
     title: str
+    caption: str
     x: str
     y: str
     panels: dict[str, dict[str, dict[Any, float]]]
@@ -464,13 +465,28 @@ class Figure(NamedTuple):
 
 def figures(results: Results) -> list[Figure]:
     """The plots that can be drawn from these results."""
-    full, base = "ratio to full", "ratio to base"
+    full, base = "time / full", "time / base"
+    wide = f"Dense layers of width {LAYERS['d']:,}"
+    step = f"{wide} at rank {LAYERS['rank']}: the time of a training step, divided by that of full fine-tuning"
+    limit = f"The dashed line is `{LIMIT}`."
+    once = f"The seconds of `{OURS}` for what is done once, by the number of layers. Both axes are logarithmic."
+    rows = f"{wide}: the time of a forward pass, divided by that of the base, by the rows of a batch."
     drawn = [
-        Figure("training_step", "A training step of the dense case", "", full, dense_steps(results)),
-        Figure("tokens", "A training step by tokens", "tokens", full, panels(results, over_tokens)),
-        Figure("ranks", "A training step by rank", "rank", full, panels(results, over_ranks)),
-        Figure("depth", "One-time work, by layers", "layers", "seconds", panels(results, over_layers), "log"),
-        Figure("inference", "Inference by rows of a batch", "rows", base, panels(results, over_batches)),
+        Figure(
+            *("training_step", "A training step", f"{step}, with {TRAINING['tokens']} tokens. {limit}", "", full),
+            dense_steps(results),
+        ),
+        Figure(
+            *("tokens", "A training step by tokens", f"{step}, by tokens in a batch. {limit}", "tokens", full),
+            panels(results, over_tokens),
+        ),
+        Figure(
+            *("ranks", "A training step by rank", f"The time of a training step, divided by `full`, by rank. {limit}"),
+            *("rank", full),
+            panels(results, over_ranks),
+        ),
+        Figure("depth", "One-time work by layers", once, "layers", "seconds", panels(results, over_layers), "log"),
+        Figure("inference", "Inference by rows of a batch", rows, "rows", base, panels(results, over_batches)),
     ]
     return [each for each in drawn if each.panels]
 
@@ -483,6 +499,29 @@ def panels(results: Results, lines: Callable[[dict[str, Any]], dict[str, dict[An
         kept = {each: dict(sorted(measured[each].items())) for each in ordered(measured) if len(measured[each]) > 1}
         if kept:
             found[title(name, result)] = kept
+    return found
+
+
+#: The two looks of a plot: its file's ending, and the part of its address that shows it on light or on dark pages.
+LOOKS = {"light": ("", "#gh-light-mode-only"), "dark": ("_dark", "#gh-dark-mode-only")}
+INK = {"light": "#1f2328", "dark": "#d5d9e0"}
+#: The colours of the variants, in their order.
+CYCLES = {
+    "light": ("#1f6fb4", "#d9730d", "#2b8a3e", "#c92a2a", "#7048c6", "#8c564b", "#c2539d", "#5f6b7a", "#8f8a12", "#0f8fa3"),
+    "dark": ("#6cb2f7", "#ffa94d", "#69db7c", "#ff8787", "#b197fc", "#d0a79b", "#f3a6d8", "#b6bfca", "#d8d26a", "#66d9e8"),
+}
+
+
+def pictures(results: Results, *names: str) -> list[str]:
+    """The plots of these names that can be drawn, as Markdown: each with its look for light and for dark pages."""
+    found = []
+    for figure in figures(results):
+        if figure.name in names:
+            images = [f"![{figure.title}](benchmarks/{figure.name}{end}.svg{shown})" for end, shown in LOOKS.values()]
+            caption = figure.caption.replace("`", "")
+            found.append(
+                "\n".join(['<figure markdown="span">', *images, f"<figcaption>{caption}</figcaption>", "</figure>"])
+            )
     return found
 
 
@@ -533,14 +572,17 @@ def over_layers(result: dict[str, Any]) -> dict[str, dict[Any, float]]:
     }
 
 
-def draw(figure: Figure, path: Path) -> None:
-    """Draw a plot. The same data always gives the same bytes."""
+def draw(figure: Figure, path: Path, look: str = "light") -> None:
+    """Draw a plot on no background, for light or dark pages. The same data always gives the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
     style = {"svg.hashsalt": "keras_lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    style |= dict.fromkeys(inked, INK[look]) | {"axes.prop_cycle": cycler(color=CYCLES[look]), "savefig.transparent": True}
     with matplotlib.rc_context({**style, "axes.spines.right": False}):
         width = 8 if "" in figure.panels else 1 + 3.2 * len(figure.panels)
         drawing, axes = pyplot.subplots(1, len(figure.panels), squeeze=False, sharey=True, figsize=(width, 3.6))
@@ -550,6 +592,7 @@ def draw(figure: Figure, path: Path) -> None:
         axes[0][0].set(ylabel=figure.y, **({"ylim": (0, None)} if figure.scale == "linear" else {}))
         entries = {each: handle for ax in axes[0] for handle, each in zip(*ax.get_legend_handles_labels(), strict=True)}
         drawing.legend(entries.values(), entries, loc="outside lower center", ncols=5, frameon=False)
+        drawing.suptitle(figure.title)
         drawing.set_layout_engine("constrained")
         drawing.savefig(path, metadata={"Date": None, "Creator": None})
         pyplot.close(drawing)
@@ -559,7 +602,11 @@ def draw_lines(ax: Any, lines: dict[str, dict[Any, float]], figure: Figure) -> N
     """Lines over a logarithmic axis, with a colour for each name."""
     names = ordered({name for each in figure.panels.values() for name in each})
     for name, line in lines.items():
-        look = {"color": "black", "linestyle": "--"} if name == LIMIT else {"color": f"C{names.index(name)}", "marker": "o"}
+        look = (
+            {"color": ax.xaxis.label.get_color(), "linestyle": "--"}
+            if name == LIMIT
+            else {"color": f"C{names.index(name)}", "marker": "o"}
+        )
         ax.plot(list(line), list(line.values()), label=name, markersize=3, **look)
     ax.set(xscale="log", yscale=figure.scale)
     ats = sorted({at for line in lines.values() for at in line})
@@ -575,7 +622,7 @@ def draw_bars(ax: Any, lines: dict[str, dict[Any, float]], figure: Figure) -> No
         ats = [variants.index(variant) + shift * width - 0.4 + width / 2 for variant in line if variant != LIMIT]
         ax.bar(ats, [value for variant, value in line.items() if variant != LIMIT], width, label=name)
     for limit in sorted({line[LIMIT] for line in lines.values() if LIMIT in line}):
-        ax.axhline(limit, color="black", linestyle="--", linewidth=1, label=LIMIT)
+        ax.axhline(limit, color=ax.xaxis.label.get_color(), linestyle="--", linewidth=1, label=LIMIT)
     ax.set_xticks(range(len(variants)), [each.replace(" ", "\n") for each in variants])
 
 
@@ -587,7 +634,8 @@ def write() -> None:
     for old in (DOCS / "benchmarks").glob("*.svg"):
         old.unlink()
     for figure in figures(shown(results)):
-        draw(figure, DOCS / "benchmarks" / f"{figure.name}.svg")
+        for look, (end, _) in LOOKS.items():
+            draw(figure, DOCS / "benchmarks" / f"{figure.name}{end}.svg", look)
 
 
 if __name__ == "__main__":

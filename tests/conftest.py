@@ -46,6 +46,7 @@ NEEDS = {
     "test_hostile_files.py": ("huggingface_hub", "keras_hub"),
     "test_huggingface.py": ("huggingface_hub", "keras_hub"),
     "test_migration.py": ("keras_hub",),
+    "test_pages.py": ("yaml",),
     "test_peft.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_experts.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_page.py": ("keras_hub", "peft", "torch", "transformers"),

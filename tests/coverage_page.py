@@ -114,6 +114,12 @@ def say(found: float) -> str:
     return "0" if found == 0 else f"{found:.0e}".replace("e-0", "e-")
 
 
+def quoted(message: str) -> str:
+    """A message of an error as code: its `<...>` is no HTML."""
+    text = message.strip().rstrip(":").replace("`", "'")
+    return f"`{text}`"
+
+
 def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
     """A Markdown table; the columns after the first `left` are aligned to the right."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
@@ -222,8 +228,8 @@ def models_section() -> str:
         family, model = name.split("/")
         seen = {backend: each["models"][name] for backend, each in measured.items() if name in each["models"]}
         kind = KINDS[family]
-        rows.append([family if family != model else "-", f"`{model}`", kind, *cells(seen, reasons)])
-    header = ["family", "model", "kind", "adapted", "share", "forward", "training", "`.keras`", "merge", "seen on"]
+        rows.append([f"`{model}`", family if family != model else "-", kind, *cells(seen, reasons)])
+    header = ["model", "family", "kind", "adapted", "share", "forward", "training", "`.keras`", "merge", "seen on"]
     not_here = ", ".join(f"`{name}` ({why})" for name, why in NOT_HERE.items())
     shown = table(header, rows, left=3)
     return OF_MODELS.format(reasons=reasons, table=shown, not_here=not_here, versions=versions(measured))
@@ -233,7 +239,9 @@ def cells(seen: dict[str, dict[str, Any]], reasons: Reasons) -> list[str]:
     """The cells of a model, from its results by backend."""
     built = {backend: each for backend, each in seen.items() if "error" not in each}
     on = [BACKENDS[backend] for backend in built]
-    on += [reasons.number(f"On {BACKENDS[backend]}: {seen[backend]['error']}") for backend in seen if backend not in built]
+    for backend in seen:
+        if backend not in built:
+            on.append(reasons.number(f"On {BACKENDS[backend]}: {quoted(seen[backend]['error'])}"))
     if not built:
         return [*["-"] * 6, ", ".join(on)]
     first = next(iter(built.values()))
@@ -250,7 +258,7 @@ def number(key: str, built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
     if failing:
         plain, on = next(iter(failing.values())), ", ".join(BACKENDS[each] for each in failing)
         if isinstance(plain, str):
-            return reasons.number(f"On {on}, the plain model fails too. {plain}")
+            return reasons.number(f"On {on}, the plain model fails too. {quoted(plain)}")
         return reasons.number(f"On {on}, the plain model also comes back different, by {say(plain)}.")
     return say(max(each[key] for each in built.values()))
 
@@ -259,9 +267,9 @@ def training(built: dict[str, dict[str, Any]], reasons: Reasons) -> str:
     """The cell of a step of training."""
     for backend, each in built.items():
         if each["moved"] and each["moved"] != each["plain_moved"]:
-            return reasons.number(f"{BACKENDS[backend]}: {each['moved']}")
+            return reasons.number(f"{BACKENDS[backend]}: {quoted(str(each['moved']))}")
         if isinstance(each["moved"], str):
-            return reasons.number(f"The frozen plain model cannot be trained this way either. {each['moved']}")
+            return reasons.number(f"The frozen plain model cannot be trained this way either. {quoted(each['moved'])}")
         if each["moved"]:
             inside = ", ".join(sorted({path.split("/")[-1] for path in each["moved"]}))
             return reasons.number(f"Training changes these in the frozen plain model too: {inside}.")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -54,8 +55,11 @@ def test_the_page_is_written_from_the_results():
     results, path = page.read(), page.DOCS / "benchmarks.md"
     assert set(results) >= {"jax", "tensorflow", "torch"}
     assert path.read_text() == page.text(results), "run `python benchmarks/page.py`"
-    plots = {each.name for each in (page.DOCS / "benchmarks").glob("*.svg")}
-    assert plots == {f"{each.name}.svg" for each in page.figures(page.shown(results))}
+    plots = {each.name: each.read_text() for each in (page.DOCS / "benchmarks").glob("*.svg")}
+    figures, ends = page.figures(page.shown(results)), [end for end, _ in page.LOOKS.values()]
+    assert plots.keys() == {f"{each.name}{end}.svg" for each in figures for end in ends}
+    assert not any("fill: #ffffff" in plot for plot in plots.values())  # they show the page behind them
+    assert not re.search(r"^\|[^|]+\|[^|]+\|( - \|)+$", path.read_text(), re.MULTILINE)  # no row without a number
 
 
 def test_the_readme_has_the_summary_of_the_results():
@@ -157,13 +161,13 @@ def test_a_median_and_a_minimum_that_differ_by_more_than_a_tenth_have_a_dagger()
     noisy = [record("full", 0.100), record("keras_lora", 0.060, minimum=0.050), record("frozen", 0.055, minimum=0.051)]
     text = page.text({"jax": result(*noisy)})
     assert bar(text, "keras_lora", "full") == ("0.600† (0.500)", "met")
-    [cells] = rows(text, "JAX", "dense, d 1024, tokens 256, rank 8, layers 4")
+    [cells] = rows(text, "dense, d 1024, tokens 256, rank 8, layers 4", "JAX")
     assert cells == ["100 ms", "0.55", "0.60†"]
 
 
 def test_the_training_table_has_each_variant_and_the_limit():
     text = page.text({"jax": result(*steps(limit=0.065))})
-    [cells] = rows(text, "JAX", "dense, d 1024, tokens 256, rank 8, layers 4")
+    [cells] = rows(text, "dense, d 1024, tokens 256, rank 8, layers 4", "JAX")
     assert cells == ["100 ms", "0.65", "0.60", "0.99", "0.62", "0.66"]
 
 
@@ -172,7 +176,7 @@ def test_bytes_have_a_unit_and_a_ratio():
         record(name, number, quantity="checkpoint bytes", unit="bytes") for name, number in (("full", 16.8e6), ("PEFT", 0))
     ]
     stored += [record("keras_lora", 262144, quantity="checkpoint bytes", unit="bytes")]
-    [cells] = rows(page.text({"torch": result(*stored, backend="torch")}), "PyTorch", page.label(stored[0]))
+    [cells] = rows(page.text({"torch": result(*stored, backend="torch")}), page.label(stored[0]), "PyTorch")
     assert cells == ["16.8 MB", "262 kB (0.0156)", "0 B"]
 
 
@@ -182,9 +186,11 @@ def test_a_sweep_has_a_column_for_each_point():
         for layers, seconds in {4: 0.002, 64: 0.03, 256: 1.5}.items()
     ]
     text = page.text({"jax": result(*swept)})
-    assert rows(text, "backend", "quantity", "variant") == [["layers 4", "layers 64", "layers 256"]]
-    assert rows(text, "JAX", "apply_lora", "`keras_lora`") == [["2 ms", "30 ms", "1.50 s"]]
-    assert "](benchmarks/depth.svg)" in text
+    assert rows(text, "quantity", "variant", "backend") == [["layers 4", "layers 64", "layers 256"]]
+    assert rows(text, "apply_lora", "`keras_lora`", "JAX") == [["2 ms", "30 ms", "1.50 s"]]
+    assert "](benchmarks/depth.svg#gh-light-mode-only)" in text
+    assert "](benchmarks/depth_dark.svg#gh-dark-mode-only)" in text
+    assert text.index("benchmarks/depth.svg") < text.index("| quantity | variant |")
 
 
 def test_the_same_record_twice_raises():
@@ -212,7 +218,7 @@ def test_no_gpu_figure_is_claimed_unless_there_was_a_gpu():
     assert page.text({"jax": result(*steps()), "gpu": result(gpu="NVIDIA H100")}) == without
     with_one = page.text({"gpu": result(*steps(), gpu="NVIDIA H100")})
     assert "No GPU" not in with_one
-    assert rows(with_one, "JAX on a GPU")
+    assert rows(with_one, "dense, d 1024, tokens 256, rank 8, layers 4", "JAX on a GPU")
     assert bar(with_one, "keras_lora", "full") == ("-", "not measured")
 
 

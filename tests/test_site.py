@@ -50,8 +50,9 @@ def site(folder, page, package):
     return problems_of(folder)
 
 
-def test_a_whole_site_passes(tmp_path):
+def test_a_whole_site_passes_and_has_an_index_for_language_models(tmp_path):
     assert site(tmp_path, PAGE, PACKAGE) == []
+    assert "- [Page](./): here and there\n" in (tmp_path / "site" / "llms.txt").read_text()
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -66,7 +67,10 @@ def test_a_page_is_checked_again_and_what_else_is_in_the_cache_stays(tmp_path):
     kept = tmp_path / ".cache" / "jax" / "0123"
     kept.parent.mkdir(parents=True)
     kept.write_text("compiled")
+    (tmp_path / "docs" / "other.md").write_text("# Another page\n")
     (tmp_path / "docs" / "index.md").write_text(PAGE + "\n[x](nowhere.md)\n")
     for _ in range(2):
-        assert any("page does not exist" in each for each in problems_of(tmp_path))
+        found = problems_of(tmp_path)
+        assert any("page does not exist" in each for each in found)
+        assert "docs/other.md: the navigation does not list it" in found
     assert kept.read_text() == "compiled"
