@@ -1,5 +1,7 @@
 """`make docs` fails on what a reader would stumble over."""
 
+import ast
+import doctest
 import sys
 from pathlib import Path
 
@@ -74,3 +76,16 @@ def test_a_page_is_checked_again_and_what_else_is_in_the_cache_stays(tmp_path):
         assert any("page does not exist" in each for each in found)
         assert "docs/other.md: the navigation does not list it" in found
     assert kept.read_text() == "compiled"
+
+
+def test_long_lines_of_examples_are_broken_and_mean_the_same():
+    from griffe_examples import WIDTH, narrow
+
+    text = ">>> x = 1\n>>> print(" + ", ".join(["(x, 'a string')"] * 9) + ")  # nine\n(1, 'a string') and so on\n>>> x\n1"
+    found = narrow(text)
+    assert max(map(len, found.splitlines())) <= WIDTH < max(map(len, text.splitlines()))
+    before, after = (doctest.DocTestParser().get_examples(each) for each in (text, found))
+    assert [each.want for each in before] == [each.want for each in after]
+    for one, other in zip(before, after, strict=True):
+        assert ast.dump(ast.parse(one.source)) == ast.dump(ast.parse(other.source))
+    assert narrow(">>> 1\n1") == ">>> 1\n1"
