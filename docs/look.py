@@ -52,7 +52,7 @@ async function measured(page, width) {
 </script>"""
 #: Shows one page in a frame of a width, light or dark.
 FRAME = """<!doctype html><body style="margin: 0">
-<iframe src="PAGE" style="width: WIDTHpx; height: HEIGHTpx; border: 0"></iframe>
+<iframe src="PAGE" style="width: WIDTHpx; height: HEIGHTpx; border: 0; display: block"></iframe>
 <script>
 const frame = document.querySelector("iframe");
 frame.onload = () => frame.contentDocument.body.setAttribute("data-md-color-scheme", "SCHEME");
