@@ -580,7 +580,7 @@ def draw(figure: Figure, path: Path, look: str = "light") -> None:
     from cycler import cycler
     from matplotlib import pyplot
 
-    style = {"svg.hashsalt": "keras_lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    style: Any = {"svg.hashsalt": "keras_lora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     style |= dict.fromkeys(inked, INK[look]) | {"axes.prop_cycle": cycler(color=CYCLES[look]), "savefig.transparent": True}
     with matplotlib.rc_context({**style, "axes.spines.right": False}):

@@ -121,14 +121,16 @@ def look(pages: list[str], pictures: Path | None = None, site: Path = SITE, seco
             "--hide-scrollbars",
             f"--user-data-dir={profile}",
         ]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         running = subprocess.Popen([*start, "--remote-debugging-port=0", f"{address}/__look__"], **quiet)
         try:
             found = Handler.found.get(timeout=seconds)
         finally:
             running.terminate()
             running.wait()
-        for page in pages if pictures else []:
+        for page in pages:
+            if pictures is None:
+                break
             for width in WIDTHS:
                 for name, scheme in {"light": "default", "dark": "slate"}.items():
                     height = 2200 if width == min(WIDTHS) else 1600
@@ -138,6 +140,7 @@ def look(pages: list[str], pictures: Path | None = None, site: Path = SITE, seco
                     size = [f"--window-size={width},{height}", f"--screenshot={path}", "--virtual-time-budget=3000"]
                     subprocess.run([*start, *size, f"{address}/__frame__"], **quiet, check=True)
     server.shutdown()
+    server.server_close()
     return problems_of(found)
 
 

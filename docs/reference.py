@@ -208,7 +208,7 @@ def page(name: str, group: Group) -> str:
         rest = group._replace(names=[each for each in group.names if each != name])
         text += f"\n{table(rest, '', anchors=False)}"
     guides = ", ".join(f"[{title}](../{path})" for path, title in group.guides.items())
-    return f"{text}\nSee also: {guides}, [all names](../api.md).\n"
+    return f"{text}\nSee also: {guides}, [all names](../api.md).\n{{ data-search-exclude }}\n"
 
 
 def navigation() -> str:

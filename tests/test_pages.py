@@ -1,11 +1,13 @@
 """The pages of the site: one for each public name, every word of PEFT in the glossary, and earlier links that still work."""
 
+import html
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import missing
 
 import keras_lora
 from keras_lora.checks import WORDS
@@ -85,3 +87,13 @@ def test_what_the_browser_measured_is_judged():
 def test_no_page_scrolls_sideways_and_no_code_is_cut():
     assert build.problems_of(ROOT) == []
     assert look.look(look.pages_of(look.SITE)) == []
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(bool(missing("zensical", "mkdocstrings")), reason="what builds the site is not installed")
+def test_the_search_has_every_message_of_troubleshooting():
+    assert build.problems_of(ROOT) == []
+    index = html.unescape((look.SITE / "search.json").read_text())
+    messages = re.findall(r'^\| "([^"`.]+)"', (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 15
+    assert [message for message in messages if message not in index] == []
