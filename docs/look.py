@@ -24,6 +24,8 @@ from urllib.parse import quote
 SITE = Path(__file__).parents[1] / ".cache" / "site"
 WIDTHS = (400, 1280)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+#: The height of a picture at most.
+MOST_PIXELS = 12000
 #: Opens the pages one after the other in a frame of each width, and sends what it measured.
 MEASURE = """<!doctype html><body><script>
 async function measured(page, width) {
@@ -38,7 +40,7 @@ async function measured(page, width) {
   const cut = [...root.querySelectorAll("pre > code")].filter((code) => code.scrollWidth > code.clientWidth + 1);
   const wide = [...root.querySelectorAll(".md-content *")].filter((each) => each.getBoundingClientRect().right > width + 1
     && !each.closest(".md-typeset__scrollwrap, pre"));
-  const found = { page, width, sideways: root.scrollWidth - root.clientWidth,
+  const found = { page, width, height: root.scrollHeight, sideways: root.scrollWidth - root.clientWidth,
     cut: cut.map((code) => code.textContent.slice(0, 60)),
     wide: wide.slice(0, 3).map((each) => each.outerHTML.slice(0, 80)) };
   frame.remove();
@@ -55,7 +57,11 @@ FRAME = """<!doctype html><body style="margin: 0">
 <iframe src="PAGE" style="width: WIDTHpx; height: HEIGHTpx; border: 0; display: block"></iframe>
 <script>
 const frame = document.querySelector("iframe");
-frame.onload = () => frame.contentDocument.body.setAttribute("data-md-color-scheme", "SCHEME");
+frame.onload = () => {
+  const page = frame.contentDocument;
+  page.head.append(Object.assign(page.createElement("style"), { textContent: "* { transition: none !important }" }));
+  page.body.setAttribute("data-md-color-scheme", "SCHEME");
+};
 </script>"""
 
 
@@ -128,17 +134,16 @@ def look(pages: list[str], pictures: Path | None = None, site: Path = SITE, seco
         finally:
             running.terminate()
             running.wait()
-        for page in pages:
+        for each in found:
             if pictures is None:
                 break
-            for width in WIDTHS:
-                for name, scheme in {"light": "default", "dark": "slate"}.items():
-                    height = 2200 if width == min(WIDTHS) else 1600
-                    text = FRAME.replace("PAGE", page).replace("WIDTH", str(width)).replace("HEIGHT", str(height))
-                    Handler.pages["/__frame__"] = text.replace("SCHEME", scheme)
-                    path = pictures / f"{quote(page.strip('/') or 'index', safe='').replace('%2F', '_')}_{width}_{name}.png"
-                    size = [f"--window-size={width},{height}", f"--screenshot={path}", "--virtual-time-budget=3000"]
-                    subprocess.run([*start, *size, f"{address}/__frame__"], **quiet, check=True)
+            page, width, height = each["page"], each["width"], min(each["height"], MOST_PIXELS)
+            for name, scheme in {"light": "default", "dark": "slate"}.items():
+                text = FRAME.replace("PAGE", page).replace("WIDTH", str(width)).replace("HEIGHT", str(height))
+                Handler.pages["/__frame__"] = text.replace("SCHEME", scheme)
+                path = pictures / f"{quote(page.strip('/') or 'index', safe='').replace('%2F', '_')}_{width}_{name}.png"
+                size = [f"--window-size={width},{height}", f"--screenshot={path}", "--virtual-time-budget=3000"]
+                subprocess.run([*start, *size, f"{address}/__frame__"], **quiet, check=True)
     server.shutdown()
     server.server_close()
     return problems_of(found)
