@@ -203,7 +203,7 @@ def page(name: str, group: Group) -> str:
     if name in SUMMARIES:
         text += f"\n{SUMMARIES[name]}\n"
     if name in ALIASES:
-        text += ALIAS.format(name=ALIASES[name])
+        text += ALIAS.format(name=ALIASES[name]) + f"\nIt is also `{ALIASES[name]}`.\n"
     if is_module(name):
         rest = group._replace(names=[each for each in group.names if each != name])
         text += f"\n{table(rest, '', anchors=False)}"
