@@ -749,6 +749,7 @@ def test_layouts_that_are_not_known_have_no_place(tmp_path):
         with pytest.raises(ValueError, match="has no place there"):
             to_peft(model, tmp_path / "ours", names={each: "module"})
         keras_lora.remove_lora(model)
+        del model  # another model with the same layers
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", pytest.param("int8", marks=pytest.mark.full)])
