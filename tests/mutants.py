@@ -134,8 +134,9 @@ def main(words: list[str]) -> int:
             except RuntimeError as error:
                 seen[name] = ("none", str(error)[:300])
             print(f"{name}: {seen[name][0]} {seen[name][1]}", flush=True)
-            SEEN.parent.mkdir(exist_ok=True)
-            SEEN.write_text(json.dumps(seen))
+            if not words:
+                SEEN.parent.mkdir(exist_ok=True)
+                SEEN.write_text(json.dumps(seen))
     seen = {fault.name: seen[fault.name] for fault in chosen}
     if not words:
         PAGE.write_text(page(seen))
