@@ -21,16 +21,15 @@ EXTRAS = ("huggingface_hub", "keras_hub", "matplotlib", "peft", "transformers")
 
 def main(wheel: str, backend: str) -> None:
     """Install the wheel with a backend in a new environment, and use it there."""
+    clean = {key: text for key, text in os.environ.items() if key not in ("PYTHONPATH", "KERAS_BACKEND", "KERAS_HOME")}
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder, "environment", "bin", "python")
-        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+        subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True, env=clean)
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run(
-            [*pip, "install", "--quiet", Path(wheel).resolve(), "-r", REQUIREMENTS / f"{backend}.txt"], check=True
-        )
-        subprocess.run([*pip, "check"], check=True)
-        environment = {key: text for key, text in os.environ.items() if key not in ("PYTHONPATH", "KERAS_BACKEND")}
-        environment |= {"HOME": folder, "TF_CPP_MIN_LOG_LEVEL": "3"}  # a home without a keras.json
+        wanted = [Path(wheel).resolve(), "-r", REQUIREMENTS / f"{backend}.txt"]
+        subprocess.run([*pip, "install", "--quiet", *wanted], check=True, env=clean)
+        subprocess.run([*pip, "check"], check=True, env=clean)
+        environment = {**clean, "HOME": folder, "TF_CPP_MIN_LOG_LEVEL": "3"}  # a home without a keras.json
         kept = {"cwd": folder, "env": environment}
         first = subprocess.run([python, "-c", "import keras_lora"], capture_output=True, text=True, **kept)
         if backend == "tensorflow":
