@@ -615,8 +615,8 @@ FAULTS = [
     Fault(
         "the revision of a Hub address is ignored",
         "files/huggingface.py",
-        "return Path(hub.hf_hub_download(place.repository, file, revision=place.revision))",
-        "return Path(hub.hf_hub_download(place.repository, file))",
+        "hub.hf_hub_download(place.repository, file, revision=place.revision, tqdm_class=_bar())",
+        "hub.hf_hub_download(place.repository, file, tqdm_class=_bar())",
         "test_huggingface",
     ),
     # Other formats.

@@ -37,7 +37,7 @@ COPIED = (
     "CHANGELOG.md",
     "Makefile",
 )
-COPIED += ("pyproject.toml", "mkdocs.yml", "requirements", ".ci", ".github")
+COPIED += ("pyproject.toml", "mkdocs.yml", "requirements", ".ci", ".github", "CITATION.cff", "SECURITY.md", "hatch_build.py")
 QUICK_SHARE = 0.9
 #: What a run has seen so far.
 SEEN = ROOT / ".cache" / "mutants.json"
