@@ -5,6 +5,7 @@
 #   make test-all   everything, the sweeps too: for releases and at night
 #   make fuzz       damaged files for every reader; FUZZ="--reader peft --count 1000000 --seed 1" (tests/fuzz_results.md)
 #   make mutants    seeded faults, one at a time: which tests notice each (tests/seeded_faults.md)
+#   make release    everything about a release but its upload; RELEASE=--draft before its version has a date
 
 PYTHON ?= python3
 SPEED ?= test
@@ -31,8 +32,8 @@ ALL_EXAMPLES := $(foreach backend,$(BACKENDS),$(addprefix example-,$(addsuffix -
 SUITES := $(addprefix test-,$(BACKENDS))
 OWN := $(addprefix own-,$(BACKENDS))
 
-.PHONY: demo quick test test-all test-one-backend mutants fuzz cpu lint docs bench clean $(SUITES) $(OWN) $(ALL_EXAMPLES) \
-	$(addprefix examples-,$(BACKENDS))
+.PHONY: demo quick test test-all test-one-backend mutants fuzz cpu lint docs bench release clean $(SUITES) $(OWN) \
+	$(ALL_EXAMPLES) $(addprefix examples-,$(BACKENDS))
 
 demo: export KERAS_BACKEND ?= jax
 demo:
@@ -103,6 +104,9 @@ docs: .venv/docs
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
+release: .venv/release
+	$(BIN)/python tests/release.py $(RELEASE)
+
 clean:
 	rm -rf .venv .cache
 
@@ -123,6 +127,10 @@ clean:
 
 .venv/bench: .venv/tests requirements/bench.txt
 	$(PIP) -r requirements/bench.txt
+	touch $@
+
+.venv/release: .venv/tests requirements/release.txt
+	$(PIP) -r requirements/release.txt
 	touch $@
 
 .venv/tests: .venv/package $(wildcard requirements/*.txt) examples/requirements.txt

@@ -16,6 +16,7 @@ from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import added_in, changing_strengths, new_name
 from keras_lora.swap.addresses import walk, walking_once
+from keras_lora.swap.other_models import sharing, warn_of_shared
 from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
 from keras_lora.targets.target_list import ALREADY, Target
@@ -183,6 +184,8 @@ def inject(
     """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
     pairs = list(adapted)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
+    if not others:
+        warn_of_shared(model)
     with changing_strengths(model):
         for adapter in others:
             adapter.strength.assign(0.0)
@@ -254,6 +257,10 @@ def _started(linear: LinearMap, address: str, adapter: Any) -> adapters.Adapter:
 
 
 def reset_compilation(model: keras.layers.Layer) -> None:
-    """Drop compiled functions and the compiled state, which belong to the previous variables: `fit` asks for `compile`."""
-    keras_internals.drop_compiled_functions(model)
+    """Drop compiled functions and the compiled state, which belong to the previous variables: `fit` asks for `compile`.
+
+    Models that share layers with `model` have compiled these layers too.
+    """
+    for each in (model, *sharing(model)):
+        keras_internals.drop_compiled_functions(each)
     keras_internals.track_torch_parameters(model)

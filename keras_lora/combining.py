@@ -140,11 +140,13 @@ def combine_adapters(
             terms.setdefault(address, []).append((weight, adapter))
             linears[address] = linear
     made = {}
-    for address, linear in linears.items():
-        try:
-            made[address] = _combined(linear, terms[address], method, rank, energy, density, rng)
-        except ValueError as error:
-            raise ValueError(f"The adapters at '{address}' cannot be combined by '{method}': {error}") from error
+    with reports.progress(len(linears)) as step:
+        for address, linear in linears.items():
+            step(f"combining {address}")
+            try:
+                made[address] = _combined(linear, terms[address], method, rank, energy, density, rng)
+            except ValueError as error:
+                raise ValueError(f"The adapters at '{address}' cannot be combined by '{method}': {error}") from error
     new = {address: _plain_lora(linears[address], found) for address, (found, _) in made.items()}
     inject(model, [(linears[address], adapter) for address, adapter in new.items()], name)
     beside.combine(model, weights, name)
@@ -188,7 +190,11 @@ def compress_adapter(
     name = only_name(model, name)
     old = named_adapters(model)[name]
     rank, energy = _plain_numbers(rank, energy)
-    made = {address: _approximated(linear, [(1.0, adapter)], rank, energy) for address, (linear, adapter) in old.items()}
+    made = {}
+    with reports.progress(len(old)) as step:
+        for address, (linear, adapter) in old.items():
+            step(f"compressing {address}")
+            made[address] = _approximated(linear, [(1.0, adapter)], rank, energy)
     new = {address: _plain_lora(old[address][0], found) for address, (found, _) in made.items()}
     replace(model, name, new)
     linears = {address: linear for address, (linear, _) in old.items()}

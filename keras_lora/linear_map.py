@@ -113,12 +113,11 @@ class LinearMap:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """`(*groups, in_dim, out_dim)`; `groups` is `()` or `(number of groups,)`."""
-        sizes = {role: self._sizes(role) for role in "gio"}
+        sizes: dict[str, list[int]] = {"g": [], "i": [], "o": []}
+        for role, size in zip(self.kernel_axes, self.kernel_shape, strict=True):
+            sizes[role].append(size)
         groups = (math.prod(sizes["g"]),) if sizes["g"] else ()
         return (*groups, math.prod(sizes["i"]), math.prod(sizes["o"]))
-
-    def _sizes(self, role: str) -> list[int]:
-        return [size for size, each in zip(self.kernel_shape, self.kernel_axes, strict=True) if each == role]
 
     @property
     def kernel(self) -> Any:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import adapters, checks
+from keras_lora import adapters, checks, reports
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
 from keras_lora.compat import quantization
@@ -66,24 +66,30 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
     _refuse_quantized(adapted)
     if not keep:
         _refuse_to_drop(model)
-    not_finite = [address for address, pair in adapted.items() if not np.isfinite(_merged_kernel(*pair)).all()]
-    if not_finite:
-        raise ValueError(
-            f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
-            f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
-        )
-    kept = None
-    if keep:
-        beside.store(model)
-        kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model), deepcopy(beside.taken(model)))
-    for address, (linear, change) in adapted.items():
-        variable = linear.kernel_variable
-        merged = _merged_kernel(linear, change)
-        if kept is not None:
-            kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
-            kept.base_dtypes[address] = linear.base_dtype
-        linear.store_kernel(None)
-        variable.assign(merged)
+    with reports.progress(2 * len(adapted)) as step:
+        not_finite = []
+        for address, pair in adapted.items():
+            step(f"checking {address}")
+            if not np.isfinite(_merged_kernel(*pair)).all():
+                not_finite.append(address)
+        if not_finite:
+            raise ValueError(
+                f"Merging would write numbers that are not finite, and has changed nothing. Expected finite adapters and "
+                f"kernels. Received: NaN or infinity in the layers at {not_finite}. Train again, perhaps more slowly."
+            )
+        kept = None
+        if keep:
+            beside.store(model)
+            kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model), deepcopy(beside.taken(model)))
+        for address, (linear, change) in adapted.items():
+            step(f"merging {address}")
+            variable = linear.kernel_variable
+            merged = _merged_kernel(linear, change)
+            if kept is not None:
+                kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
+                kept.base_dtypes[address] = linear.base_dtype
+            linear.store_kernel(None)
+            variable.assign(merged)
     take_out(model, merged=True)
     reset_compilation(model)
     if kept is not None:

@@ -1,25 +1,36 @@
-"""Tables that print as wide as the terminal, with equal blocks folded, and as HTML in notebooks."""
+"""Tables that print as wide as the terminal, with equal blocks folded, and as HTML in notebooks; progress of long work."""
 
 from __future__ import annotations
 
+import contextlib
 import html
 import itertools
 import re
 import shutil
+import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _Row = TypeVar("_Row")
 #: The names that lead to a layer, and the other cells of its row.
 _Branch = tuple[list[str], tuple[str, ...]]
 #: Names are joined on one line of a tree up to this length.
 _JOINED = 24
+#: Progress of work that takes fewer seconds is not shown.
+LONG = 2.0
+#: The progress bar that is open, if any.
+_OPEN: list[Progress] = []
 
 
 class Printed:
@@ -158,3 +169,81 @@ def _span(first: str, last: str) -> str:
     if a[::2] != b[::2]:
         return f"{first} … {last}"
     return "".join(left if left == right else f"{left}…{right}" for left, right in zip(a, b, strict=True))
+
+
+def printable(text: str) -> str:
+    """`text` without terminal control characters."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+# Progress.
+
+
+def is_silent() -> bool:
+    """Whether progress was switched off, by `keras.config.disable_interactive_logging()`."""
+    config = getattr(sys.modules.get("keras"), "config", None)  # the command line may run without Keras
+    return config is not None and not config.is_interactive_logging_enabled()
+
+
+def _is_terminal() -> bool:
+    """Whether stderr is a terminal on which a bar can move, and no other display of rich is there."""
+    console = Console(stderr=True)
+    free = not hasattr(sys.stderr, "rich_proxied_file")
+    return free and console.is_interactive and console.file.isatty()  # with FORCE_COLOR, a pipe is interactive too
+
+
+@contextlib.contextmanager
+def progress(steps: int, *, after: float | None = None) -> Iterator[Callable[[str], None]]:
+    """Context manager that shows a progress bar on stderr, if that is a terminal, and removes it at the end.
+
+    `keras.config.disable_interactive_logging()` switches it off. Inside another `progress`, it is a line below that bar.
+
+    Args:
+        steps: The number of steps.
+        after: The seconds before the bar appears, `LONG` by default.
+
+    Returns:
+        A function to call with the name of each step as it begins.
+
+    Example:
+
+    >>> from keras_lora import reports
+    >>> with reports.progress(2) as step:
+    ...     for name in ("first", "second"):
+    ...         step(name)
+    """
+    inside = _OPEN[:1]
+    if not inside and (is_silent() or not _is_terminal()):
+        yield lambda name: None
+        return
+    with contextlib.nullcontext(inside[0]) if inside else _bar(LONG if after is None else after) as bar:
+        task, done = bar.add_task("", total=steps), itertools.count()
+        try:
+            yield lambda name: bar.update(task, description=escape(printable(name)), completed=next(done))
+        finally:
+            if inside:
+                bar.remove_task(task)
+
+
+@contextlib.contextmanager
+def _bar(after: float) -> Iterator[Progress]:
+    from rich.progress import Progress  # only a terminal needs it
+
+    # What is printed to stdout may go to a file, so rich must not redirect it to the terminal.
+    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=False)
+    timer = threading.Timer(after, bar.start)
+    timer.daemon = True
+    _OPEN.append(bar)
+    try:
+        if after:
+            timer.start()
+        else:
+            bar.start()
+        yield bar
+    finally:
+        _OPEN.remove(bar)
+        timer.cancel()
+        if after:
+            timer.join()
+        with contextlib.suppress(OSError):  # the terminal may be gone, which must not stop the work
+            bar.stop()

@@ -375,7 +375,10 @@ def test_keras_own_lora_on_a_plain_layer_of_an_adapted_model_is_named_by_what_co
 def test_models_that_share_a_layer_are_not_adapted_one_after_the_other():
     shared, x = layers.Dense(4, name="shared"), np.ones((2, 4), "float32")
     a, b = (keras.Sequential([keras.Input((4,)), shared, layers.Dense(2)], name=name) for name in ("a", "b"))
-    keras_lora.apply_lora(a, rank=1)
+    with pytest.warns(
+        UserWarning, match="'b' has 1 of the layers of 'a' too: shared. They will be frozen and adapted in both"
+    ):
+        keras_lora.apply_lora(a, rank=1)
     perturb(a)
     before = outputs(a, x), outputs(b, x)
     for arguments in ({}, {"name": "other"}):
@@ -391,4 +394,31 @@ def test_models_that_share_a_layer_are_not_adapted_one_after_the_other():
     keras_lora.apply_lora(a, rank=1, name="third")
     assert difference(outputs(keras_lora.activate_adapters(whole, "default"), x), before[0]) < 1e-6
     keras_lora.remove_lora(whole)
-    keras_lora.apply_lora(b, rank=1)
+    del around, whole
+    with pytest.warns(UserWarning, match="'a' has 1 of the layers of 'b' too"):
+        keras_lora.apply_lora(b, rank=1)
+
+
+def test_a_model_that_shares_layers_computes_what_they_are_now():
+    shared, x = layers.Dense(4, name="shared"), np.ones((2, 4), "float32")
+    inputs = keras.Input((4,))
+    features = keras.Model(inputs, shared(inputs))
+    a, b = (keras.Model(inputs, layers.Dense(2)(features.output), name=name) for name in ("a", "b"))
+    predict = {model: lambda model=model: model.predict(x, verbose=0) for model in (a, b, features)}
+    before = {model: predict[model]() for model in predict}  # on TensorFlow, each model keeps a trace
+    with pytest.warns(UserWarning, match="'b' has 1 of the layers of 'a' too") as said:
+        keras_lora.apply_lora(a, rank=1)
+    assert len(said) == 1  # "features" is a part of "a"
+    perturb(a, 1.0)
+    changed = {model: predict[model]() for model in predict}
+    assert [difference(changed[model], before[model]) > 0.01 for model in predict] == [True] * 3
+    assert all(difference(changed[model], outputs(model, x)) < 1e-6 for model in predict)
+    keras_lora.merge_lora(a)
+    assert all(difference(predict[model](), changed[model]) < 1e-6 for model in predict)
+
+
+def test_a_deleted_model_shares_nothing():
+    shared = layers.Dense(4, name="shared")
+    a, b = (keras.Sequential([keras.Input((4,)), shared, layers.Dense(2)], name=name) for name in ("a", "b"))
+    del b
+    keras_lora.apply_lora(a, rank=1)  # a warning is an error here

@@ -1,8 +1,10 @@
 """The page of benchmarks says what the committed results say, and says so when a bar is missed."""
 
 import importlib.util
+import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -227,3 +229,20 @@ def test_a_quick_run_is_called_one():
         {"jax": {**result(*steps()), "quick": True}}
     )
     assert "A quick run" not in page.text({"jax": result(*steps())})
+
+
+def test_two_folders_of_results_are_compared_by_ratios(tmp_path):
+    again = [
+        {**each, "median": 2 * each["median"]} for each in steps(keras_lora=0.031)
+    ]  # half the ratio, on a slower machine
+    for folder, records in (("before", steps()), ("after", again)):
+        start = record("keras_lora", 1.0 if folder == "before" else 3.0, quantity="apply_lora", case="startup", setting={})
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "jax.json").write_text(json.dumps(result(*records, start)))
+    command = [sys.executable, str(PATH.with_name("compare.py")), str(tmp_path / "before"), str(tmp_path / "after")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["dense", "keras_lora", "yes", *["0.500"] * 3] in lines
+    assert ["dense", "enable_lora", *["1.000"] * 3] in lines
+    assert ["startup", "apply_lora", "keras_lora", "yes", *["3.000"] * 3] in lines
+    assert "full" not in printed

@@ -24,8 +24,10 @@ from helpers import once, value
 from huggingface_hub import constants
 from keras import layers
 from test_architecture import FILES, imported
+from test_progress import Terminal
 
 import keras_lora
+from keras_lora import reports
 from keras_lora.files import huggingface
 from keras_lora.interop import from_peft, to_peft
 
@@ -442,6 +444,20 @@ def test_a_download_that_breaks_off_is_no_file(hub, saved, at_once):
     refused(ConnectionError, "hf://owner/name was not loaded: the Hugging Face Hub cannot be reached", "hf://owner/name")
     hub.reply = whole
     assert same(keras_lora.load_adapter(base(), "hf://owner/name"), adapted())
+
+
+@pytest.mark.parametrize("how", ["long", "short", "switched off"])
+def test_a_long_download_shows_a_bar_on_a_terminal(hub, saved, monkeypatch, how):
+    hub.files["owner/name"] = {"main": {"adapter.safetensors": saved, "a.json": b"{}"}}
+    monkeypatch.setattr(reports, "LONG", 60 if how == "short" else 0)
+    if how == "switched off":
+        monkeypatch.setattr(keras.config, "is_interactive_logging_enabled", lambda: False)
+    asking = [huggingface.adapter_file, lambda address: huggingface.local_folder(address, ["*.json"])]
+    for ask in asking:
+        with Terminal(monkeypatch) as terminal:
+            ask("hf://owner/name")
+        assert ("100%" in terminal.text) == (how == "long"), terminal.text
+        assert how == "long" or terminal.text == ""
 
 
 # Folders.

@@ -281,6 +281,21 @@ def test_whether_a_graph_calls_a_layer_in_reverse():
     assert not internals.is_called_in_reverse(other)
 
 
+def test_whether_layers_are_in_other_graphs(dense):
+    inner = keras.Sequential([keras.Input((2,)), dense, layers.Dropout(0.1)])
+    model = keras.Sequential([keras.Input((2,)), inner, layers.Dense(1)])
+    assert not internals.is_in_other_graphs(model)
+    assert not internals.is_in_other_graphs(layers.Dense(1))
+    assert dense in internals.graph_of(inner).layers
+    assert internals.graph_of(dense) is None
+    keras.ops.add(inner.output, 1)
+    assert internals.is_in_other_graphs(model)
+    again = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    assert not internals.is_in_other_graphs(again)
+    again.layers[0](keras.Input((2,)))
+    assert internals.is_in_other_graphs(again)
+
+
 def test_what_a_model_was_compiled_with_is_forgotten(dense):
     model = keras.Sequential([keras.Input((2,)), dense])
     model.compile("adam", "mse")

@@ -435,6 +435,14 @@ def test_what_other_readers_cannot_read_is_refused_and_nothing_is_written(kind, 
     assert all(serving_problems(tmp_path / "plain").values())
 
 
+def test_the_largest_rank_that_vllm_serves(checkpoints, tmp_path):
+    family, base = FAMILIES["llama"], checkpoints("llama")
+    for rank, problems in ((512, []), (513, ["its rank 513 is over 512, the largest that is served"])):
+        model = keras_lora.apply_lora(family.ours(base), rank=rank, targets="query")
+        export(family, model, tmp_path / str(rank))
+        assert serving_problems(tmp_path / str(rank)) == {"vllm": problems, "llama.cpp": [], "ollama": []}
+
+
 def test_what_the_refusal_of_baking_a_dora_says_helps(checkpoints, tmp_path):
     family, base = FAMILIES["llama"], checkpoints("llama")
     model = keras_lora.apply_lora(family.ours(base), "dora", rank=2)
@@ -749,6 +757,7 @@ def test_layouts_that_are_not_known_have_no_place(tmp_path):
         with pytest.raises(ValueError, match="has no place there"):
             to_peft(model, tmp_path / "ours", names={each: "module"})
         keras_lora.remove_lora(model)
+        del model  # another model with the same layers
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", pytest.param("int8", marks=pytest.mark.full)])

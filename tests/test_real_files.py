@@ -94,7 +94,7 @@ def cycle(tmp_path_factory):
 
     of.folder, of.all = folder, cycles
     yield of
-    if path := os.environ.get("REAL_FILES_JSON"):
+    if path := os.path.expandvars(os.environ.get("REAL_FILES_JSON", "")):  # "real_files_$KERAS_BACKEND.json" for all
         packages = {"jax": "jax", "tensorflow": "tensorflow-cpu", "torch": "torch"}
         versions = {each: version(each) for each in ("keras", packages[HERE])}
         found = {"files": {name: each.facts for name, each in cycles.items()}, "elsewhere": ELSEWHERE, "versions": versions}

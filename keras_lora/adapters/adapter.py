@@ -76,8 +76,9 @@ class Adapter(keras.layers.Layer):
 
     def __init__(self, name: str | None = None, dtype: Any = "float32", **kwargs: Any):
         # A fixed name: Keras numbers automatic names across the whole process, so variable paths would change.
-        known = inspect.signature(type(self)).parameters
-        checks.unknown_keywords(type(self).__name__, kwargs, [*known, "trainable"])
+        if kwargs:
+            known = inspect.signature(type(self)).parameters
+            checks.unknown_keywords(type(self).__name__, kwargs, [*known, "trainable"])
         super().__init__(name=name or type(self).__name__.lower(), dtype=dtype, **kwargs)
 
     def add_weight(self, shape: Any = None, *args: Any, **kwargs: Any) -> Any:

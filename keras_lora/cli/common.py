@@ -1,23 +1,20 @@
-"""Shared by the commands: refusing bad input, reading, printing and showing progress."""
+"""Shared by the commands: refusing bad input, reading and printing."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from keras_lora import checks, factors
+from keras_lora import checks, factors, reports
 from keras_lora.factors import Factors
 from keras_lora.files import tensor_file
 
@@ -44,7 +41,7 @@ def one_line(text: str) -> str:
         more = [f"and {len(listed) - 3} more"] if len(listed) > 3 else []
         words = "; ".join([*(line.removeprefix("- ") for line in listed[:3]), *more])
         lines = [*lines[:first], f"{words}.", *(line for line in lines[first:] if line not in listed)]
-    return _printable(" ".join(lines))
+    return reports.printable(" ".join(lines))
 
 
 # Files.
@@ -191,16 +188,4 @@ def _cell(value: Any) -> str:
         return f"{value:.3g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return _printable(str(tuple(value) if isinstance(value, list) else value))
-
-
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
-@contextlib.contextmanager
-def progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr, if that is a terminal. Call the yielded function with the name of each step as it begins."""
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task, done = bar.add_task("", total=steps), itertools.count()
-        yield lambda name: bar.update(task, description=escape(name), completed=next(done))
+    return reports.printable(str(tuple(value) if isinstance(value, list) else value))

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from keras_lora import factors
+from keras_lora import factors, reports
 from keras_lora.cli.common import (
     LORA,
     AdapterFile,
     Refused,
     lora_factors,
     new_file,
-    progress,
     read_adapter,
     refusing,
     show,
@@ -69,7 +68,7 @@ def run(given: argparse.Namespace) -> int:
     before = _bytes(state)
     rows: list[dict[str, Any]] = []
     others: list[str] = []
-    with progress(len(state.adapters)) as step:
+    with reports.progress(len(state.adapters), after=0) as step:
         for address, entry in state.adapters.items():
             step(address)
             with refusing(ValueError, before=f"The adapter at '{address}' of {given.file} is damaged: "):

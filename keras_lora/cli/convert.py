@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keras_lora.cli.common import Refused, new_file, new_folder, progress, read_adapter, refusing, show
+from keras_lora import reports
+from keras_lora.cli.common import Refused, new_file, new_folder, read_adapter, refusing, show
 from keras_lora.cli.merge import load_base, plain_base
 from keras_lora.files.saving import load_adapter, save_adapter
 from keras_lora.interop import from_peft, peft_folder, to_peft
@@ -67,7 +68,7 @@ def _to_peft(given: argparse.Namespace) -> int:
     out = new_folder(given.out, given.force)
     state = read_adapter(given.adapter)  # before the base, which may take long
     _keras_hub()
-    with progress(3) as step:
+    with reports.progress(3, after=0) as step:
         step("loading the base")
         model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in state.adapters))
         step("loading the adapter")
@@ -96,7 +97,7 @@ def _to_keras(given: argparse.Namespace) -> int:
         )
     with refusing(ValueError, OSError):
         peft_folder.read(Path(given.adapter))  # before the base, which may take long
-    with progress(3) as step:
+    with reports.progress(3, after=0) as step:
         step("loading the base")
         model = _loaded(given.base, given.causal_lm)
         step("loading the adapter")

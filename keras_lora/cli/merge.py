@@ -10,7 +10,8 @@ from typing import Any
 
 import keras
 
-from keras_lora.cli.common import Refused, new_file, progress, read_adapter, refusing, show
+from keras_lora import reports
+from keras_lora.cli.common import Refused, new_file, read_adapter, refusing, show
 from keras_lora.cli.inspect_file import keras_file
 from keras_lora.files.saving import load_adapter
 from keras_lora.merging import merge_lora
@@ -37,7 +38,7 @@ def run(given: argparse.Namespace) -> int:
     out = new_file(given.out, ".keras", given.force)
     state = read_adapter(given.adapter)  # before the base, which may take long
     base = plain_base(given.base)
-    with progress(4) as step:
+    with reports.progress(4, after=0) as step:
         step("loading the base")
         model = load_base(base)
         step("loading the adapter")

@@ -299,6 +299,27 @@ def is_called_in_reverse(layer: keras.layers.Layer) -> bool:
     return any(node.arguments.kwargs.get("reverse") for node in layer._inbound_nodes)
 
 
+def graph_of(layer: keras.layers.Layer) -> keras.Model | None:
+    """Return the functional model that a `Sequential` runs (Keras hides it)."""
+    return getattr(layer, "_functional", None)
+
+
+def is_in_other_graphs(model: keras.layers.Layer) -> bool:
+    """Whether a layer of `model` is also called in a graph that is no part of `model` (Keras has no list of graphs)."""
+    from keras.src.ops.function import make_node_key
+
+    layers = list(model._flatten_layers())
+    graphs: list[Any] = [each for layer in layers for each in (layer, graph_of(layer)) if hasattr(each, "_nodes")]
+    inside = {id(each) for graph in graphs for each in graph._operations} | {id(layer) for layer in layers}
+    nodes = {key for graph in graphs for key in graph._nodes}
+    return any(
+        any(make_node_key(layer, number) not in nodes for number in range(len(layer._inbound_nodes)))
+        or any(id(node.operation) not in inside for node in layer._outbound_nodes)
+        for layer in layers
+        if layer is not model
+    )
+
+
 def overrides_compile(model: keras.Model) -> bool:
     """Whether the class of `model` overrides `compile`; Keras then does not compile it again on loading."""
     return type(model).compile is not keras.Model.compile

@@ -12,11 +12,14 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from keras_lora import reports
 
 #: The file if the address has no file name.
 FILE = "adapter.safetensors"
@@ -92,7 +95,7 @@ def adapter_file(address: str | os.PathLike[str]) -> Path:
     place = parsed(address)
     file = _adapter_in(place)
     with _asking(place, "loaded") as hub:
-        return Path(hub.hf_hub_download(place.repository, file, revision=place.revision))
+        return Path(hub.hf_hub_download(place.repository, file, revision=place.revision, tqdm_class=_bar()))
 
 
 def local_folder(address: str | os.PathLike[str], files: Sequence[str]) -> Path:
@@ -109,7 +112,7 @@ def local_folder(address: str | os.PathLike[str], files: Sequence[str]) -> Path:
     place = parsed(address)
     patterns = [f"{place.inside}/{each}".removeprefix("/") for each in files]
     with _asking(place, "loaded") as hub:
-        whole = hub.snapshot_download(place.repository, revision=place.revision, allow_patterns=patterns)
+        whole = hub.snapshot_download(place.repository, revision=place.revision, allow_patterns=patterns, tqdm_class=_bar())
     folder = Path(whole, place.inside)
     if not any(any(folder.glob(each)) for each in files):
         raise FileNotFoundError(
@@ -248,6 +251,24 @@ def _library() -> ModuleType:
             "`pip install keras_lora[huggingface]`."
         ) from error
     return huggingface_hub
+
+
+def _bar() -> type:
+    """The progress bars of `huggingface_hub`, for downloads that take long, unless progress is switched off."""
+    plain: Any = _library().utils.tqdm
+
+    class Bar(plain):
+        def __init__(self, *args: Any, **kwargs: Any):
+            self.began = time.monotonic()
+            hidden = {"disable": True} if reports.is_silent() else {}
+            super().__init__(*args, **{**kwargs, **hidden, "delay": reports.LONG})
+
+        def display(self, *args: Any, **kwargs: Any) -> Any:
+            if time.monotonic() - self.began >= reports.LONG:  # `huggingface_hub` asks for it sooner
+                return super().display(*args, **kwargs)
+            return None
+
+    return Bar
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_lora import checks
+from keras_lora import checks, reports
 from keras_lora.applying import require_adapted
 from keras_lora.checks import AnyLayer
 from keras_lora.files import huggingface
@@ -83,12 +83,16 @@ def from_peft(
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Expected one that PEFT's `save_pretrained` wrote.")
     config, modules = peft_folder.read(folder)
-    checkpoint = CheckpointMap(model, names, rename)
-    reader = Reader(checkpoint, config)
-    reader.take_all(modules, ask=rename is None)
-    source = f"The PEFT adapter {folder}"
-    raise_problems(source, model, grouped(reader.problems))
-    reader.state.put_into(model, source, name=name, trainable=trainable)
+    with reports.progress(3) as step:
+        step("finding the modules")
+        checkpoint = CheckpointMap(model, names, rename)
+        step("converting the adapter")
+        reader = Reader(checkpoint, config)
+        reader.take_all(modules, ask=rename is None)
+        source = f"The PEFT adapter {folder}"
+        raise_problems(source, model, grouped(reader.problems))
+        step("loading the adapter")
+        reader.state.put_into(model, source, name=name, trainable=trainable)
     return model
 
 
@@ -149,21 +153,25 @@ def to_peft(
             huggingface.upload_folder_to(str(folder), local)
         return
     require_adapted(model, "to_peft")
-    checkpoint = CheckpointMap(model, names, rename, prefix)
-    if rename is None:
-        rename_for_peft(checkpoint, prefix)
-    writer = Writer(model, checkpoint)
-    writer.take(AdapterState.of(model, name))
-    writer.find_by_parameter(lambda modules: found_by_parameter(checkpoint, prefix, modules))
-    do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
-    if bake_scaling and not writer.problems:
-        writer.bake()
-        do = (
-            "Write without `bake_scaling`, for PEFT. For the others, `keras_lora.compress_adapter` makes a LoRA of a DoRA "
-            "or of trained tokens; train without heads, norms and biases."
-        )
-    raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, grouped(writer.problems), do=do)
-    peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)
+    with reports.progress(3) as step:
+        step("finding the modules")
+        checkpoint = CheckpointMap(model, names, rename, prefix)
+        if rename is None:
+            rename_for_peft(checkpoint, prefix)
+        step("converting the adapter")
+        writer = Writer(model, checkpoint)
+        writer.take(AdapterState.of(model, name))
+        writer.find_by_parameter(lambda modules: found_by_parameter(checkpoint, prefix, modules))
+        do = "Leave these layers out of `targets`, or give `names` for them; see docs/peft.md."
+        if bake_scaling and not writer.problems:
+            writer.bake()
+            do = (
+                "Write without `bake_scaling`, for PEFT. For the others, `keras_lora.compress_adapter` makes a LoRA of a "
+                "DoRA or of trained tokens; train without heads, norms and biases."
+            )
+        raise_problems(f"The adapter of '{model.name}' in PEFT's format", model, grouped(writer.problems), do=do)
+        step("writing the files")
+        peft_folder.write(Path(folder), writer.config(base_model), writer.tensors)
     if writer.drops_dropout:
         checks.warn(
             f"The adapter of '{model.name}' was trained with dropout, and PEFT has none where it adapts parameters, such as "

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, factors
+from keras_lora import adapters, factors, reports
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
 from keras_lora.interop import experts
@@ -69,8 +69,10 @@ class Reader:
         heads = [] if HEAD in known else [name for name in modules if name.rpartition(".")[2] == HEAD]
         rest = {name: module for name, module in modules.items() if name not in heads[:1]}
         self.head = (heads[0], modules[heads[0]]) if heads else None
-        for name, its_name in aligned(sorted(rest), self.checkpoint, ask).items():
-            self.take(name, its_name, rest[name])
+        with reports.progress(len(rest)) as step:
+            for name, its_name in aligned(sorted(rest), self.checkpoint, ask).items():
+                step(name)
+                self.take(name, its_name, rest[name])
         if self.head and not self._head_is_tied:
             self.take(self.head[0], *self.head)
 

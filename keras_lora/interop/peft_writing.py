@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters
+from keras_lora import adapters, reports
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
 from keras_lora.interop import experts
@@ -53,14 +53,16 @@ class Writer:
     def take(self, state: AdapterState) -> None:
         """Convert everything in an adapter."""
         parts: dict[str, list[Part]] = {}
-        for address, entry in state.adapters.items():
-            try:
-                source = self.checkpoint.source_of(address)
-            except NotAReshape as error:
-                self.problems.append(f"the adapter at '{address}' has no place there: {error}")
-                continue
-            part = Part(address, self.checkpoint.maps[address], source, entry.made(), entry.tensors)
-            parts.setdefault(source.module, []).append(part)
+        with reports.progress(len(state.adapters)) as step:
+            for address, entry in state.adapters.items():
+                step(address)
+                try:
+                    source = self.checkpoint.source_of(address)
+                except NotAReshape as error:
+                    self.problems.append(f"the adapter at '{address}' has no place there: {error}")
+                    continue
+                part = Part(address, self.checkpoint.maps[address], source, entry.made(), entry.tensors)
+                parts.setdefault(source.module, []).append(part)
         kinds = {type(part.adapter) for each in parts.values() for part in each} - {adapters.TrainableTokens}
         if unknown := kinds - {adapters.LoRA, adapters.DoRA}:
             names = sorted(each.__name__ for each in unknown)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals
 from keras_lora.swap import beside, slots
 from keras_lora.swap.adapted import maps_of, named_adapters
 from keras_lora.swap.addresses import walk
+from keras_lora.swap.other_models import layers_of
 
 
 @contextlib.contextmanager
@@ -45,14 +45,14 @@ def refuse_shared(model: Any) -> None:
 
     If one has all layers of the other, it is a model around it or a part of it, and both are adapted together.
     """
-    inside = _with_weights(model)
+    inside = layers_of(model)
     shared: dict[int, tuple[Any, list[str]]] = {}
     for place in walk(model):
         other = _MODELS[place.layer]() if place.layer in _MODELS else None
         if other is not None and other is not model:
             shared.setdefault(id(other), (other, []))[1].append(place.path.rpartition("/")[0])
     for other, paths in shared.values():
-        if (others := _with_weights(other)) <= inside or inside <= others:
+        if (others := layers_of(other)) <= inside or inside <= others:
             continue
         raise ValueError(
             f"'{model.name}' shares layers with '{other.name}', which is adapted: {', '.join(paths[:5])}. Another adapter "
@@ -60,12 +60,6 @@ def refuse_shared(model: Any) -> None:
             "other model has. Adapt one model that contains both, or make a copy with separate layers "
             "(`keras.models.clone_model`, then `set_weights`)."
         )
-
-
-def _with_weights(model: Any) -> set[int]:
-    """The layers at or below `model` that have direct variables, without adapters."""
-    layers = (place.layer for place in walk(model))
-    return {id(each) for each in layers if keras_internals.own_variables(each) and not isinstance(each, adapters.Adapter)}
 
 
 def new_name(model: Any, name: str | None) -> str:

@@ -196,21 +196,22 @@ def _rows_of(
     for each, own in _parts(place, _sites_of(place), variables):
         if each.key in chosen:
             linear, adapter = chosen[each.key].linear, methods[each.key]
+            shape = linear.matrix_shape
             row = {
-                "shape": linear.matrix_shape,
+                "shape": shape,
                 "rank": getattr(adapter, "rank", None),
                 "adapter": adapter,
                 "linear": linear,
             }
-            count = adapter.parameter_count(linear.matrix_shape) + biases
-            why = LARGE if adapter.size(linear.matrix_shape) > math.prod(linear.matrix_shape) else TARGET
+            count = adapter.parameter_count(shape) + biases
+            why = LARGE if adapter.size(shape) > math.prod(shape) else TARGET
             rows.append(_row(each, own, action="adapt", why=why, trainable=count, **row))
         else:
             known = isinstance(each, Site)
             why = why_not.get(each.key) or why_not.get(place.key) or "not a target"
             why = why if known or why == "excluded" else f"{NO_ADAPTER} {type(place.layer).__name__}"
-            shape = each.linear.matrix_shape if isinstance(each, Site) and _is_readable(each.linear) else None
-            rows.append(_row(each, own, action="freeze", why=why, trainable=biases, shape=shape))
+            readable = each.linear.matrix_shape if isinstance(each, Site) and _is_readable(each.linear) else None
+            rows.append(_row(each, own, action="freeze", why=why, trainable=biases, shape=readable))
         biases = 0  # they are in the first row
     return rows
 
