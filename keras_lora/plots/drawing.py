@@ -70,11 +70,12 @@ def plot_ranks(model: Any, *, names: str | Iterable[str] | None = None, energy: 
     _whole_numbers(left.xaxis)
     figure.colorbar(drawn, ax=left, label="divided by the largest", location="top", shrink=0.6)
     _dots(right, groups, [[row.effective_rank for row in group] for group in groups], "effective rank")
+    ranked = [line for line, group in enumerate(groups) if group[0].rank is not None]
     for line, group in enumerate(groups):
         again = {} if line else {"label": f"rank that keeps {energy:.4g}"}
         right.plot([row.compressed_rank for row in group], [line] * len(group), "x", color="tab:red", markersize=4, **again)
-        if group[0].rank is not None:
-            again = {} if line else {"label": "rank of the adapter"}
+        if line in ranked:
+            again = {} if line != ranked[0] else {"label": "rank of the adapter"}
             right.plot([group[0].rank] * 2, [line - 0.4, line + 0.4], color="gray", **again)
     right.set(title="effective rank", xlabel="rank", xlim=(0, None))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
