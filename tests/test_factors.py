@@ -197,6 +197,7 @@ def test_the_error_is_over_all_groups():
     assert low_rank(matrix, rank=1)[1] == pytest.approx(3 / 13, rel=1e-15)
 
 
+@properties
 @given(several_terms())
 def test_directions_and_inner_products_are_those_of_the_dense_change(terms):
     factors = concatenate(terms)

@@ -20,6 +20,8 @@ from keras_lora.swap import slots
 
 pytestmark = pytest.mark.torch_first
 
+#: Importing matplotlib and drawing take more time than all else here.
+full = pytest.mark.full
 FIGURES = {
     "ranks": lambda model: plots.plot_ranks(model),
     "changes": lambda model: plots.plot_changes(model),
@@ -280,6 +282,7 @@ def two_adapters():
     return adapt(model, "b", one=RANK_1, two=RANK_2)
 
 
+@full
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_can_be_saved(name):
     file = io.StringIO()
@@ -287,6 +290,7 @@ def test_a_figure_can_be_saved(name):
     assert file.getvalue().rstrip().endswith("</svg>")
 
 
+@full
 def test_the_ranks_show_the_singular_values_and_the_effective_rank():
     figure = plots.plot_ranks(adapt(net("one", "two"), one=RANK_2, two=RANK_1))
     left, right = figure.axes[:2]
@@ -300,6 +304,7 @@ def test_the_ranks_show_the_singular_values_and_the_effective_rank():
     assert [label.get_text() for label in left.get_yticklabels()] == ["one", "two"]
 
 
+@full
 def test_the_changes_show_the_relative_sizes():
     [ax] = plots.plot_changes(adapt(net("hidden"), hidden=RANK_2)).axes
     assert [each.get_offsets().tolist() for each in ax.collections] == [[[pytest.approx(0.5), 0]]]
@@ -312,6 +317,7 @@ def test_a_zero_kernel_has_no_relative_change_to_draw():
         plots.plot_changes(model)
 
 
+@full
 def test_the_overlaps_of_two_have_a_bar_for_each_layer():
     model = adapt(net("one", "two"), "a", rank=1, one=along(1, 0, 0), two=along(1, 0, 0))
     adapt(model, "b", rank=1, one=along(1, 0, 0), two=along(1, 1, 0))
@@ -321,6 +327,7 @@ def test_the_overlaps_of_two_have_a_bar_for_each_layer():
     np.testing.assert_allclose([bar.get_width() for bar in bars.patches], [1, 0.5])
 
 
+@full
 def test_the_curves_have_a_panel_for_each_metric_and_start_at_epoch_1():
     runs = {"a": history([0, 1], loss=[2, 1], val_loss=[3, 2], accuracy=[0, 1]), "b": {"loss": [5]}}
     loss, accuracy = plots.plot_curves(runs).axes
@@ -334,6 +341,7 @@ def measured(*names, change=0.1):
     return [AdapterMeasure(name, "default", "LoRA", 2, 1.0, (1.0, 0.5), 1.5, 2, change) for name in names]
 
 
+@full
 def test_equal_blocks_are_one_row_with_a_dot_for_each(monkeypatch):
     rows = measured(*(f"block_{block}/{name}" for block in range(12) for name in ("query", "value")))
     monkeypatch.setattr(drawing, "measure_adapters", lambda model, **arguments: rows)
@@ -342,6 +350,7 @@ def test_equal_blocks_are_one_row_with_a_dot_for_each(monkeypatch):
     assert [len(each.get_offsets()) for each in ax.collections] == [12, 12]
 
 
+@full
 def test_an_axis_has_at_most_30_labels(monkeypatch):
     rows = measured(*(chr(ord("a") + number // 26) + chr(ord("a") + number % 26) for number in range(100)))
     monkeypatch.setattr(drawing, "measure_adapters", lambda model, **arguments: rows)

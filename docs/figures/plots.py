@@ -63,7 +63,7 @@ def measure() -> dict[str, Any]:
     printing.save(plots.plot_changes(model, names="films"), "changes")
     printing.save(plots.plot_overlaps(model), "overlaps")
     films = {f"rank {rank}": runs[name] for name, (source, rank) in ADAPTERS.items() if source == "films"}
-    printing.save(plots.plot_curves(films), "curves")
+    printing.save(plots.plot_curves(films, metrics=["loss", "accuracy"]), "curves")
     rows = plots.measure_adapters(model)
     found = {}
     for name, (_, rank) in ADAPTERS.items():
@@ -72,7 +72,13 @@ def measure() -> dict[str, Any]:
         found[name] = {"rank": rank, **{key: float(np.mean([getattr(row, key) for row in own])) for key in keys}}
     overlaps = {measure: plots.measure_overlaps(model, measure=measure) for measure in ("subspace", "cosine")}
     return {
-        "settings": {"train": TRAIN.stop, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE},
+        "settings": {
+            "train": TRAIN.stop,
+            "validation": VALIDATION.stop - VALIDATION.start,
+            "epochs": EPOCHS,
+            "batch": BATCH,
+            "learning rate": LEARNING_RATE,
+        },
         "adapters": found,
         "overlaps": {measure: each.values for measure, each in overlaps.items()},
         "chance": overlaps["subspace"].chance,
@@ -90,9 +96,7 @@ def text(results: dict[str, Any]) -> str:
         numbers = [f"{each['effective_rank']:.2f}", f"{each['compressed_rank']:.2f}", f"{each['relative_change']:.3f}"]
         rows.append([name, str(each["rank"]), *numbers, f"{accuracy:.3f}"])
     settings = results["settings"]
-    below = (
-        f"{settings['train']} sentences each, {settings['epochs']} epochs, one seed. {printing.words_of(results['made'])}."
-    )
+    below = f"{settings['train']} sentences each to train, {settings['validation']} to validate; one seed. {printing.words_of(results['made'])}."
     return f"{printing.table(header, rows)}\n\n{below}"
 
 

@@ -110,7 +110,8 @@ def _normalised(products: np.ndarray) -> np.ndarray:
     """Inner products divided by the norms, NaN if a norm is 0."""
     norms = np.sqrt(np.diag(products))
     norms = np.where(norms > 0, norms, np.nan)
-    return np.clip(products / np.outer(norms, norms), -1.0, 1.0)
+    cosines: np.ndarray = np.clip(products / np.outer(norms, norms), -1.0, 1.0)
+    return cosines
 
 
 def _subspaces(names: tuple[str, ...], layers: dict[str, dict[str, Change]], directions: int | None) -> Overlaps:
