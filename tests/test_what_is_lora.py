@@ -1,6 +1,6 @@
 """The tables of "What is LoRA?" and of the plots agree with the committed results."""
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -66,3 +66,18 @@ def test_the_table_of_the_plots_is_printed_from_its_results(monkeypatch):
     module = importlib.util.module_from_spec(pictures)
     pictures.loader.exec_module(module)
     assert shown("plots.md", "plots") == module.text(printing.read("plots")), "run `python docs/figures/plots.py`"
+
+
+def test_what_the_pages_say_about_the_results_is_so():
+    results = printing.read("full_update")
+    cut, whole = results["accuracy of a cut update"], results["accuracy"]
+    kept = [each["kept"]["8"] for each in results["kernels"]]
+    assert sum(kept) / len(kept) < 0.5, "more than half of the squared norm is missing at rank 8"
+    assert cut["8"] - cut["0"] > 0.95 * (whole - cut["0"]), "a few directions give nearly all"
+    results = printing.read("plots")
+    [eight, one] = [results["curves"][name]["val_accuracy"][-1] for name in ("films", "films, rank 1")]
+    assert abs(eight - one) < (eight * (1 - eight) / results["settings"]["validation"]) ** 0.5, "nearly the same accuracy"
+    assert results["adapters"]["films"]["effective_rank"] > 6, "it uses most of its directions"
+    pairs = {(i, j): results["overlaps"]["subspace"][i][j] for i in range(4) for j in range(i)}
+    assert max(pairs, key=pairs.get) == (1, 0), "the two of the films overlap more than any other pair"
+    assert results["chance"] < pairs[1, 0] < 2 * results["chance"], "a little more than chance"

@@ -96,8 +96,10 @@ def text(results: dict[str, Any]) -> str:
         numbers = [f"{each['effective_rank']:.2f}", f"{each['compressed_rank']:.2f}", f"{each['relative_change']:.3f}"]
         rows.append([name, str(each["rank"]), *numbers, f"{accuracy:.3f}"])
     settings = results["settings"]
-    below = f"{settings['train']} sentences each to train, {settings['validation']} to validate; one seed. {printing.words_of(results['made'])}."
-    return f"{printing.table(header, rows)}\n\n{below}"
+    below = (
+        f"{settings['train']} sentences each to train, {settings['validation']} to validate, {settings['epochs']} epochs;"
+    )
+    return f"{printing.table(header, rows)}\n\n{below} one seed. {printing.words_of(results['made'])}."
 
 
 def main() -> None:
