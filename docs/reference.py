@@ -139,6 +139,17 @@ GROUPS = [
         ("other-libraries",),
     ),
     Group(
+        "Plots",
+        'What training changed, drawn and as numbers. Those that draw need matplotlib: `pip install "keras_lora[plots]"`.',
+        [
+            "keras_lora.plots",
+            *of("keras_lora.plots", "plot_ranks", "plot_changes", "plot_overlaps", "plot_curves"),
+            *of("keras_lora.plots", "measure_adapters", "AdapterMeasure", "measure_overlaps", "Overlaps", "read_curves"),
+            *of("keras_lora.plots", "LogAdapters"),
+        ],
+        {"plots.md": "Plots"},
+    ),
+    Group(
         "Testing",
         "Check a layer or a method that you registered: these run it and compare the results.",
         ["keras_lora.testing", *of("keras_lora.testing", "check_layer", "check_adapter")],
@@ -154,7 +165,7 @@ def short(name: str) -> str:
 
 def is_module(name: str) -> bool:
     """Whether this public name is a module."""
-    return name in ("keras_lora.interop", "keras_lora.layers", "keras_lora.testing")
+    return name in ("keras_lora.interop", "keras_lora.layers", "keras_lora.plots", "keras_lora.testing")
 
 
 def summary(name: str) -> str:

@@ -3,7 +3,7 @@
 import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
-    from keras_lora import interop, layers, testing
+    from keras_lora import interop, layers, plots, testing
     from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
@@ -47,6 +47,7 @@ __all__ = [
     "list_targets",
     "load_adapter",
     "merge_lora",
+    "plots",
     "register_adapter",
     "register_layer",
     "remove_lora",

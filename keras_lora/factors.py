@@ -51,12 +51,8 @@ def truncate(factors: Factors, rank: int | None = None, energy: float | None = N
         energy: Number in `(0, 1]`, instead of `rank`: use the smallest rank that keeps this share of the sum of squared
             singular values in every group. 1 keeps everything except rounding noise; a zero change gets rank 1.
     """
-    a, b = _checked(factors)
-    q_a, r_a = np.linalg.qr(a)
-    q_b, r_b = np.linalg.qr(np.swapaxes(b, -1, -2))
-    # Each column of `a` and row of `b` leaves noise in proportion to its length, even if their products cancel.
-    lengths = np.linalg.norm(a, axis=-2) * np.linalg.norm(b, axis=-1)
-    (left, right), error = _best(r_a @ np.swapaxes(r_b, -1, -2), np.linalg.norm(lengths, axis=-1), rank, energy)
+    q_a, core, q_b, size = _core(factors)
+    (left, right), error = _best(core, size, rank, energy)
     return (q_a @ left, right @ np.swapaxes(q_b, -1, -2)), error
 
 
@@ -64,6 +60,34 @@ def low_rank(matrix: np.ndarray, rank: int | None = None, energy: float | None =
     """Return the best low-rank approximation of a dense change, with the arguments of `truncate`."""
     matrix = _matrix(matrix)
     return _best(matrix, np.linalg.norm(matrix, axis=(-2, -1)), rank, energy)
+
+
+def input_directions(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """Return the singular values of `a @ b`, largest first and noise as 0, and the unit vectors of the input they belong to.
+
+    They are `(*groups, k)` and `(*groups, in_dim, k)`. No array of size `in_dim × out_dim` is formed.
+    """
+    q_a, core, _, size = _core(factors)
+    u, s, _ = np.linalg.svd(core, full_matrices=False)
+    return _without_noise(s, size), q_a @ u
+
+
+def rank_for(singular_values: np.ndarray, energy: float) -> int:
+    """Return the smallest rank, at least 1, that keeps this share of the sum of the squares in every group."""
+    _share("energy", energy)
+    # What each rank, from 0 on, drops. Small numbers are summed first, so that none is lost to rounding.
+    dropped = np.cumsum(singular_values[..., ::-1] ** 2, axis=-1)[..., ::-1]
+    # Allow slightly more to be dropped; otherwise rounding would decide whether a share such as 0.9 is met.
+    allowed = (1 - energy) * (1 + 1e-9) * dropped[..., :1]
+    rank = max(1, int((dropped > allowed).sum(axis=-1).max()))
+    return rank
+
+
+def inner_product(left: Factors, right: Factors) -> float:
+    """Return the sum of the products of the entries of two changes, without forming them."""
+    (a, b), (c, d) = _checked(left), _checked(right)
+    _same("changes", [(*a.shape[:-1], b.shape[-1]), (*c.shape[:-1], d.shape[-1])])
+    return float(np.sum((np.swapaxes(a, -1, -2) @ c) * (b @ np.swapaxes(d, -1, -2))))
 
 
 def linear(terms: Terms) -> Factors:
@@ -120,22 +144,31 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return off / whole if whole else (math.inf if off else 0.0)
 
 
+def _core(factors: Factors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`q_a`, `core`, `q_b` and `size`: `a @ b` is `q_a @ core @ q_bᵀ`; `size`, one per group, scales the noise of `core`."""
+    a, b = _checked(factors)
+    q_a, r_a = np.linalg.qr(a)
+    q_b, r_b = np.linalg.qr(np.swapaxes(b, -1, -2))
+    # Each column of `a` and row of `b` leaves noise in proportion to its length, even if their products cancel.
+    lengths = np.linalg.norm(a, axis=-2) * np.linalg.norm(b, axis=-1)
+    return q_a, r_a @ np.swapaxes(r_b, -1, -2), q_b, np.linalg.norm(lengths, axis=-1)
+
+
+def _without_noise(s: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Singular values with rounding noise as 0."""
+    return np.where(s > _NOISE * size[..., None], s, 0.0)
+
+
 def _best(matrix: np.ndarray, size: np.ndarray, rank: int | None, energy: float | None) -> tuple[Factors, float]:
     """The truncated SVD of `matrix`, its best approximation (Eckart and Young). `size`, one per group, scales the noise."""
     if (rank is None) == (energy is None):
         raise ValueError(f"Expected one of `rank` and `energy`. Received: rank={rank!r}, energy={energy!r}.")
-    if energy is not None:
-        _share("energy", energy)
-    elif isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if energy is None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a positive integer. Received: rank={rank!r}.")
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
-    s = np.where(s > _NOISE * size[..., None], s, 0.0)
+    s = _without_noise(s, size)
     if energy is not None:
-        # What each rank, from 0 on, drops. Small numbers are summed first, so that none is lost to rounding.
-        dropped = np.cumsum(s[..., ::-1] ** 2, axis=-1)[..., ::-1]
-        # Allow slightly more to be dropped; otherwise rounding would decide whether a share such as 0.9 is met.
-        allowed = (1 - energy) * (1 + 1e-9) * dropped[..., :1]
-        rank = max(1, int((dropped > allowed).sum(axis=-1).max()))
+        rank = rank_for(s, energy)
     whole = float(np.linalg.norm(s))
     error = float(np.linalg.norm(s[..., rank:])) / whole if whole else 0.0
     root = np.sqrt(s[..., :rank])

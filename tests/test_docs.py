@@ -34,6 +34,8 @@ def _what_examples_register_goes_again():
 
 @pytest.mark.parametrize("name", covering(MODULES, ["keras_lora.applying", "keras_lora.layers.dense"]))
 def test_the_examples_of_docstrings(name, tmp_path, monkeypatch):
+    if name == "keras_lora.plots.drawing":
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     examples = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from keras_lora.factors import (
     concatenate,
     dare,
+    inner_product,
+    input_directions,
     keep_largest,
     linear,
     low_rank,
@@ -193,6 +195,24 @@ def test_energy_gives_every_group_the_rank_that_the_hardest_needs():
 def test_the_error_is_over_all_groups():
     matrix = np.stack([diagonal(4, 3), diagonal(12, 0)])  # drops 3; 16 + 9 + 144 is 13 squared
     assert low_rank(matrix, rank=1)[1] == pytest.approx(3 / 13, rel=1e-15)
+
+
+@properties
+@given(several_terms())
+def test_directions_and_inner_products_are_those_of_the_dense_change(terms):
+    factors = concatenate(terms)
+    dense = product(factors)
+    s, u = input_directions(factors)
+    size = max(1.0, float(np.abs(dense).max()))
+    expected = np.linalg.svd(dense, compute_uv=False)
+    np.testing.assert_allclose(
+        s, np.concatenate([expected, np.zeros_like(s)], axis=-1)[..., : s.shape[-1]], atol=NOISE * size
+    )
+    read = np.swapaxes(u, -1, -2) @ dense  # each direction gives an output as long as its singular value
+    np.testing.assert_allclose(np.linalg.norm(read, axis=-1), s, atol=NOISE * size)
+    np.testing.assert_allclose(
+        inner_product(factors, terms[0][1]), np.sum(dense * product(terms[0][1])), atol=NOISE * size**2
+    )
 
 
 @pytest.mark.parametrize("groups", [(), (2,)], ids=str)
