@@ -85,10 +85,12 @@ def other_domains() -> str:
     """How many models of other domains a test adapts and trains."""
     coverage = (ROOT / "docs" / "coverage.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in coverage.splitlines() if line.startswith("| ")]
-    models = [row for row in rows if len(row) == 10 and row[0] != "family" and "---" not in row[0]]
-    others = [row for row in models if row[2] not in OF_TEXT]
-    trained = [row for row in others if row[6] == "yes"]
-    kinds = sorted({row[2] for row in others})
+    (header,) = [row for row in rows if {"model", "kind", "training"} <= set(row)]
+    first = rows.index(header) + 2  # after the line of dashes
+    table = [dict(zip(header, row, strict=True)) for row in rows[first:] if len(row) == len(header)]
+    others = [row for row in table if row["kind"] not in OF_TEXT]
+    trained = [row for row in others if row["training"] == "yes"]
+    kinds = sorted({row["kind"] for row in others})
     if not others:
         return ""
     return f"{len(trained)} of {len(others)} models adapt and train: {'; '.join(kinds)}"
