@@ -35,6 +35,8 @@ WORKS = {
     "jax": ["tf_saved_model", "onnx"],
     "torch": ["onnx", "openvino", "torch"],
 }[HERE]
+#: Slow to convert or to import, and run by `make test` as another format or on another backend.
+NIGHTLY = {"tensorflow": ["litert"], "jax": [], "torch": ["openvino"]}[HERE]
 #: What Keras cannot do with any model here: a word of its error, and the reason.
 KERAS_CANNOT = {
     "tensorflow": {"torch": ("requires PyTorch backend", "an ExportedProgram is traced by torch")},
@@ -190,7 +192,9 @@ def check(path, expected):
 EXPORTED = "test_an_exported_model_runs_without_keras_lora"
 
 
-@pytest.fixture(scope="module", params=WORKS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kind, marks=pytest.mark.nightly) if kind in NIGHTLY else kind for kind in WORKS]
+)
 def exported(request, tmp_path_factory):
     """A format, the folder of its files, and what is expected of each."""
     kind = request.param

@@ -17,7 +17,7 @@ import build
 import look
 import reference
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.full]
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
