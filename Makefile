@@ -29,10 +29,10 @@ EXAMPLES_torch := movie_reviews many_tasks to_peft
 examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED)),$(EXAMPLE_NAMES),$(EXAMPLES_$(1)))))
 EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))
 # Each tutorial too. One process runs those of a backend, so that its imports are paid once.
-TUTORIAL_NAMES := text_classification
+TUTORIAL_NAMES := text_classification callbacks
 TUTORIALS_jax :=
 TUTORIALS_tensorflow :=
-TUTORIALS_torch := text_classification
+TUTORIALS_torch := text_classification callbacks
 tutorials_on = $(if $(filter all,$(SPEED)),$(TUTORIAL_NAMES),$(TUTORIALS_$(1)))
 TUTORIALS := $(foreach backend,$(BACKENDS),$(if $(call tutorials_on,$(backend)),tutorials-$(backend)))
 ALL_TUTORIALS := $(addprefix tutorials-,$(BACKENDS))
