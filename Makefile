@@ -29,8 +29,8 @@ EXAMPLES_torch := movie_reviews many_tasks to_peft
 examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED)),$(EXAMPLE_NAMES),$(EXAMPLES_$(1)))))
 EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))
 # Each tutorial too. One process runs those of a backend, so that its imports are paid once.
-TUTORIAL_NAMES := text_classification callbacks
-TUTORIALS_jax :=
+TUTORIAL_NAMES := text_classification callbacks custom_training_loop
+TUTORIALS_jax := custom_training_loop
 TUTORIALS_tensorflow :=
 TUTORIALS_torch := text_classification callbacks
 tutorials_on = $(if $(filter all,$(SPEED)),$(TUTORIAL_NAMES),$(TUTORIALS_$(1)))
