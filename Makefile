@@ -3,6 +3,7 @@
 #   make quick      one backend (torch, or KERAS_BACKEND), lint and types: after each change
 #   make test       lint, types, the three backends, Keras's own layer tests, the examples in their quick form
 #   make test-all   everything, the sweeps too: for releases and at night
+#   make tutorials  the quick forms of the tutorials on one backend (torch, or KERAS_BACKEND)
 #   make fuzz       damaged files for every reader; FUZZ="--reader peft --count 1000000 --seed 1" (tests/fuzz_results.md)
 #   make mutants    seeded faults, one at a time: which tests notice each (tests/seeded_faults.md)
 #   make release    everything about a release but its upload; RELEASE=--draft before its version has a date
@@ -28,12 +29,22 @@ EXAMPLES_tensorflow := every_layer
 EXAMPLES_torch := movie_reviews many_tasks to_peft
 examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED)),$(EXAMPLE_NAMES),$(EXAMPLES_$(1)))))
 EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))
+# The tutorials too. One process runs those of a backend, so that its imports are paid once. `make test-all` alone runs
+# TUTORIALS_all, which build their model many times.
+TUTORIAL_NAMES := text_classification callbacks custom_training_loop
+TUTORIALS_jax :=
+TUTORIALS_tensorflow :=
+TUTORIALS_torch := text_classification custom_training_loop
+TUTORIALS_all := callbacks
+tutorials_on = $(if $(filter all,$(SPEED)),$(TUTORIAL_NAMES),$(TUTORIALS_$(1)))
+TUTORIALS := $(foreach backend,$(BACKENDS),$(if $(call tutorials_on,$(backend)),tutorials-$(backend)))
+ALL_TUTORIALS := $(addprefix tutorials-,$(BACKENDS))
 ALL_EXAMPLES := $(foreach backend,$(BACKENDS),$(addprefix example-,$(addsuffix -$(backend),$(EXAMPLE_NAMES))))
 SUITES := $(addprefix test-,$(BACKENDS))
 OWN := $(addprefix own-,$(BACKENDS))
 
-.PHONY: demo quick test test-all test-one-backend mutants fuzz cpu lint docs bench release clean $(SUITES) $(OWN) \
-	$(ALL_EXAMPLES) $(addprefix examples-,$(BACKENDS))
+.PHONY: demo quick test test-all test-one-backend tutorials mutants fuzz cpu lint docs bench release clean $(SUITES) $(OWN) \
+	$(ALL_EXAMPLES) $(ALL_TUTORIALS) $(addprefix examples-,$(BACKENDS))
 
 demo: export KERAS_BACKEND ?= jax
 demo:
@@ -46,9 +57,9 @@ quick: lint
 	@$(BIN)/python tests/cpu.py report quick
 
 test: .venv/tests
-	rm -f .cache/cpu/test-* .cache/cpu/own-* .cache/cpu/example-*
+	rm -f .cache/cpu/test-* .cache/cpu/own-* .cache/cpu/example-* .cache/cpu/tutorials-*
 	$(MAKE) lint
-	$(MAKE) --jobs=2 --output-sync=target --keep-going $(SUITES) $(OWN) $(EXAMPLES)
+	$(MAKE) --jobs=2 --output-sync=target --keep-going $(SUITES) $(OWN) $(EXAMPLES) $(TUTORIALS)
 	@$(BIN)/python tests/cpu.py report $(SPEED)
 
 test-all:
@@ -82,6 +93,13 @@ $(addprefix examples-,$(BACKENDS)): examples-%:
 $(ALL_EXAMPLES): example-%: .venv/tests
 	OMP_NUM_THREADS=1 KERAS_BACKEND=$(word 2,$(subst -, ,$*)) \
 		$(STEP) $@ $(BIN)/python examples/$(word 1,$(subst -, ,$*)).py --quick
+
+tutorials: export KERAS_BACKEND ?= torch
+tutorials:
+	$(MAKE) tutorials-$(KERAS_BACKEND) SPEED=all
+
+$(ALL_TUTORIALS): tutorials-%: .venv/tests
+	$(QUICKLY) KERAS_BACKEND=$* $(STEP) $@ $(BIN)/python docs/make_tutorials.py run --quick $(call tutorials_on,$*)
 
 # The package has full types; in the examples and the benchmarks it is enough that what they call is there.
 LOOSELY := --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls --allow-untyped-decorators \

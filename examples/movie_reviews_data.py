@@ -59,9 +59,9 @@ def load_sentences(source: str = "movieReviewSnippets") -> tuple[dict[str, np.nd
     return tokens, labels
 
 
-def load_minilm() -> keras.Model:
-    """A fresh copy of the pretrained encoder."""
-    return keras_hub.models.BertBackbone.from_preset(str(MINILM))
+def load_minilm(blocks: int = 6, dropout: float = 0.1) -> keras.Model:
+    """A fresh copy of the pretrained encoder, with the first `blocks` of its 6 blocks."""
+    return keras_hub.models.BertBackbone.from_preset(str(MINILM), num_layers=blocks, dropout=dropout)
 
 
 def _read_ratings(source: str) -> str:

@@ -53,6 +53,7 @@ NEEDS = {
     "test_peft_refusals.py": ("keras_hub",),
     "test_real_files.py": ("pip", "scipy"),
     "test_release.py": ("hatchling",),
+    "test_tutorials.py": ("jupytext",),
 }
 NOT_COLLECTED = {name: packages for name, needed in NEEDS.items() if (packages := missing(*needed))}
 collect_ignore = sorted(NOT_COLLECTED)
