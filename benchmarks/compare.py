@@ -1,8 +1,9 @@
 """Compare the results of two trees: what changed, beside what did not.
 
-    PYTHONPATH=../before python ../before/benchmarks/run.py --group dense --results /tmp/before
-    python benchmarks/run.py --group dense --results /tmp/after
-    python benchmarks/compare.py /tmp/before /tmp/after
+    git worktree add .cache/old COMMIT
+    PYTHONPATH=.cache/old python .cache/old/benchmarks/run.py --group dense --results .cache/before
+    python benchmarks/run.py --group dense --results .cache/after
+    python benchmarks/compare.py .cache/before .cache/after
 
 Each time is taken as a ratio to "full" or "base" of the same turns, and the ratios after and before are divided. The
 geometric mean over the settings of a group is printed, with the lowest and the highest. Variants that run none of our code

@@ -41,11 +41,12 @@ def warn_of_shared(model: Any) -> None:
 
     If one has all layers of the other, it is a model around it or a part of it.
     """
-    if not _siblings(model):
+    own = layers_of(model)
+    if not _siblings(model, own):
         return
     gc.collect()  # a deleted model lives on until then
-    for other in _siblings(model):
-        shared = [place.path for place in walk(model) if id(place.layer) in layers_of(model) & layers_of(other)]
+    for other, common in _siblings(model, own):
+        shared = [place.path for place in walk(model) if id(place.layer) in common]
         checks.warn(
             f"'{other.name}' has {len(shared)} of the layers of '{model.name}' too: {', '.join(shared[:5])}"
             f"{', …' * (len(shared) > 5)}. They will be frozen and adapted in both models, and training, merging and "
@@ -54,9 +55,10 @@ def warn_of_shared(model: Any) -> None:
         )
 
 
-def _siblings(model: Any) -> list[Any]:
-    own = layers_of(model)
-    return [each for each in sharing(model) if not (own <= layers_of(each) or layers_of(each) <= own)]
+def _siblings(model: Any, own: set[int]) -> list[tuple[Any, set[int]]]:
+    """The models that share some layers with `model`, not all of either, each with these layers."""
+    pairs = ((each, layers_of(each)) for each in sharing(model))
+    return [(each, own & theirs) for each, theirs in pairs if not (own <= theirs or theirs <= own)]
 
 
 def _living_models() -> list[Any]:
