@@ -51,9 +51,9 @@ np.save(sys.argv[3], model.predict(dict(np.load(sys.argv[2])), verbose=0))
 """
 
 
-def build_classifier() -> keras.Model:
-    """MiniLM, the mean of its outputs over the tokens, and a new head."""
-    encoder = load_minilm()
+def build_classifier(**minilm: Any) -> keras.Model:
+    """MiniLM, the mean of its outputs over the tokens, and a new head. Arguments are those of `load_minilm`."""
+    encoder = load_minilm(**minilm)
     tokens = encoder.output["sequence_output"]
     mean = keras.layers.GlobalAveragePooling1D()(tokens, mask=encoder.input["padding_mask"])
     return keras.Model(encoder.input, keras.layers.Dense(2, name="head")(mean), name="film_reviews")

@@ -66,7 +66,7 @@ def machine(page: Any) -> str:
 def accuracies() -> dict[str, str]:
     """The test accuracy of each way to fine-tune, from the README."""
     readme = (ROOT / "README.md").read_text()
-    return dict(re.findall(r"^\| (frozen|LoRA rank \d+|full) \| (\d\.\d+) \|", readme, re.MULTILINE))
+    return dict(re.findall(r"^\| (frozen|LoRA rank \d+|full) \| (\d\.\d+)(?: \(.*?\))? \|", readme, re.MULTILINE))
 
 
 def accuracy_row(*ways: str) -> str:
@@ -77,7 +77,7 @@ def accuracy_row(*ways: str) -> str:
 
 def standard_error() -> str:
     """The largest standard error of these accuracies, from the README."""
-    found = re.search(r"standard error of an accuracy is at most (\d\.\d+)", (ROOT / "README.md").read_text())
+    found = re.search(r"standard error of one accuracy\b.* is at most (\d\.\d+)", (ROOT / "README.md").read_text())
     return f"test accuracy; the standard error is at most {found[1]}" if found else "test accuracy"
 
 

@@ -5,6 +5,7 @@
 # after each epoch, and resume a `fit` that was interrupted. The resumed `fit` ends where an uninterrupted one does.
 #
 # The model and the sentences are those of [Classify text](text_classification.md), with fewer blocks of the encoder.
+# `build_classifier` makes that model.
 
 # %%
 import os
@@ -13,7 +14,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 
 import keras
 import numpy as np
-from tutorial_data import load_minilm, load_sentences
+from tutorial_data import build_classifier, load_sentences
 
 import keras_lora
 
@@ -33,12 +34,7 @@ blocks = 2  # quick: 1
 
 def build_model():
     keras.utils.set_random_seed(0)
-    encoder = load_minilm(blocks, dropout=0.0)
-    tokens = encoder.output["sequence_output"]
-    mask = encoder.input["padding_mask"]
-    mean = keras.layers.GlobalAveragePooling1D()(tokens, mask=mask)
-    outputs = keras.layers.Dense(2, name="head")(mean)
-    return keras.Model(encoder.input, outputs)
+    return build_classifier(blocks=blocks, dropout=0.0)
 
 
 def build_adapted():

@@ -5,6 +5,7 @@
 # trains the adapters and leaves the base as it is. This tutorial has the loop for each backend, and runs the one for yours.
 #
 # The model and the sentences are those of [Classify text](text_classification.md), with fewer blocks of the encoder.
+# `build_classifier` makes that model.
 
 # %%
 import os
@@ -13,7 +14,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 
 import keras
 import numpy as np
-from tutorial_data import load_minilm, load_sentences
+from tutorial_data import build_classifier, load_sentences
 
 import keras_lora
 
@@ -27,17 +28,8 @@ def part(start, stop):
     return {name: each[start:stop] for name, each in x.items()}, y[start:stop]
 
 
-def build_model():
-    encoder = load_minilm(blocks)
-    tokens = encoder.output["sequence_output"]
-    mask = encoder.input["padding_mask"]
-    mean = keras.layers.GlobalAveragePooling1D()(tokens, mask=mask)
-    outputs = keras.layers.Dense(2, name="head")(mean)
-    return keras.Model(encoder.input, outputs)
-
-
 keras.utils.set_random_seed(0)
-model = keras_lora.apply_lora(build_model(), rank=8, train="head")
+model = keras_lora.apply_lora(build_classifier(blocks=blocks), rank=8, train="head")
 optimizer = keras.optimizers.Adam(2e-3)
 optimizer.build(model.trainable_variables)
 loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from movie_reviews import build_classifier
 from movie_reviews_data import load_minilm, load_sentences
 
-__all__ = ["load_minilm", "load_sentences"]
+__all__ = ["build_classifier", "load_minilm", "load_sentences"]
