@@ -623,7 +623,7 @@ def test_the_settings_of_huggingface_hub_are_those_of_its_environment(hub, saved
     """In processes of their own: the address of the Hub, its cache, the token and whether there is a network."""
     hub.files["owner/name"] = {"main": {"adapter.safetensors": saved}}
     hub.private = {"owner/name"}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "KERAS_BACKEND": "jax"}
 
     def load(*addresses, **settings):
         env = {**{key: each for key, each in os.environ.items() if not key.startswith("HF_")}, **own, **settings}

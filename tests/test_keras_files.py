@@ -24,7 +24,7 @@ from keras_lora.swap.addresses import walk
 BACKENDS = [each for each in ("jax", "tensorflow", "torch") if not missing(each)]
 HERE = keras.backend.backend()
 #: Who trains on in a process of another backend; with `--speed=all` a third of all. In a process of the same backend all do.
-TRAINED_ELSEWHERE = ["subclassed", "hub_bert_classifier"]
+TRAINED_ELSEWHERE = ["subclassed", "tied_embedding"]
 
 
 def pairs():
