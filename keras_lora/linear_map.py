@@ -189,11 +189,39 @@ class LinearMap:
     # The layer's sum.
 
     def base_output(self, x: Any) -> Any:
-        """The layer's own linear part, float or quantised: `apply(x, W)`."""
+        """The layer's own linear part, float or quantised: `apply(x, W)`.
+
+        If the kernel is stored in fewer digits, it is formed for the product and formed again for the gradient of `x`, so a
+        training step keeps no float kernel. Where the layer rounds `x`, as in int8, the gradient passes as if it did not.
+        """
+        known = type(self).transposed is not LinearMap.transposed
+        if not known or (self.base_dtype is None and quantization.mode_of(self.layer) is None):
+            return self.own_output(x)
+        stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
+        stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}
+        dtype = x.dtype
+
+        def of(tensors: tuple[Any, ...]) -> Any:
+            layer = view_of(self.layer, type(self.layer), **dict(zip(stored, tensors, strict=True)))
+            return view_of(self, type(self), layer=layer)
+
+        return backend.frozen_product(
+            lambda x, *tensors: of(tensors).own_output(x),
+            lambda dy, *tensors: ops.cast(of(tensors).transposed(dy), dtype),
+            x,
+            list(stored.values()),
+        )
+
+    def own_output(self, x: Any) -> Any:
+        """The linear part as the layer's own code computes it."""
         if self.base_dtype is not None and not self.picks_rows:
             return self.in_base_dtype(x, lambda x: self.call_with(x, self.kernel))
         view = view_of(self.layer, self.layer_class, **self.held_out)
         return view.call(x) if quantization.mode_of(self.layer) is None else view.quantized_call(x)
+
+    def transposed(self, dy: Any) -> Any:
+        """The transposed map: from the gradient of the output to the gradient of the input, in the dtype of the product."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to compute the gradient of its input.")
 
     def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:
         """`product(x)` in the dtype in which the kernel is stored. This copies `x` but never the kernel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -60,6 +60,61 @@ def each_example(function: Callable[..., Any], *arrays: Any) -> Any:
     if keras.backend.backend() == "torch":  # its `vmap` does not support convolution with channels last
         return ops.stack([function(*each) for each in zip(*(ops.unstack(array) for array in arrays), strict=True)])
     return ops.vectorized_map(lambda each: function(*each), arrays)
+
+
+def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any], x: Any, stored: Sequence[Any]) -> Any:
+    """Return `product(x, *stored)`, linear in `x`, of a kernel that is formed from what is stored of it.
+
+    `gradient(dy, *stored)` gives the gradient of `x`, and forms the kernel again. What is stored has no gradient; nothing
+    else is kept.
+
+    XLA would form the kernels of all layers before anything else, and keep them for the gradients: a float copy of the
+    whole model. So here what is stored depends on `x`, or on `dy`, in a way that changes nothing.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if not torch.is_grad_enabled() or not x.requires_grad or _torch_transforms(x):
+            return product(x, *stored)
+        return _torch_frozen_product().apply(product, gradient, x, *stored)
+
+    def with_gradient(x: Any, *stored: Any) -> tuple[Any, Callable[..., Any]]:
+        def grad(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
+            dy = args[-1] if upstream is None else upstream
+            return gradient(dy, *_not_before(dy, stored)), *(None for _ in stored)
+
+        return product(x, *_not_before(x, stored)), grad
+
+    return ops.custom_gradient(with_gradient)(x, *stored)
+
+
+def _not_before(x: Any, arrays: Iterable[Any]) -> list[Any]:
+    """The same arrays, which cannot be had before `x`: no number is larger than infinity, but XLA does not know that."""
+    never = ops.any(ops.greater(ops.reshape(x, (-1,))[:1], float("inf")))
+    return [ops.where(never, ops.ones_like(each), each) for each in arrays]
+
+
+@functools.cache
+def _torch_frozen_product() -> Any:
+    """Return `frozen_product` for torch, which computes when it is told to: it needs the gradient alone."""
+    import torch
+
+    class FrozenProduct(torch.autograd.Function):
+        @staticmethod
+        def forward(product: Any, gradient: Any, x: Any, *stored: Any) -> Any:
+            return product(x, *stored)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            _, ctx.gradient, _, *stored = inputs
+            ctx.save_for_backward(*stored)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Any) -> tuple[Any, ...]:
+            stored = ctx.saved_tensors
+            return None, None, ctx.gradient(dy, *stored), *(None for _ in stored)
+
+    return FrozenProduct
 
 
 def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
+from keras import ops
 
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import AdaptedLayer
@@ -17,6 +20,10 @@ class DenseMap(LinearMap):
     @property
     def calls_matmul(self) -> bool:  # type: ignore[override]
         return self.layer_class is keras.layers.Dense  # a class registered with `like=` has a different `call`
+
+    def transposed(self, dy: Any) -> Any:
+        kernel = self.kernel
+        return ops.matmul(ops.cast(dy, kernel.dtype), ops.transpose(kernel))
 
 
 class LoRADense(AdaptedLayer, keras.layers.Dense):

@@ -107,6 +107,10 @@ class EinsumMap(LinearMap):
         factor = axes.groups + axes.rank + axes.free
         return ops.einsum(f"{axes.passed}{axes.groups}{axes.rank},{factor}->{axes.outputs}", h, m)
 
+    def transposed(self, dy: Any) -> Any:
+        axes, kernel = self.axes, self.kernel
+        return ops.einsum(f"{axes.outputs},{axes.kernel}->{axes.inputs}", ops.cast(dy, kernel.dtype), kernel)
+
     def along_outputs(self, v: Any, y: Any) -> Any:
         axes = self.axes
         stored = axes.groups + axes.free

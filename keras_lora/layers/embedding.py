@@ -57,12 +57,22 @@ class ReverseMap(LinearMap):
     scales_outputs = False
     no_dropout: str | None = "a tied embedding has one change for both its directions"
 
-    def base_output(self, x: Any) -> Any:
+    def own_output(self, x: Any) -> Any:
         # With a `reverse_dtype`, the layer casts the kernel to that dtype.
         if self.base_dtype is not None and self.layer.reverse_dtype is None:
             return self.in_base_dtype(x, lambda x: self.apply(x, self.matrix))
         view = view_of(self.plain, type(self.plain), logit_soft_cap=None)
         return (view.call if quantization.mode_of(self.layer) is None else view.quantized_call)(x, reverse=True)
+
+    def transposed(self, dy: Any) -> Any:
+        table = self.table
+        dtype = table.dtype if self.layer.reverse_dtype is None else dy.dtype
+        return ops.matmul(ops.cast(dy, dtype), ops.cast(table, dtype))
+
+    @property
+    def table(self) -> Any:
+        """A row for each word."""
+        return self.matrix
 
     def apply(self, x: Any, matrix: Any) -> Any:
         return ops.matmul(ops.cast(x, matrix.dtype), ops.transpose(matrix))
@@ -86,6 +96,10 @@ class UntiedReverseMap(ReverseMap):
     @classmethod
     def is_in(cls, layer: Any) -> bool:
         return not layer.tie_weights and quantization.mode_of(layer) in (None, *quantization.UNPACKED_MODES)
+
+    @property
+    def table(self) -> Any:
+        return ops.transpose(self.matrix)
 
     def apply(self, x: Any, matrix: Any) -> Any:
         return ops.matmul(ops.cast(x, matrix.dtype), matrix)

@@ -49,6 +49,9 @@ class BankMap(EinsumMap):
         found = "".join("g" if a in axes.groups else "i" if a in axes.contracted else "o" for a in kernel)
         return used if found == self.stated_axes and all(a in axes.outputs for a in axes.groups + axes.free) else None
 
+    def own_output(self, x: Any) -> Any:
+        return self.in_base_dtype(x, lambda x: ops.einsum(self.equation, x, self.kernel))
+
     def apply(self, x: Any, matrix: Any) -> Any:
         return ops.einsum(self.equation, x, self.as_kernel(matrix))
 
@@ -79,10 +82,7 @@ class AdaptedKernel:
         linear = self.linear.within(equation)
         if linear is None:
             return ops.einsum(equation, x, self.changed)
-        if self.linear.base_dtype is None:
-            y = ops.einsum(equation, x, self.base)
-        else:
-            y = self.linear.in_base_dtype(x, lambda x: ops.einsum(equation, x, self.linear.kernel))
+        y = ops.einsum(equation, x, self.base) if linear.base_dtype is None else linear.base_output(x)
         return self.adapter.adapted_output(x, y, linear, training=self.training)
 
 

@@ -47,8 +47,8 @@ class PointwiseMap(ConvMap):
     kernel_name = part = "pointwise_kernel"
     groups = ()
 
-    def base_output(self, x: Any) -> Any:
-        return self.apply(x, self.matrix) if self.base_dtype is None else super().base_output(x)
+    def own_output(self, x: Any) -> Any:
+        return self.apply(x, self.matrix) if self.base_dtype is None else super().own_output(x)
 
     def call_with(self, x: Any, kernel: Any) -> Any:
         return ops.conv(x, kernel, strides=1, padding="valid", data_format=self.layer.data_format)
