@@ -195,7 +195,8 @@ class LinearMap:
         training step keeps no float kernel. Where the layer rounds `x`, as in int8, the gradient passes as if it did not.
         """
         known = type(self).transposed is not LinearMap.transposed
-        if not known or (self.base_dtype is None and quantization.mode_of(self.layer) is None):
+        reduced = self.base_dtype is not None or (known and quantization.mode_of(self.layer) is not None)
+        if not reduced or self.picks_rows:
             return self.own_output(x)
         stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
         stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}
@@ -207,7 +208,7 @@ class LinearMap:
 
         return backend.frozen_product(
             lambda x, *tensors: of(tensors).own_output(x),
-            lambda dy, *tensors: ops.cast(of(tensors).transposed(dy), dtype),
+            (lambda dy, *tensors: ops.cast(of(tensors).transposed(dy), dtype)) if known else None,
             x,
             list(stored.values()),
         )
@@ -220,7 +221,10 @@ class LinearMap:
         return view.call(x) if quantization.mode_of(self.layer) is None else view.quantized_call(x)
 
     def transposed(self, dy: Any) -> Any:
-        """The transposed map: from the gradient of the output to the gradient of the input, in the dtype of the product."""
+        """The transposed map: from the gradient of the output to the gradient of the input, in the dtype of the product.
+
+        A map that does not define it cannot be quantised.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how to compute the gradient of its input.")
 
     def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:

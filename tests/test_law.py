@@ -19,8 +19,9 @@ from keras import layers, ops
 import keras_lora
 from keras_lora.adapters import TABLE
 from keras_lora.layers import TABLE as LAYERS
+from keras_lora.layers.changed_kernel import ChangedKernelLayer
 from keras_lora.linear_map import view_of
-from keras_lora.swap.adapted import ChangedKernelLayer, adapted_class, adapted_maps, maps_by_address
+from keras_lora.swap.adapted import adapted_class, adapted_maps, maps_by_address
 
 NUMBERS = np.random.default_rng(0)
 METHODS = {

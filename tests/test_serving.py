@@ -13,7 +13,8 @@ from zoo import ZOO
 import keras_lora
 from keras_lora.adapters import PerExample
 from keras_lora.adapters.per_example import using
-from keras_lora.swap.adapted import ChangedKernelLayer, adapted_class, maps_by_address, named_adapters
+from keras_lora.layers.changed_kernel import ChangedKernelLayer
+from keras_lora.swap.adapted import adapted_class, maps_by_address, named_adapters
 
 BACKEND = keras.backend.backend()
 

@@ -62,11 +62,11 @@ def each_example(function: Callable[..., Any], *arrays: Any) -> Any:
     return ops.vectorized_map(lambda each: function(*each), arrays)
 
 
-def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any], x: Any, stored: Sequence[Any]) -> Any:
+def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | None, x: Any, stored: Sequence[Any]) -> Any:
     """Return `product(x, *stored)`, linear in `x`, of a kernel that is formed from what is stored of it.
 
-    `gradient(dy, *stored)` gives the gradient of `x`, and forms the kernel again. What is stored has no gradient; nothing
-    else is kept.
+    `gradient(dy, *stored)` gives the gradient of `x`, and forms the kernel again; if it is `None`, the product is
+    differentiated. What is stored has no gradient, and nothing else is kept.
 
     XLA would form the kernels of all layers before anything else, and keep them for the gradients: a float copy of the
     whole model. So here what is stored depends on `x`, or on `dy`, in a way that changes nothing.
@@ -74,18 +74,42 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any], x:
     if keras.backend.backend() == "torch":
         import torch
 
-        if not torch.is_grad_enabled() or not x.requires_grad or _torch_transforms(x):
+        if gradient is None or not torch.is_grad_enabled() or not x.requires_grad or _torch_transforms(x):
             return product(x, *stored)
         return _torch_frozen_product().apply(product, gradient, x, *stored)
 
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        stored = [tf.convert_to_tensor(each) for each in stored]  # Keras's `convert_to_tensor` returns variables as they are
+
     def with_gradient(x: Any, *stored: Any) -> tuple[Any, Callable[..., Any]]:
+        shape, dtype = ops.shape(x), x.dtype
+
         def grad(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             dy = args[-1] if upstream is None else upstream
-            return gradient(dy, *_not_before(dy, stored)), *(None for _ in stored)
+            late = _not_before(dy, stored)
+            if gradient is not None:
+                return gradient(dy, *late), *(None for _ in stored)
+            return _transposed(lambda x: product(x, *late), ops.zeros(shape, dtype), dy), *(None for _ in stored)
 
         return product(x, *_not_before(x, stored)), grad
 
     return ops.custom_gradient(with_gradient)(x, *stored)
+
+
+def _transposed(function: Callable[[Any], Any], zeros: Any, dy: Any) -> Any:
+    """The gradient at `dy` of a linear function of arrays like `zeros`, on JAX and TensorFlow."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.vjp(function, zeros)[1](dy)[0]
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(zeros)
+        y = function(zeros)
+    return tape.gradient(y, zeros, dy)
 
 
 def _not_before(x: Any, arrays: Iterable[Any]) -> list[Any]:

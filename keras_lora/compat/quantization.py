@@ -10,8 +10,6 @@ from keras import ops
 from keras_lora.compat import keras_internals
 
 SUPPORTED_MODES = (None, "int8", "int4")
-#: Modes whose kernels we can read if Keras does not unpack them.
-UNPACKED_MODES = ("int8",)
 
 
 def mode_of(layer: keras.layers.Layer) -> str | None:
@@ -19,17 +17,24 @@ def mode_of(layer: keras.layers.Layer) -> str | None:
     return getattr(layer, "quantization_mode", None)
 
 
+def quantizes_way_back(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is an embedding whose quantised table also gives the logits."""
+    return isinstance(layer, keras.layers.ReversibleEmbedding) and mode_of(layer) is not None
+
+
 def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
     """Return the kernel of `layer` as a float tensor, in the shape of the kernel.
 
     Args:
         layer: A built Dense, EinsumDense, Embedding or convolution.
-        name: The attribute with the kernel: `"kernel"` or `"embeddings"`.
+        name: The attribute with the kernel: `"kernel"`, `"embeddings"` or `"reverse_embeddings"`.
     """
     mode = mode_of(layer)
     stored = getattr(layer, name)  # Keras unpacks int4 here
     if mode is None:
         return ops.convert_to_tensor(stored)
+    if mode == "int4" and name == "reverse_embeddings":
+        stored = keras.quantizers.unpack_int4(ops.convert_to_tensor(stored), layer.output_dim, axis=0)
     scale = getattr(layer, f"{name}_scale")
     is_table = name == "embeddings"
     block_size = keras_internals.int4_block_size(layer)
@@ -58,11 +63,21 @@ def describe(layer: keras.layers.Layer) -> dict[str, Any] | None:
     return {
         "mode": mode_of(layer),
         "config": keras.saving.serialize_keras_object(getattr(layer, "quantization_config", None)),
+        "inputs": keras.saving.serialize_keras_object(getattr(layer, "inputs_quantizer", None)),
     }
 
 
 def quantize_again(layer: keras.layers.Layer, description: dict[str, Any]) -> None:
-    """Give a float layer the quantised variables it had when it was saved; loading then fills them."""
+    """Give a layer the quantised variables it had when it was saved; loading then fills them.
+
+    If its config says so, Keras has done that already (KerasHub's models). But then it rounds inputs that were not rounded
+    before, and the policy of the layer is a table of policies, with which Keras cannot save an embedding.
+    """
+    config = keras.saving.deserialize_keras_object(description["config"])
     if mode_of(layer) is None:
-        config = keras.saving.deserialize_keras_object(description["config"])
         layer.quantize(description["mode"], config=config)
+    elif "inputs" in description and hasattr(layer, "inputs_quantizer"):
+        if isinstance(policy := layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+            vars(layer).update(keras_internals.with_policy(policy[layer.path]))
+        layer.quantization_config = config
+        layer.inputs_quantizer = keras.saving.deserialize_keras_object(description["inputs"])

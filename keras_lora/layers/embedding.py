@@ -95,7 +95,11 @@ class UntiedReverseMap(ReverseMap):
 
     @classmethod
     def is_in(cls, layer: Any) -> bool:
-        return not layer.tie_weights and quantization.mode_of(layer) in (None, *quantization.UNPACKED_MODES)
+        return not layer.tie_weights
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return self.layer.output_dim, self.layer.input_dim  # int4 packs two rows into one
 
     @property
     def table(self) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 import keras
 
 from keras_lora.compat import keras_internals
+from keras_lora.layers.changed_kernel import ChangedKernelLayer
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap.adapted import CONTAINER_KINDS, AdaptedContainer, ChangedKernelLayer
+from keras_lora.swap.adapted import CONTAINER_KINDS, AdaptedContainer
 
 
 class AdaptedRecurrent(AdaptedContainer):

@@ -7,9 +7,10 @@ from typing import Any
 
 import keras
 
+from keras_lora.layers.changed_kernel import ChangedKernelLayer
 from keras_lora.layers.factored import BankMap, FactoredLayer
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap.adapted import AdaptedLayer, ChangedKernelLayer, adapted_class, enter_layer
+from keras_lora.swap.adapted import AdaptedLayer, adapted_class, enter_layer
 
 
 def register_layer(

@@ -12,9 +12,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lora.layers.changed_kernel import ChangedKernelLayer
 from keras_lora.layers.conv import ConvMap
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap.adapted import AdaptedLayer, ChangedKernelLayer
+from keras_lora.swap.adapted import AdaptedLayer
 
 
 class DepthwiseMap(LinearMap):

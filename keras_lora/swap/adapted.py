@@ -183,28 +183,6 @@ class AdaptedLayer(AdaptedContainer):
         return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={methods}>"  # type: ignore[attr-defined]
 
 
-class ChangedKernelLayer(AdaptedLayer):
-    """An adapted layer whose original code runs with `W + ΔW` as its kernels. This works for any code that reads them."""
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        base_call = cls.linear_maps[0].layer_class.call
-
-        @functools.wraps(base_call)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.with_changed_kernels().call(*args, **kwargs)
-
-        cls.call = call  # type: ignore[method-assign]  # with the signature of the original `call`, which Keras reads
-
-    def with_changed_kernels(self) -> Any:
-        """The plain layer with the changed kernels, sharing everything else with this one."""
-        kernels: dict[str, Any] = {}
-        for linear, adapter in self.maps_in_call():
-            dtype = keras_internals.dtype_in_call(self, linear.kernel_variable, stored_apart=linear.base_dtype is not None)
-            kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
-        return view_of(self, self.base_class, **kernels)
-
-
 # The known layer types.
 
 ADAPTED_CLASSES: dict[type, type[AdaptedLayer]] = {}
@@ -291,12 +269,27 @@ def set_adapter(
 
 
 def set_containers(model: keras.layers.Layer) -> None:
-    """Make an adapted container of every layer at or below `model` that has a training mark and contains other layers."""
+    """Make an adapted container of every layer at or below `model` that has a training mark and contains other layers.
+
+    Layers with a quantised way back are changed too.
+    """
     for layer in by_address(model).values():
         plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
         if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
             cls: Any = type(layer)
             _become(layer, container_class(cls))
+        use_frozen_product(layer)
+
+
+def use_frozen_product(layer: keras.layers.Layer) -> None:
+    """Make an adapted layer, without an adapter, of a plain one whose way back is quantised; it computes the same numbers.
+
+    Keras gives that way no gradient in int8, so the adapters before it would not learn; its float table is kept in a step.
+    """
+    cls = adapted_class(type(layer)) if quantization.quantizes_way_back(layer) else None
+    if cls is not None and not isinstance(layer, AdaptedLayer):
+        _become(layer, cls)
+        keras_internals.forget_call_signature(layer)
 
 
 def set_plain(layer: Any) -> None:
@@ -389,6 +382,7 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     rebuilding.check_addresses(owner, layers, maps, description)
     for address, quantized in description["quantized"].items():
         _when_built(layers[address], quantization.quantize_again, layers[address], quantized)
+        _when_built(layers[address], use_frozen_product, layers[address])
     for entry in description["adapters"]:
         linear = maps[entry["address"]]
         if not hasattr(linear.layer, entry["slot"]):
