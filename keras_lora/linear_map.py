@@ -195,8 +195,8 @@ class LinearMap:
         training step keeps no float kernel. Where the layer rounds `x`, as in int8, the gradient passes as if it did not.
         """
         known = type(self).transposed is not LinearMap.transposed
-        reduced = self.base_dtype is not None or (known and quantization.mode_of(self.layer) is not None)
-        if not reduced or self.picks_rows:
+        quantized = known and quantization.mode_of(self.layer) is not None
+        if self.picks_rows or not (quantized or (self.base_dtype is not None and backend.widens_bfloat16())):
             return self.own_output(x)
         stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
         stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}

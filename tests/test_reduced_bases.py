@@ -9,7 +9,7 @@ from keras import layers, ops
 from keras.quantizers import Int4QuantizationConfig, Int8QuantizationConfig
 
 import keras_lora
-from keras_lora.swap.adapted import AdaptedLayer, maps_by_address
+from keras_lora.swap.adapted import AdaptedLayer, maps_by_address, maps_of
 
 BACKEND = keras.backend.backend()
 TOKENS = np.random.default_rng(0).integers(0, 40, (8, 6))
@@ -86,13 +86,13 @@ def test_a_plain_int8_embedding_lets_the_gradient_pass_and_is_plain_again_afterw
     exact = gradient_of(model)
     assert gradient @ exact / np.linalg.norm(gradient) / np.linalg.norm(exact) > 0.99
     model.get_layer("words").inputs_quantizer = rounded
-    table = value(maps_by_address(model)["words"].kernel)
+    table = value(maps_of(model.get_layer("words"))[0].kernel)
     keras_lora.apply_lora(model, rank=2, targets="dense", name="second")
     keras_lora.delete_adapter(model, "second")
     assert isinstance(model.get_layer("words"), AdaptedLayer)
     keras_lora.remove_lora(model)
     assert type(model.get_layer("words")) is layers.ReversibleEmbedding
-    assert np.array_equal(value(maps_by_address(model)["words"].kernel), table)
+    assert np.array_equal(value(maps_of(model.get_layer("words"))[0].kernel), table)
 
 
 WEIGHT_ONLY = [Int8QuantizationConfig(activation_quantizer=None), Int4QuantizationConfig(block_size=8), None]
