@@ -34,7 +34,7 @@ RESULTS = PAGES / "results"
 REPOSITORY = "https://github.com/keras-lora/keras_lora/blob/main"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 #: In the order of the navigation.
-NAMES = ["text_classification", "tabular", "callbacks", "custom_training_loop", "hyperparameter_search"]
+NAMES = ["text_classification", "tabular", "callbacks", "custom_training_loop", "hyperparameter_search", "rank_and_plots"]
 
 
 def notebook_of(name: str) -> Any:
