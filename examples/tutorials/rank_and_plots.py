@@ -84,7 +84,8 @@ plots.plot_changes(model).savefig("changes.svg")
 # model after it. Here the first cut keeps 0.9 of the energy of each change, and the second cut leaves rank 1.
 
 # %%
-accuracies, sizes = [], []
+accuracies: list = []
+sizes: list = []
 
 
 def measure(label):
