@@ -34,7 +34,7 @@ RESULTS = PAGES / "results"
 REPOSITORY = "https://github.com/keras-lora/keras_lora/blob/main"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 #: In the order of the navigation.
-NAMES = ["text_classification", "callbacks", "custom_training_loop"]
+NAMES = ["text_classification", "tabular", "callbacks", "custom_training_loop", "hyperparameter_search", "rank_and_plots"]
 
 
 def notebook_of(name: str) -> Any:
@@ -122,7 +122,8 @@ def table(results: dict[str, Any]) -> str:
     rows: dict[str, dict[str, str]] = {}
     for backend, result in results.items():
         for label, number in result["numbers"].items():
-            rows.setdefault(label, {})[backend] = f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+            shown = number if isinstance(number, str) else f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+            rows.setdefault(label, {})[backend] = shown
     lines = ["", *(BACKENDS[each] for each in results)], ["---", *["---:"] * len(results)]
     lines += tuple([label, *(row[each] for each in results)] for label, row in rows.items())
     made = [

@@ -22,7 +22,7 @@ print(epochs)
 assert epochs == 3  # quick: skip
 
 # %%
-numbers = {"epochs": epochs, "accuracy before": 0.5, "accuracy after": 0.75}
+numbers = {"method": "lora", "epochs": epochs, "accuracy before": 0.5, "accuracy after": 0.75}
 """
 
 
@@ -70,6 +70,7 @@ def test_a_page_has_text_code_output_and_numbers(tutorial):
     assert page.startswith("# Title\n")
     assert "```python\nepochs = 3\nprint(epochs)\nassert epochs == 3\n```\n\n```text\n3\n```" in page
     assert "| accuracy after | 0.75 |" in page
+    assert "| method | lora |" in page
     sources = [cell["source"] for cell in json.loads(make_tutorials.notebook_text("small"))["cells"]]
     assert sources[1] == ["epochs = 3\n", "print(epochs)\n", "assert epochs == 3"]
 
