@@ -691,7 +691,57 @@ FAULTS = [
         "",
         "test_hostile_files",
     ),
-    # Quantised bases, serving, the command line, what is shown.
+    # Reduced bases, serving, the command line, what is shown.
+    Fault(
+        "XLA may form every kernel of a reduced base before the step",
+        "compat/backend.py",
+        "    return [ops.add(each, ops.cast(never, each.dtype)) for each in arrays]\n",
+        "    return list(arrays)\n",
+        "test_reduced_bases",
+        "jax",
+    ),
+    Fault(
+        "the gradient through a quantised base is that of Keras",
+        "linear_map.py",
+        "        quantized = known and quantization.mode_of(self.layer) is not None\n",
+        "        quantized = False\n",
+        "test_reduced_bases",
+    ),
+    Fault(
+        "the way back of an unadapted int8 embedding lets no gradient pass",
+        "swap/adapted.py",
+        "        use_frozen_product(layer)\n",
+        "",
+        "test_reduced_bases",
+    ),
+    Fault(
+        "a quantised model rounds inputs after loading that it did not round before",
+        "compat/quantization.py",
+        '        layer.inputs_quantizer = keras.saving.deserialize_keras_object(description["inputs"])\n',
+        "",
+        "test_reduced_bases",
+    ),
+    Fault(
+        "the packed rows of an int4 way back are read as they are",
+        "compat/quantization.py",
+        '    if mode == "int4" and name == "reverse_embeddings":\n',
+        '    if mode == "int4" and name == "never":\n',
+        "test_reduced_bases",
+    ),
+    Fault(
+        "an effective rank is the entropy and not its exponential",
+        "plots/measuring.py",
+        "    return float(np.exp(-np.sum(shares * np.log(shares))))\n",
+        "    return float(-np.sum(shares * np.log(shares)))\n",
+        "test_plots",
+    ),
+    Fault(
+        "a plot of changes forgets the strength",
+        "plots/measuring.py",
+        "    size = abs(strength) * float(np.linalg.norm(s))\n",
+        "    size = float(np.linalg.norm(s))\n",
+        "test_plots",
+    ),
     Fault(
         "an int8 scale multiplies",
         "compat/quantization.py",

@@ -3,6 +3,7 @@
     python tests/mutants.py               # all of them: writes tests/seeded_faults.md, exit code 1 where the bar is missed
     python tests/mutants.py PEFT merge    # those with one of these words in their name: prints what was seen
     python tests/mutants.py --resume      # goes on with a run that was interrupted
+    python tests/mutants.py --new         # those that the page does not have yet
 
 A fault is first looked for by the test that noticed it last, then by the file of tests named beside it, on torch and on
 the backend where it shows, then by the whole of `make quick`, then by the suites of `make test` on torch, JAX and
@@ -68,11 +69,19 @@ def noticed(fault: Fault) -> tuple[str, str]:
     return "none", ""
 
 
+def on_page() -> dict[str, tuple[str, str]]:
+    """The speed and the test that noticed each fault when the page was written."""
+    rows = re.findall(r"^\| (.+) \| `\S+` \| `make (\w+)` \| `(.+)` \|$", PAGE.read_text(), re.MULTILINE)
+    return {name: (speed, test) for name, speed, test in rows}
+
+
 def last_time(fault: Fault) -> list[tuple[str, str, str]]:
     """The run of one test that noticed a fault when the page was written."""
-    row = rf"^\| {re.escape(fault.name)} \| .+ \| `make (\w+)` \| `(.+?)(?: \((\w+)\))?` \|$"
-    found = re.search(row, PAGE.read_text(), re.MULTILINE)
-    return [(found[1], found[3] or "torch", f"tests/{found[2]}")] if found else []
+    if fault.name not in (seen := on_page()):
+        return []
+    speed, test = seen[fault.name]
+    name, backend = re.fullmatch(r"(.+?)(?: \((\w+)\))?", test).groups()  # type: ignore[union-attr]
+    return [(speed, backend or "torch", f"tests/{name}")]
 
 
 def first_failure(copy: Path, speed: str, backend: str, tests: str) -> str | None:
@@ -120,9 +129,10 @@ def page(seen: dict[str, tuple[str, str]]) -> str:
 
 def main(words: list[str]) -> int:
     resume = "--resume" in words
-    words = [word for word in words if word != "--resume"]
+    only_new = "--new" in words
+    words = [word for word in words if word not in ("--resume", "--new")]
     chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
-    seen: dict[str, tuple[str, str]] = {}
+    seen = {key: each for key, each in on_page().items() if only_new and key in {fault.name for fault in chosen}}
     if resume and SEEN.exists():
         seen = {key: tuple(each) for key, each in json.loads(SEEN.read_text()).items() if each[0] != "none"}
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

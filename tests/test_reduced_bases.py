@@ -45,9 +45,9 @@ def gradient_of(model):
     return np.concatenate([each.ravel() for each in gradients(loss, model.trainable_variables)])
 
 
-@pytest.mark.parametrize("adapted", ["", "words"])
+@pytest.mark.parametrize("adapted", ["", pytest.param("words", marks=pytest.mark.full)])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_quantised_language_model_has_the_gradient_of_its_float_copy(tmp_path, tied, mode, adapted):
     targets = list(filter(None, ["dense", "einsum", adapted]))
     model, copy = language_model(tied), language_model(tied)
@@ -98,6 +98,7 @@ def test_a_plain_int8_embedding_lets_the_gradient_pass_and_is_plain_again_afterw
 WEIGHT_ONLY = [Int8QuantizationConfig(activation_quantizer=None), Int4QuantizationConfig(block_size=8), None]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("config", WEIGHT_ONLY, ids=["int8 weights", "int4 weights", "int4"])
 def test_a_kerashub_model_comes_back_with_the_quantisers_it_had(tmp_path, config):
     sizes = {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "hidden_dim": 16, "intermediate_dim": 32}
