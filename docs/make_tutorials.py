@@ -34,7 +34,7 @@ RESULTS = PAGES / "results"
 REPOSITORY = "https://github.com/keras-lora/keras_lora/blob/main"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 #: In the order of the navigation.
-NAMES = ["text_classification", "image_classification", "text_generation", "callbacks", "custom_training_loop"]
+NAMES = ["text_classification", "image_classification", "text_generation", "callbacks", "custom_training_loop", "export"]
 
 
 def notebook_of(name: str) -> Any:

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Teach a recurrent model to write code
+# # Teach a recurrent model another language
 #
-# textgenrnn writes text character by character, with two `LSTM` layers. It was trained on Reddit submissions. You
-# adapt it to lines of Python code, measure how well it predicts their characters, and let it write before and after.
+# textgenrnn writes text character by character, with two `LSTM` layers. It was trained on Reddit submissions. You adapt it
+# to Python files, their code and docstrings. You measure how well it predicts their characters, and let it write before
+# and after.
 #
 # `examples/requirements.txt` lists what to install. Run the script or the notebook in its folder, `examples/tutorials`.
 
@@ -141,7 +142,7 @@ print(*write(model, length=length), sep="\n")
 # ## Apply LoRA and fit
 #
 # An `LSTM` layer has a kernel for its inputs and one for its state. Both get factors. The last layer gives each
-# character its probability. Code uses the characters in other proportions than those texts, so `train="head"` trains this
+# character its probability. Python uses the characters in other proportions than those texts, so `train="head"` trains this
 # layer in full. `apply_lora` does not know the layer of your own and leaves it as it is; `register_layer` tells it about
 # such layers.
 
