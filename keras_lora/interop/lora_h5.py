@@ -10,7 +10,7 @@ import math
 import os
 from typing import Any
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 
 from keras_lora import checks
