@@ -31,11 +31,11 @@ examples_on = $(addprefix example-,$(addsuffix -$(1),$(if $(filter all,$(SPEED))
 EXAMPLES := $(foreach backend,$(BACKENDS),$(call examples_on,$(backend)))
 # The tutorials too. One process runs those of a backend, so that its imports are paid once. `make test-all` alone runs
 # TUTORIALS_all, which build their model many times or need a larger one.
-TUTORIAL_NAMES := text_classification callbacks custom_training_loop language_model preferences many_adapters
+TUTORIAL_NAMES := text_classification callbacks custom_training_loop language_model preferences peft_adapter many_adapters
 TUTORIALS_jax :=
 TUTORIALS_tensorflow :=
 TUTORIALS_torch := text_classification custom_training_loop
-TUTORIALS_all := callbacks language_model preferences many_adapters
+TUTORIALS_all := callbacks language_model preferences peft_adapter many_adapters
 tutorials_on = $(if $(filter all,$(SPEED)),$(TUTORIAL_NAMES),$(TUTORIALS_$(1)))
 TUTORIALS := $(foreach backend,$(BACKENDS),$(if $(call tutorials_on,$(backend)),tutorials-$(backend)))
 ALL_TUTORIALS := $(addprefix tutorials-,$(BACKENDS))

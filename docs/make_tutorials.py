@@ -34,7 +34,15 @@ RESULTS = PAGES / "results"
 REPOSITORY = "https://github.com/keras-lora/keras_lora/blob/main"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 #: In the order of the navigation.
-NAMES = ["text_classification", "callbacks", "custom_training_loop", "language_model", "preferences", "many_adapters"]
+NAMES = [
+    "text_classification",
+    "callbacks",
+    "custom_training_loop",
+    "language_model",
+    "preferences",
+    "peft_adapter",
+    "many_adapters",
+]
 
 
 def notebook_of(name: str) -> Any:
