@@ -63,7 +63,8 @@ def load_pairs(at: slice, length: int) -> dict[str, np.ndarray]:
     """Pairs of a positive and a negative sentence, as `tokenize_pairs` returns them."""
     texts, positive = load_texts()
     rated = list(zip(texts, positive, strict=True))
-    return tokenize_pairs(*([text for text, rating in rated if rating == side][at] for side in (1, 0)), PROMPT, length)
+    preferred, others = ([text for text, rating in rated if rating == side][at] for side in (1, 0))
+    return tokenize_pairs(preferred, others, PROMPT, length)
 
 
 def tokenize_pairs(preferred: list[str], others: list[str], prompt: str, length: int) -> dict[str, np.ndarray]:
