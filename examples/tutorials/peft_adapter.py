@@ -97,6 +97,7 @@ print(f"largest difference of the logits to PEFT's: {imported:.1e}")
 # ## Train it further
 #
 # The adapter trains as any other: compile after `from_peft`, then fit. `disable_adapters` measures the model without it.
+# The learning rate is the one that was chosen in [Tune a language model](language_model.md).
 
 # %%
 model.compile(
