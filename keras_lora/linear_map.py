@@ -200,6 +200,7 @@ class LinearMap:
             return self.own_output(x)
         stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
         stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}
+        x = ops.convert_to_tensor(x)  # `layer.call` may be given NumPy arrays
         dtype = x.dtype
 
         def of(tensors: tuple[Any, ...]) -> Any:
