@@ -4,15 +4,16 @@
     python docs/make_tutorials.py run --quick [NAME ...]      # shows that they run; all of them if none is named
     python docs/make_tutorials.py write                       # the pages and the notebooks
 
-A tutorial is a script in `examples/tutorials`, in the percent format of jupytext. The quick form differs in two kinds of
-lines: `epochs = 3  # quick: 1` has the other value, and a line with `# quick: skip` is left out. A script ends with the dict
-`numbers`, what it measured. Results are in `docs/tutorials/results`, pages in `docs/tutorials`, notebooks beside the
-scripts. A result is kept with a hash of the code that gave it; `write` refuses results of other code.
+A tutorial is a script in `examples/tutorials`, in the percent format of jupytext. The quick form differs in two things:
+`epochs = 3  # quick: 1` has the other value, and a statement that ends with `# quick: skip` is left out. A script ends with
+the dict `numbers`, what it measured. Results are in `docs/tutorials/results`, pages in `docs/tutorials`, notebooks beside
+the scripts. A result is kept with a hash of the code that gave it; `write` refuses results of other code.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import io
@@ -50,7 +51,12 @@ def notebook_of(name: str) -> Any:
 
 def quick_form(source: str) -> str:
     """The code that only shows that the tutorial runs."""
-    lines = [line for line in source.splitlines() if not line.endswith("# quick: skip")]
+    lines = source.splitlines()
+    statements = [each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.stmt) and not hasattr(each, "body")]
+    ends = {each.end_lineno or each.lineno: each.lineno for each in statements}
+    for end, start in ends.items():
+        if lines[end - 1].endswith("# quick: skip"):
+            lines[start - 1 : end] = [""] * (end - start + 1)
     return "\n".join(re.sub(r"^(\s*\w+ = ).*  # quick: (.*)$", r"\1\2", line) for line in lines)
 
 
@@ -60,9 +66,9 @@ def full_form(source: str) -> str:
 
 
 def code_hash(notebook: Any) -> str:
-    """Changes if code changes that a reader sees; text and the quick form do not count."""
-    code = "\n\n".join(full_form(cell.source) for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    """Changes if the code changes; text, comments, the layout of lines and the quick form do not count."""
+    cells = [ast.parse(full_form(cell.source)) for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\n\n".join(map(ast.dump, cells)).encode()).hexdigest()[:16]
 
 
 class Tee(io.StringIO):

@@ -20,6 +20,9 @@ SCRIPT = """# %% [markdown]
 epochs = 3  # quick: 1
 print(epochs)
 assert epochs == 3  # quick: skip
+assert (
+    epochs == 3
+)  # quick: skip
 
 # %%
 numbers = {"method": "lora", "epochs": epochs, "accuracy before": 0.5, "accuracy after": 0.75}
@@ -71,11 +74,14 @@ def test_a_page_has_text_code_output_and_numbers(tutorial):
     make_tutorials.record("small", make_tutorials.run("small", quick=False))
     page = make_tutorials.page_of("small")
     assert page.startswith("# Title\n")
-    assert "```python\nepochs = 3\nprint(epochs)\nassert epochs == 3\n```\n\n```text\n3\n```" in page
+    assert (
+        "```python\nepochs = 3\nprint(epochs)\nassert epochs == 3\nassert (\n    epochs == 3\n)\n```\n\n```text\n3\n```"
+        in page
+    )
     assert "| accuracy after | 0.75 |" in page
     assert "| method | lora |" in page
     sources = [cell["source"] for cell in json.loads(make_tutorials.notebook_text("small"))["cells"]]
-    assert sources[1] == ["epochs = 3\n", "print(epochs)\n", "assert epochs == 3"]
+    assert sources[1] == ["epochs = 3\n", "print(epochs)\n", "assert epochs == 3\n", "assert (\n", "    epochs == 3\n", ")"]
 
 
 def test_results_of_other_code_are_refused(tutorial):

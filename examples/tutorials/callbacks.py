@@ -69,8 +69,12 @@ class SaveAdapter(keras.callbacks.Callback):
 # %%
 model = build_adapted()
 _, before = model.evaluate(*test, batch_size=100, verbose=0)
-stop = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
-keep = keras.callbacks.ModelCheckpoint("best.keras", monitor="val_loss", save_best_only=True)
+stop = keras.callbacks.EarlyStopping(
+    "val_loss", patience=1, restore_best_weights=True
+)
+keep = keras.callbacks.ModelCheckpoint(
+    "best.keras", monitor="val_loss", save_best_only=True
+)
 log = keras.callbacks.CSVLogger("log.csv")
 epochs = 5  # quick: 1
 model.fit(
@@ -98,7 +102,9 @@ expected = model.predict(test[0], batch_size=100, verbose=0)
 whole = keras.saving.load_model(checkpoint)
 fresh = build_model()
 keras_lora.load_adapter(fresh, adapter)
-from_files = [each.predict(test[0], batch_size=100, verbose=0) for each in (whole, fresh)]
+from_files = [
+    each.predict(test[0], batch_size=100, verbose=0) for each in (whole, fresh)
+]
 difference = max(float(np.abs(each - expected).max()) for each in from_files)
 print(f"largest difference of an output: {difference:.1e}")
 
@@ -124,7 +130,14 @@ few_epochs = 3  # quick: 2
 
 
 def fit(model, *callbacks):
-    return model.fit(*train, batch_size=32, epochs=few_epochs, shuffle=False, verbose=2, callbacks=callbacks)
+    return model.fit(
+        *train,
+        batch_size=32,
+        epochs=few_epochs,
+        shuffle=False,
+        verbose=2,
+        callbacks=callbacks,
+    )
 
 
 print("uninterrupted")
@@ -147,7 +160,10 @@ history = fit(resumed, keras.callbacks.BackupAndRestore("backup"))
 # %%
 pairs = zip(uninterrupted.weights, resumed.weights, strict=True)
 resumed_difference = max(
-    float(np.abs(keras.ops.convert_to_numpy(a) - keras.ops.convert_to_numpy(b)).max()) for a, b in pairs
+    float(
+        np.abs(keras.ops.convert_to_numpy(a) - keras.ops.convert_to_numpy(b)).max()
+    )
+    for a, b in pairs
 )
 numbers = {
     "test accuracy before": before,

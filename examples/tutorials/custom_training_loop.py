@@ -71,11 +71,17 @@ elif keras.backend.backend() == "torch":
 else:
     import jax
 
-    groups = model.trainable_variables, model.non_trainable_variables, optimizer.variables
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        optimizer.variables,
+    )
     state: list = []
 
     def compute_loss(trainable, fixed, batch, labels):
-        outputs, fixed = model.stateless_call(trainable, fixed, batch, training=True)
+        outputs, fixed = model.stateless_call(
+            trainable, fixed, batch, training=True
+        )
         return loss_function(labels, outputs), fixed
 
     @jax.jit
@@ -102,7 +108,9 @@ def accuracy(start, stop):
 
 
 def arrays():
-    return {each.path: keras.ops.convert_to_numpy(each).copy() for each in model.weights}
+    return {
+        each.path: keras.ops.convert_to_numpy(each).copy() for each in model.weights
+    }
 
 
 before, weights_before = accuracy(8000, 8000 + test_size), arrays()
@@ -128,7 +136,11 @@ print(f"test accuracy: {before:.3f} before, {after:.3f} after")
 # %%
 trainable = {each.path for each in model.trainable_weights}
 weights_after = arrays()
-changed = {path for path, value in weights_before.items() if not np.array_equal(value, weights_after[path])}
+changed = {
+    path
+    for path, value in weights_before.items()
+    if not np.array_equal(value, weights_after[path])
+}
 numbers = {
     "test accuracy before": before,
     "test accuracy after": after,

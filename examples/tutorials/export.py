@@ -60,8 +60,13 @@ adapted_parameters = model.count_params()
 keras_lora.save_adapter(model, "digits.safetensors")
 keras_lora.merge_lora(model)
 merged = model.predict(test[0], batch_size=100, verbose=0)
-print(f"{adapted_parameters:,} parameters with adapters, {model.count_params():,} merged")
-print(f"test accuracy: {accuracy(adapted):.3f} before merging, {accuracy(merged):.3f} after")
+print(
+    f"{adapted_parameters:,} parameters with adapters, {model.count_params():,} merged"
+)
+print(
+    f"test accuracy: {accuracy(adapted):.3f} before merging, "
+    f"{accuracy(merged):.3f} after"
+)
 
 # %% [markdown]
 # ## A `.keras` file
@@ -91,7 +96,9 @@ if keras.backend.backend() == "torch":
     import torch
 
     batch = torch.export.Dim("batch", min=1, max=1024)
-    model.export("exported.pt2", format="torch", dynamic_shapes={0: batch}, verbose=False)
+    model.export(
+        "exported.pt2", format="torch", dynamic_shapes={0: batch}, verbose=False
+    )
     module = torch.export.load("exported.pt2").module()
     exported = module(torch.from_numpy(test[0])).detach().numpy()
 else:
@@ -116,9 +123,15 @@ numbers = {
     "parameters after merging": model.count_params(),
     "largest output": float(np.abs(adapted).max()),
 }
-for label, outputs in {"merged": merged, "loaded": loaded, "exported": exported}.items():
+for label, outputs in {
+    "merged": merged,
+    "loaded": loaded,
+    "exported": exported,
+}.items():
     numbers[f"largest difference, {label}"] = float(np.abs(outputs - adapted).max())
-    assert numbers[f"largest difference, {label}"] < 1e-4 * numbers["largest output"]
+    assert (
+        numbers[f"largest difference, {label}"] < 1e-4 * numbers["largest output"]
+    )
 for file in ("digits.safetensors", "digits.keras"):
     numbers[f"{file}, MB"] = os.path.getsize(file) / 1e6
 assert accuracy(merged) == accuracy(exported) == accuracy(adapted)  # quick: skip

@@ -42,7 +42,9 @@ keras.utils.set_random_seed(0)
 start = time.perf_counter()
 model = build_classifier(blocks=blocks, dropout=0.0)
 seconds_to_build = time.perf_counter() - start
-base_weights = {each.path: keras.ops.convert_to_numpy(each).copy() for each in model.weights}
+base_weights = {
+    each.path: keras.ops.convert_to_numpy(each).copy() for each in model.weights
+}
 
 
 def compile_model(learning_rate=1e-3):
@@ -80,7 +82,9 @@ class AdapterSearch(keras_tuner.RandomSearch):
     def run_trial(self, trial, *data, **options):
         settings = trial.hyperparameters
         keras.utils.set_random_seed(0)
-        keras_lora.apply_lora(model, settings.get("method"), rank=settings.get("rank"), train="head")
+        keras_lora.apply_lora(
+            model, settings.get("method"), rank=settings.get("rank"), train="head"
+        )
         try:
             compile_model(settings.get("learning_rate"))
             history = model.fit(*data, **options)
@@ -99,13 +103,29 @@ class AdapterSearch(keras_tuner.RandomSearch):
 trials = 5  # quick: 2
 epochs = 2  # quick: 1
 objective = keras_tuner.Objective("val_accuracy", direction="max")
-tuner = AdapterSearch(hyperparameters=space, objective=objective, max_trials=trials, seed=1, directory="search")
+tuner = AdapterSearch(
+    hyperparameters=space,
+    objective=objective,
+    max_trials=trials,
+    seed=1,
+    directory="search",
+)
 start = time.perf_counter()
-tuner.search(*train, validation_data=validation, validation_freq=epochs, batch_size=32, epochs=epochs, verbose=0)
+tuner.search(
+    *train,
+    validation_data=validation,
+    validation_freq=epochs,
+    batch_size=32,
+    epochs=epochs,
+    verbose=0,
+)
 seconds_to_search = time.perf_counter() - start
 ranked = tuner.oracle.get_best_trials(trials)
 for trial in ranked:
-    print(f"trial {trial.trial_id}: validation accuracy {trial.score:.3f}, {trial.hyperparameters.values}")
+    print(
+        f"trial {trial.trial_id}: validation accuracy {trial.score:.3f}, "
+        f"{trial.hyperparameters.values}"
+    )
 
 # %% [markdown]
 # ## Load the best adapter
@@ -118,7 +138,9 @@ for trial in ranked:
 
 # %%
 changed = [
-    each.path for each in model.weights if not np.array_equal(base_weights[each.path], keras.ops.convert_to_numpy(each))
+    each.path
+    for each in model.weights
+    if not np.array_equal(base_weights[each.path], keras.ops.convert_to_numpy(each))
 ]
 best = ranked[0]
 keras_lora.load_adapter(model, f"trial_{best.trial_id}.safetensors")
@@ -145,8 +167,11 @@ numbers = {
     "weights of the base that changed": len(changed),
     "seconds to build the base": seconds_to_build,
     "seconds for a trial, mean": seconds_to_search / len(ranked),
-    "file of an adapter, mean, MB": sum(os.path.getsize(each) for each in files) / len(files) / 1e6,
-    "weights of the base, MB": sum(each.nbytes for each in base_weights.values()) / 1e6,
+    "file of an adapter, mean, MB": sum(os.path.getsize(each) for each in files)
+    / len(files)
+    / 1e6,
+    "weights of the base, MB": sum(each.nbytes for each in base_weights.values())
+    / 1e6,
 }
 assert not changed
 assert before + 0.1 < after < 0.90  # quick: skip

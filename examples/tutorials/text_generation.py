@@ -51,7 +51,9 @@ def build_model():
 
 def load_pretrained():
     model = build_model()
-    with h5py.File(fetch("textgenrnn==2.0.0", "textgenrnn/textgenrnn_weights.hdf5")) as file:
+    with h5py.File(
+        fetch("textgenrnn==2.0.0", "textgenrnn/textgenrnn_weights.hdf5")
+    ) as file:
         for layer in model.layers:
             names = file[layer.name].attrs["weight_names"] if layer.weights else []
             arrays = [file[layer.name][name][()] for name in names]
@@ -67,7 +69,9 @@ def load_pretrained():
 
 # %%
 def from_cudnn(kernel, recurrent, bias):
-    kernels = [gate.T.reshape(gate.shape, order="F") for gate in np.hsplit(kernel, 4)]
+    kernels = [
+        gate.T.reshape(gate.shape, order="F") for gate in np.hsplit(kernel, 4)
+    ]
     recurrents = [gate.T for gate in np.hsplit(recurrent, 4)]
     return [np.hstack(kernels), np.hstack(recurrents), bias.reshape(2, -1).sum(0)]
 
@@ -80,10 +84,14 @@ def from_cudnn(kernel, recurrent, bias):
 # part only measures the result.
 
 # %%
-numbered = json.loads(fetch("textgenrnn==2.0.0", "textgenrnn/textgenrnn_vocab.json").read_text())
+numbered = json.loads(
+    fetch("textgenrnn==2.0.0", "textgenrnn/textgenrnn_vocab.json").read_text()
+)
 start = numbered["<s>"]
 folder = Path(keras.__file__).parent / "src" / "layers"
-files = [file for file in folder.rglob("*.py") if not file.name.endswith("_test.py")]
+files = [
+    file for file in folder.rglob("*.py") if not file.name.endswith("_test.py")
+]
 every = {line.strip() for file in files for line in file.read_text().splitlines()}
 lines = sorted(line for line in every if len(line) > 9)
 np.random.default_rng(0).shuffle(lines)
@@ -92,17 +100,29 @@ np.random.default_rng(0).shuffle(lines)
 def windows(lines, count):
     found = []
     for line in lines:
-        ids = [0] * 39 + [start] + [numbered.get(each, 0) for each in line] + [start]
+        ids = (
+            [0] * 39 + [start] + [numbered.get(each, 0) for each in line] + [start]
+        )
         found.append(np.lib.stride_tricks.sliding_window_view(ids, 41))
-    chosen = np.random.default_rng(0).permutation(np.concatenate(found))[:count].astype("int32")
+    chosen = (
+        np.random.default_rng(0)
+        .permutation(np.concatenate(found))[:count]
+        .astype("int32")
+    )
     return chosen[:, :40], chosen[:, 40]
 
 
 train_size = 12000  # quick: 32
 test_size = 4000  # quick: 8
-train, validation = windows(lines[:6000], train_size), windows(lines[6000:8000], test_size // 2)
+train, validation = (
+    windows(lines[:6000], train_size),
+    windows(lines[6000:8000], test_size // 2),
+)
 test = windows(lines[8000:], test_size)
-print(f"{len(train[1]):,} characters to train, {len(validation[1]):,} to validate, {len(test[1]):,} to test")
+print(
+    f"{len(train[1]):,} characters to train, "
+    f"{len(validation[1]):,} to validate, {len(test[1]):,} to test"
+)
 print(*lines[:3], sep="\n")
 
 # %% [markdown]
@@ -113,7 +133,10 @@ print(*lines[:3], sep="\n")
 
 # %%
 def write(model, count=3, length=60, temperature=0.5):
-    rng, names = np.random.default_rng(0), {number: each for each, number in numbered.items()}
+    rng, names = (
+        np.random.default_rng(0),
+        {number: each for each, number in numbered.items()},
+    )
     ids = np.zeros((count, 40 + length), "int32")
     ids[:, 39] = start
     for position in range(40, 40 + length):
@@ -174,7 +197,9 @@ numbers = {
     "test perplexity before": before,
     "test perplexity after": after,
     "parameters": build_model().count_params(),
-    "trainable parameters": sum(int(np.prod(each.shape)) for each in model.trainable_variables),
+    "trainable parameters": sum(
+        int(np.prod(each.shape)) for each in model.trainable_variables
+    ),
     "file of the adapter, MB": os.path.getsize("code.safetensors") / 1e6,
 }
 assert 5 < after < 14  # quick: skip
