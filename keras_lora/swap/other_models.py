@@ -67,6 +67,6 @@ def _living_models() -> list[Any]:
         new = [each for each in type.__subclasses__(found.pop()) if each not in classes]
         classes.update(new)
         found += new
-    models = [each for each in gc.get_objects() if type(each) in classes]
+    models = [each for each in gc.get_objects() if type(each) in classes and hasattr(each, "layers")]
     hidden = {id(keras_internals.graph_of(each)) for each in models}
     return [each for each in models if id(each) not in hidden]
