@@ -717,8 +717,8 @@ FAULTS = [
     Fault(
         "a quantised model rounds inputs after loading that it did not round before",
         "compat/quantization.py",
-        '        layer.inputs_quantizer = keras.saving.deserialize_keras_object(description["inputs"])\n',
-        "",
+        "        layer.quantization_config, layer.inputs_quantizer = config, inputs\n",
+        "        layer.quantization_config = config\n",
         "test_reduced_bases",
     ),
     Fault(

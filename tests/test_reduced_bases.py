@@ -9,6 +9,7 @@ from keras import layers, ops
 from keras.quantizers import Int4QuantizationConfig, Int8QuantizationConfig
 
 import keras_lora
+from keras_lora.compat import quantization
 from keras_lora.swap.adapted import AdaptedLayer, maps_by_address, maps_of
 
 BACKEND = keras.backend.backend()
@@ -114,6 +115,17 @@ def test_a_kerashub_model_comes_back_with_the_quantisers_it_had(tmp_path, config
     loaded.save(tmp_path / "again.keras")
     for each in (loaded, keras.saving.load_model(tmp_path / "again.keras")):
         assert difference(outputs(each, x), outputs(model, x)) == 0
+
+
+def test_a_file_whose_quantiser_is_something_else_is_refused_and_the_layer_stays():
+    layer = layers.Dense(3)
+    layer.build((None, 4))
+    layer.quantize("int8")
+    found = layer.inputs_quantizer
+    description = {**quantization.describe(layer), "inputs": keras.saving.serialize_keras_object(layers.Dense(2))}
+    with pytest.raises(ValueError, match=r"The quantiser of the inputs of 'dense.*' in this file is none"):
+        quantization.quantize_again(layer, description)
+    assert layer.inputs_quantizer is found
 
 
 @pytest.mark.every_backend

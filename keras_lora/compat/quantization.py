@@ -77,7 +77,9 @@ def quantize_again(layer: keras.layers.Layer, description: dict[str, Any]) -> No
     if mode_of(layer) is None:
         layer.quantize(description["mode"], config=config)
     elif "inputs" in description and hasattr(layer, "inputs_quantizer"):
+        inputs = keras.saving.deserialize_keras_object(description["inputs"])
+        if not isinstance(inputs, keras.quantizers.Quantizer | None):
+            raise ValueError(f"The quantiser of the inputs of '{layer.name}' in this file is none: {description['inputs']}.")
         if isinstance(policy := layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
             vars(layer).update(keras_internals.with_policy(policy[layer.path]))
-        layer.quantization_config = config
-        layer.inputs_quantizer = keras.saving.deserialize_keras_object(description["inputs"])
+        layer.quantization_config, layer.inputs_quantizer = config, inputs
