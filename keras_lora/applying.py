@@ -10,7 +10,7 @@ import keras
 
 from keras_lora import adapters, checks
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat import keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
@@ -224,7 +224,7 @@ def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, slo
     """The adapted kernels of `model`, each with its change, by address. Raises an error if there are none."""
     found = adapted_maps(model) if isinstance(model, keras.layers.Layer) else {}
     if found:
-        keras_internals.sync_training_state(model)
+        training_internals.sync_training_state(model)
         flags.check_variables(model)
     else:
         name = getattr(model, "name", model)
@@ -262,5 +262,5 @@ def reset_compilation(model: keras.layers.Layer) -> None:
     Models that share layers with `model` have compiled these layers too.
     """
     for each in (model, *sharing(model)):
-        keras_internals.drop_compiled_functions(each)
+        training_internals.drop_compiled_functions(each)
     keras_internals.track_torch_parameters(model)

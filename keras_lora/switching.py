@@ -18,7 +18,7 @@ import keras
 from keras_lora import adapters
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import keras_internals
+from keras_lora.compat import keras_internals, training_internals
 from keras_lora.swap import beside, flags, slots
 from keras_lora.swap.adapted import AdaptedLayer, named_adapters, set_containers, set_plain
 from keras_lora.swap.adapters_of_model import changing_strengths, check_names, show_beside
@@ -116,7 +116,7 @@ def disable_adapters(model: Any) -> Iterator[Any]:
     each = [adapter for found in named.values() for _, adapter in found.values()]
     # A strength of 0 also reaches functions that are compiled already. But a step that is being traced, or whose gradient
     # is still to come, must not write to variables: there, calls leave the adapters out.
-    in_a_trace = keras_internals.in_a_trace()
+    in_a_trace = training_internals.in_a_trace()
     leaves_out = in_a_trace or keras.backend.backend() == "torch"
     before = [(adapter, adapter.off, None if in_a_trace else adapters.strength_of(adapter)) for adapter in each]
     for adapter in each:
@@ -219,7 +219,7 @@ def delete_adapter(model: AnyLayer, name: str) -> AnyLayer:
         show_beside(model)
         beside.forget(model, name)
         set_containers(model)
-    keras_internals.forget_compilation(model)
+    training_internals.forget_compilation(model)
     reset_compilation(model)
     return model
 

@@ -358,7 +358,7 @@ FAULTS = [
     ),
     Fault(
         "graphs that were traced before are kept",
-        "compat/keras_internals.py",
+        "compat/training_internals.py",
         "                setattr(layer, name, None)\n        if getattr",
         "                pass\n        if getattr",
         "test_apply",
@@ -509,7 +509,7 @@ FAULTS = [
     Fault(
         "the optimizer holds what a deleted adapter had",
         "switching.py",
-        "    keras_internals.forget_compilation(model)\n    reset_compilation(model)\n    return model\n\n\ndef _named",
+        "    training_internals.forget_compilation(model)\n    reset_compilation(model)\n    return model\n\n\ndef _named",
         "    reset_compilation(model)\n    return model\n\n\ndef _named",
         "test_composition",
     ),
@@ -815,14 +815,14 @@ FAULTS = [
     ),
     Fault(
         "torch evaluates a model that asks for compile",
-        "compat/keras_internals.py",
+        "compat/training_internals.py",
         "            layer.test_function = functools.partial(ask_for_compile, layer.name)",
         "            layer.test_function = None",
         "test_in_a_fit",
     ),
     Fault(
         "a switch inside a fit is lost on JAX",
-        "compat/keras_internals.py",
+        "compat/training_internals.py",
         "            layer.jax_state_sync()",
         "            pass",
         "test_in_a_fit",

@@ -101,13 +101,17 @@ def test_one_file_imports_a_backend():
         assert not roots & {"tensorflow", "jax", "torch"}, path
 
 
-def test_private_names_of_keras_are_used_in_one_file():
+#: The files with private names of Keras: about layers and files, and about compiling and training.
+PRIVATE = ("keras_internals", "training_internals")
+
+
+def test_private_names_of_keras_are_used_in_two_files():
     for path in FILES:
-        if path.stem != "keras_internals":
+        if path.stem not in PRIVATE:
             assert "keras.src" not in path.read_text().replace('"keras.src.backend."', ""), path
     own = {"_name_", "__class__"}
     for path in FILES:
-        if path.stem in ("keras_internals", "backend"):
+        if path.stem in {*PRIVATE, "backend"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
@@ -115,8 +119,8 @@ def test_private_names_of_keras_are_used_in_one_file():
                 assert defined or node.attr in own, f"{path.name} uses {node.attr}"
 
 
-#: Besides `compat/keras_internals.py`, the files that know KerasHub's attributes.
-DOORS = {"keras_internals", "backend", "keras_hub"}
+#: Besides the private names of Keras, the files that know KerasHub's attributes.
+DOORS = {*PRIVATE, "backend", "keras_hub"}
 
 
 def test_private_names_in_strings_are_behind_the_same_doors():
@@ -132,7 +136,8 @@ def test_private_names_in_strings_are_behind_the_same_doors():
 
 def test_every_door_to_a_private_name_has_a_test_by_its_name():
     tested = (Path(__file__).with_name("test_keras_internals.py")).read_text()
-    doors = re.findall(r"^def (\w+)", (PACKAGE / "compat" / "keras_internals.py").read_text(), re.MULTILINE)
+    texts = [(PACKAGE / "compat" / f"{name}.py").read_text() for name in PRIVATE]
+    doors = re.findall(r"^def (\w+)", "\n".join(texts), re.MULTILINE)
     assert [door for door in doors if not re.search(rf"\b{door}\b", tested)] == []
 
 

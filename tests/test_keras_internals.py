@@ -10,6 +10,7 @@ from helpers import value
 from keras import layers
 
 from keras_lora.compat import keras_internals as internals
+from keras_lora.compat import training_internals
 
 
 @pytest.fixture
@@ -166,15 +167,15 @@ def test_overridden_compile_is_seen():
         def compile(self, **kwargs):
             super().compile(**kwargs)
 
-    assert internals.overrides_compile(Own())
-    assert not internals.overrides_compile(keras.Sequential())
+    assert training_internals.overrides_compile(Own())
+    assert not training_internals.overrides_compile(keras.Sequential())
 
 
 def test_compiled_functions_are_dropped(dense):
     model = keras.Sequential([keras.Input((2,)), dense])
     model.predict(np.ones((1, 2)), verbose=0)
     assert model.predict_function is not None
-    internals.drop_compiled_functions(model)
+    training_internals.drop_compiled_functions(model)
     assert model.predict_function is None
 
 
@@ -299,15 +300,15 @@ def test_whether_layers_are_in_other_graphs(dense):
 def test_what_a_model_was_compiled_with_is_forgotten(dense):
     model = keras.Sequential([keras.Input((2,)), dense])
     model.compile("adam", "mse")
-    internals.forget_compilation(model)
+    training_internals.forget_compilation(model)
     assert model.optimizer is None
 
 
 def test_a_model_asks_for_compile_and_compile_is_enough(dense):
     model = keras.Sequential([keras.Input((2,)), dense])
     model.compile("sgd", "mse")
-    internals.drop_compiled_functions(model)
-    assert model.test_function.func is internals.ask_for_compile
+    training_internals.drop_compiled_functions(model)
+    assert model.test_function.func is training_internals.ask_for_compile
     x, y = np.ones((1, 2)), np.ones((1, 3))
     with pytest.raises(ValueError, match=r"[Cc]all `compile"):
         model.evaluate(x, y, verbose=0)
@@ -334,15 +335,15 @@ def test_whether_a_step_is_traced_and_its_numbers_are_synced(dense):
             self.dense = dense
 
         def call(self, x):
-            seen.append(internals.in_a_trace())
+            seen.append(training_internals.in_a_trace())
             return self.dense(x)
 
     model = Asking()
     model.compile("sgd", "mse")
     model.fit(np.ones((2, 2)), np.ones((2, 3)), verbose=0)
     assert seen[-1] == (keras.backend.backend() != "torch")
-    assert not internals.in_a_trace()
-    internals.sync_training_state(model)  # outside of a fit it does nothing; see test_in_a_fit.py
+    assert not training_internals.in_a_trace()
+    training_internals.sync_training_state(model)  # outside of a fit it does nothing; see test_in_a_fit.py
 
 
 def test_keras_own_lora_can_be_undone(dense):
@@ -368,8 +369,8 @@ def test_a_backbone_forgets_its_lora_and_its_layers_are_counted_as_keras_hub_cou
 def test_an_optimizer_of_torch_is_written_by_its_public_name():
     config = keras.saving.serialize_keras_object(keras.optimizers.Adam(1e-2))
     theirs = {"optimizer": {**config, "module": "keras.src.backend.torch.optimizers.torch_adam"}}
-    assert internals.with_portable_names(theirs)["optimizer"]["module"] == "keras.optimizers"
-    assert internals.with_portable_names(["loss"]) == ["loss"]
+    assert training_internals.with_portable_names(theirs)["optimizer"]["module"] == "keras.optimizers"
+    assert training_internals.with_portable_names(["loss"]) == ["loss"]
 
 
 ANOTHER_BACKEND = """
@@ -404,9 +405,9 @@ def test_a_task_of_keras_hub_keeps_its_sampler():
     config = {"vocabulary_size": 9, "num_layers": 1, "num_query_heads": 1, "num_key_value_heads": 1}
     backbone = hub.models.Llama3Backbone(**config, hidden_dim=4, intermediate_dim=4)
     task = hub.models.Llama3CausalLM(backbone)
-    assert internals.compiled_besides(keras.Sequential([keras.Input((2,)), layers.Dense(2)])) == {}
+    assert training_internals.compiled_besides(keras.Sequential([keras.Input((2,)), layers.Dense(2)])) == {}
     task.compile(sampler="greedy")
-    assert internals.compiled_besides(task)["sampler"]["class_name"] == "GreedySampler"
+    assert training_internals.compiled_besides(task)["sampler"]["class_name"] == "GreedySampler"
 
 
 def test_whether_a_layer_was_made_in_a_remat_scope(dense):

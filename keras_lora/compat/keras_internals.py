@@ -17,8 +17,6 @@ from typing import Any
 
 import keras
 
-from keras_lora.compat import backend
-
 
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Return the layers that `layer` tracks, in order (`Model.layers` is public, but only models have it)."""
@@ -176,25 +174,9 @@ def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_ap
     return found
 
 
-def with_portable_names(config: Any) -> Any:
-    """Return `config` with public optimizer names: on torch, Keras writes a class that other backends cannot run."""
-    if not isinstance(config, dict):
-        return config
-    config = {key: with_portable_names(value) for key, value in config.items()}
-    if str(config.get("module")).startswith("keras.src.backend.") and ".optimizers." in config["module"]:
-        config |= {"module": "keras.optimizers", "registered_name": None}
-    return config
-
-
 def is_rematerialized(layer: keras.layers.Layer) -> bool:
     """Whether `layer` was made in a `keras.RematScope`, so that its call runs a second time for the gradient."""
     return getattr(layer, "_remat_mode", None) is not None
-
-
-def compiled_besides(model: keras.Model) -> dict[str, Any]:
-    """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
-    sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
-    return {} if sampler is None else {"sampler": keras.saving.serialize_keras_object(sampler)}
 
 
 class _DrawnSeed(keras.random.SeedGenerator):
@@ -320,11 +302,6 @@ def is_in_other_graphs(model: keras.layers.Layer) -> bool:
     )
 
 
-def overrides_compile(model: keras.Model) -> bool:
-    """Whether the class of `model` overrides `compile`; Keras then does not compile it again on loading."""
-    return type(model).compile is not keras.Model.compile
-
-
 def dequantize_groups(values: Any, scale: Any, zero: Any, group: Any, axis: int) -> Any:
     """Return the float values of an int4 tensor quantised in groups (Keras exports the quantiser, but not its inverse)."""
     from keras.src.quantizers import dequantize_with_sz_map
@@ -335,64 +312,6 @@ def dequantize_groups(values: Any, scale: Any, zero: Any, group: Any, axis: int)
 def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
     """Return the int8 scale of an EinsumDense in the layout of its kernel (it is stored in the layout of the output)."""
     return layer._adjust_scale_for_dequant(scale)
-
-
-def in_a_trace() -> bool:
-    """Whether a step is being traced or runs statelessly: writing a variable then has no effect outside of it."""
-    from keras.src.backend.common.stateless_scope import in_stateless_scope
-
-    found: bool = in_stateless_scope() or backend.traces()
-    return found
-
-
-def sync_training_state(model: keras.layers.Layer) -> None:
-    """On JAX, bring the variables up to date inside a `fit`, and let it read them again before its next batch.
-
-    On JAX, `fit` keeps the values of a model outside its variables between batches, so values written to them are lost.
-
-    Raises:
-        ValueError: `model` is a part of the model that trains, so its values cannot be reached.
-    """
-    if keras.backend.backend() != "jax" or in_a_trace():
-        return
-    for layer in model._flatten_layers():
-        if getattr(layer, "_jax_state", None):
-            layer.jax_state_sync()
-    if any(v._value is None for v in model.variables):
-        raise ValueError(
-            f"The variables of '{model.name}' are in use by the `fit` of a model around it. Expected the model that trains. "
-            f"Received: a part of it. Pass that model, or wait for the end of the epoch."
-        )
-
-
-def forget_compilation(model: keras.layers.Layer) -> None:
-    """Remove the compile state of models: the optimizer has variables per trained variable, and other parts keep layers."""
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.Model) and getattr(layer, "optimizer", None) is not None:
-            del layer.optimizer  # TensorFlow tracks it until it is deleted
-            layer.optimizer = None
-            for name in ("_compile_config", "_compiled_trainable_state"):
-                if hasattr(layer, name):
-                    delattr(layer, name)
-
-
-def drop_compiled_functions(model: keras.layers.Layer) -> None:
-    """Remove traced functions: Keras traces them once, and a trace made before a change would run unchanged.
-
-    A compiled model has to be compiled again. On torch `evaluate` does not ask for that, and returns an empty list.
-    """
-    for layer in model._flatten_layers():
-        for name in ("train_function", "test_function", "predict_function", "generate_function"):
-            if isinstance(layer, keras.Model) and hasattr(layer, name):
-                setattr(layer, name, None)
-        if getattr(layer, "compiled", False):
-            layer.compiled = False
-            layer.test_function = functools.partial(ask_for_compile, layer.name)
-
-
-def ask_for_compile(name: str, *args: Any) -> None:
-    """Replaces the `test_function` of the model `name` until it is compiled again."""
-    raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
 
 
 def forget_enabled_lora(layer: Any) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from keras_lora import adapters, checks
 from keras_lora.adapters import Adapter
 from keras_lora.applying import inject, reset_compilation
-from keras_lora.compat import keras_internals
+from keras_lora.compat import keras_internals, training_internals
 from keras_lora.files import fingerprint, huggingface, misfits, tensor_file
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, slots
@@ -218,7 +218,7 @@ class AdapterState:
             source: Its origin, for messages: `"The adapter file french.safetensors"`.
             name, trainable: As for `keras_lora.load_adapter`.
         """
-        keras_internals.sync_training_state(model)
+        training_internals.sync_training_state(model)
         named = named_adapters(model)
         name = only_name(model, name) if named and (name is None or name in named) else new_name(model, name)
         own = {address: adapter for address, (_, adapter) in named.get(name, {}).items()}

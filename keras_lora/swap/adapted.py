@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat import keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap import beside, flags, rebuilding, refusals, slots
 from keras_lora.swap.addresses import by_address, walk
@@ -101,11 +101,11 @@ class AdaptedModel(AdaptedContainer):
         super().save_weights(*args, **kwargs)  # type: ignore[misc]
 
     def get_compile_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = keras_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]
-        return found and {**found, **keras_internals.compiled_besides(self)}
+        found: dict[str, Any] = training_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]
+        return found and {**found, **training_internals.compiled_besides(self)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        if not keras_internals.overrides_compile(self):
+        if not training_internals.overrides_compile(self):
             super().compile_from_config(config)  # type: ignore[misc]
             return
         # KerasHub tasks: Keras would only warn here, and resumed training would lose its optimizer.

@@ -1,0 +1,93 @@
+"""Private Keras names about compiling and training a model, in one function each, as in `keras_internals.py`.
+
+Every function documents why no public API works. All were checked on Keras 3.15, and `tests/test_keras_internals.py` tests
+each by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+
+from keras_lora.compat import backend
+
+
+def with_portable_names(config: Any) -> Any:
+    """Return `config` with public optimizer names: on torch, Keras writes a class that other backends cannot run."""
+    if not isinstance(config, dict):
+        return config
+    config = {key: with_portable_names(value) for key, value in config.items()}
+    if str(config.get("module")).startswith("keras.src.backend.") and ".optimizers." in config["module"]:
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    return config
+
+
+def compiled_besides(model: keras.Model) -> dict[str, Any]:
+    """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
+    sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
+    return {} if sampler is None else {"sampler": keras.saving.serialize_keras_object(sampler)}
+
+
+def overrides_compile(model: keras.Model) -> bool:
+    """Whether the class of `model` overrides `compile`; Keras then does not compile it again on loading."""
+    return type(model).compile is not keras.Model.compile
+
+
+def in_a_trace() -> bool:
+    """Whether a step is being traced or runs statelessly: writing a variable then has no effect outside of it."""
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+    found: bool = in_stateless_scope() or backend.traces()
+    return found
+
+
+def sync_training_state(model: keras.layers.Layer) -> None:
+    """On JAX, bring the variables up to date inside a `fit`, and let it read them again before its next batch.
+
+    On JAX, `fit` keeps the values of a model outside its variables between batches, so values written to them are lost.
+
+    Raises:
+        ValueError: `model` is a part of the model that trains, so its values cannot be reached.
+    """
+    if keras.backend.backend() != "jax" or in_a_trace():
+        return
+    for layer in model._flatten_layers():
+        if getattr(layer, "_jax_state", None):
+            layer.jax_state_sync()
+    if any(v._value is None for v in model.variables):
+        raise ValueError(
+            f"The variables of '{model.name}' are in use by the `fit` of a model around it. Expected the model that trains. "
+            f"Received: a part of it. Pass that model, or wait for the end of the epoch."
+        )
+
+
+def forget_compilation(model: keras.layers.Layer) -> None:
+    """Remove the compile state of models: the optimizer has variables per trained variable, and other parts keep layers."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.Model) and getattr(layer, "optimizer", None) is not None:
+            del layer.optimizer  # TensorFlow tracks it until it is deleted
+            layer.optimizer = None
+            for name in ("_compile_config", "_compiled_trainable_state"):
+                if hasattr(layer, name):
+                    delattr(layer, name)
+
+
+def drop_compiled_functions(model: keras.layers.Layer) -> None:
+    """Remove traced functions: Keras traces them once, and a trace made before a change would run unchanged.
+
+    A compiled model has to be compiled again. On torch `evaluate` does not ask for that, and returns an empty list.
+    """
+    for layer in model._flatten_layers():
+        for name in ("train_function", "test_function", "predict_function", "generate_function"):
+            if isinstance(layer, keras.Model) and hasattr(layer, name):
+                setattr(layer, name, None)
+        if getattr(layer, "compiled", False):
+            layer.compiled = False
+            layer.test_function = functools.partial(ask_for_compile, layer.name)
+
+
+def ask_for_compile(name: str, *args: Any) -> None:
+    """Replaces the `test_function` of the model `name` until it is compiled again."""
+    raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
