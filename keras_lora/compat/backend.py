@@ -139,6 +139,137 @@ def _torch_frozen_product() -> Any:
     return FrozenProduct
 
 
+def tensor_of(variable: keras.Variable) -> Any:
+    """The value of a variable as a tensor; in TensorFlow, Keras gives the variable itself."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(variable.value)
+    return ops.convert_to_tensor(variable.value)
+
+
+def sum_of_chunks(chunk: Callable[..., Any], size: int, trained: list[Any], state: list[Any], rows: list[Any], train: bool) -> Any:
+    """Return the sum of `chunk` over chunks of `size` rows, and the state after the last chunk.
+
+    Args:
+        chunk: `chunk(trained, state, rows) -> (sum, state)`. The sum is a float32 scalar.
+        size: Rows of a chunk. The last chunk has what is left.
+        trained: Tensors that the sum depends on.
+        state: Tensors that each chunk changes; they have no gradients.
+        rows: Tensors with the same first axis. The sum depends on the first.
+        train: Whether the gradients of `trained` and `rows[0]` are needed.
+
+    The gradients are computed together with the sum, in one pass: nothing of a chunk is kept for a backward pass, and
+    nothing is computed twice. So gradients of these gradients are not defined.
+    """
+    inputs = [rows[0], *trained]
+    x, *trained = (ops.stop_gradient(each) for each in inputs)
+    state = [ops.stop_gradient(each) for each in state]
+    zeros = [ops.zeros(ops.shape(each), "float32") for each in trained] if train else []
+
+    def step(carry: tuple[Any, ...], rows: list[Any]) -> tuple[Any, Any]:
+        total, gradients, state = carry
+        if not train:
+            value, state = chunk(trained, list(state), rows)
+            return (ops.add(total, value), gradients, state), None
+        value, state, dx, found = _with_gradients(chunk, trained, list(state), rows)
+        gradients = [ops.add(each, ops.cast(more, "float32")) for each, more in zip(gradients, found, strict=True)]
+        return (ops.add(total, value), gradients, state), dx
+
+    (total, gradients, state), dx = _fold(step, (ops.zeros((), "float32"), zeros, state), [x, *rows[1:]], size)
+    return (_with_given_gradients(total, inputs, [dx, *gradients]) if train else total), state
+
+
+def _with_gradients(chunk: Callable[..., Any], trained: list[Any], state: list[Any], rows: list[Any]) -> tuple[Any, ...]:
+    """The sum and the state of a chunk, and the gradients of `rows[0]` and of `trained`."""
+    x, *others = rows
+    if keras.backend.backend() == "jax":
+        import jax
+
+        function = jax.value_and_grad(lambda x, trained: chunk(trained, state, [x, *others]), (0, 1), has_aux=True)
+        (value, state), (dx, gradients) = function(x, trained)
+        return value, state, dx, gradients
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([x, *trained])
+            value, state = chunk(trained, state, rows)
+        dx, *gradients = tape.gradient(value, [x, *trained], unconnected_gradients="zero")
+        return value, state, dx, [tf.convert_to_tensor(each) for each in gradients]
+    import torch
+
+    with torch.enable_grad():
+        inputs = [each.detach().requires_grad_() for each in (x, *trained)]
+        value, state = chunk(inputs[1:], state, [inputs[0], *others])
+        found = torch.autograd.grad(value, inputs, allow_unused=True)
+    dx, *gradients = (torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True))
+    return value.detach(), state, dx, gradients
+
+
+def _fold(step: Callable[..., Any], carry: Any, rows: list[Any], size: int) -> tuple[Any, Any]:
+    """Run `step(carry, rows) -> (carry, y)` on each chunk in turn; return the last carry and the `y` one after another."""
+    if keras.backend.backend() == "tensorflow":
+        return _tensorflow_fold(step, carry, rows, size)
+    count = rows[0].shape[0]
+    whole, found = count // size, []
+    if keras.backend.backend() == "jax" and whole:
+        import jax
+
+        parts = [each[: whole * size].reshape(whole, size, *each.shape[1:]) for each in rows]
+        carry, y = jax.lax.scan(step, carry, parts)
+        found.append(None if y is None else y.reshape(whole * size, *y.shape[2:]))
+    first = whole * size if keras.backend.backend() == "jax" else 0
+    for start in range(first, count, size):
+        carry, y = step(carry, [each[start : start + size] for each in rows])
+        found.append(y)
+    return carry, None if found[0] is None else ops.concatenate(found) if len(found) > 1 else found[0]
+
+
+def _tensorflow_fold(step: Callable[..., Any], carry: Any, rows: list[Any], size: int) -> tuple[Any, Any]:
+    """`_fold` in TensorFlow, where the number of rows may be unknown while a function is traced."""
+    import tensorflow as tf
+
+    count = tf.shape(rows[0])[0] if rows[0].shape[0] is None else rows[0].shape[0]
+    whole, left = count // size, count % size
+    shapes = [tuple(each.shape[1:]) for each in rows]
+    parts = tf.TensorArray(rows[0].dtype, size=whole, element_shape=(size, *shapes[0]))
+
+    def body(number: Any, carry: Any, parts: Any) -> tuple[Any, ...]:
+        at = [tf.slice(each, [number * size] + [0] * len(s), [size, *s]) for each, s in zip(rows, shapes, strict=True)]
+        carry, y = step(carry, at)
+        return number + 1, carry, parts if y is None else parts.write(number, y)
+
+    _, carry, parts = tf.while_loop(lambda number, *_: number < whole, body, (0, carry, parts), parallel_iterations=1)
+    rest = [each[whole * size :] for each in rows]
+    if isinstance(left, int) and left == 0:
+        return carry, tf.reshape(parts.stack(), (-1, *shapes[0]))
+
+    def last() -> tuple[Any, Any]:
+        after, y = step(carry, rest)
+        return after, tf.zeros_like(rest[0]) if y is None else y
+
+    known = isinstance(left, int)
+    carry, y = last() if known else tf.cond(left > 0, last, lambda: (carry, tf.zeros_like(rest[0])))
+    return carry, tf.concat([tf.reshape(parts.stack(), (-1, *shapes[0])), y], 0)
+
+
+def _with_given_gradients(value: Any, inputs: list[Any], gradients: list[Any]) -> Any:
+    """`value`, whose gradients with respect to `inputs` are `gradients`."""
+    count = len(inputs)
+
+    def with_gradient(value: Any, *tensors: Any) -> tuple[Any, Callable[..., Any]]:
+        def grad(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
+            dy = ops.cast(args[-1] if upstream is None else upstream, "float32")
+            pairs = zip(tensors[:count], tensors[count:], strict=True)
+            # In float32: the scale of a float16 loss times a gradient can be larger than any float16.
+            return None, *(ops.cast(ops.multiply(ops.cast(g, "float32"), dy), i.dtype) for i, g in pairs), *[None] * count
+
+        return ops.add(value, 0.0), grad
+
+    return ops.custom_gradient(with_gradient)(value, *inputs, *gradients)
+
+
 def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:
     """Return `strength · scale · (x a) b`, added to `y` or to `x kernel`, whichever is given.
 

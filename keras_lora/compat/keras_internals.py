@@ -207,11 +207,28 @@ def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True) 
 
 def copy_mask(source: Any, to: Any) -> Any:
     """Give the tensor `to` the Keras mask of `source`, and return it (there is no public way to set one)."""
-    from keras.src.backend import get_keras_mask, set_keras_mask
-
-    if (mask := get_keras_mask(source)) is not None:
-        set_keras_mask(to, mask)
+    set_mask(to, mask_of(source))
     return to
+
+
+def mask_of(tensor: Any) -> Any:
+    """Return the Keras mask of a tensor, or `None` (there is no public way to read it)."""
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Give a tensor a Keras mask, unless it is `None` (there is no public way)."""
+    from keras.src.backend import set_keras_mask
+
+    if mask is not None:
+        set_keras_mask(tensor, mask)
+
+
+def seed_states(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Return the states of the seed generators of `layer` and its sublayers, which Keras tracks privately."""
+    return [each.state for part in layer._flatten_layers() for each in part._seed_generators]
 
 
 def conv_lstm_cell() -> type[keras.layers.Layer]:
@@ -274,6 +291,16 @@ def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[keras.
     """Return the operation that made a symbolic tensor, and its input tensors (Keras has no public access to the graph)."""
     operation, node_index, _ = tensor._keras_history
     return operation, list(operation._inbound_nodes[node_index].input_tensors)
+
+
+def applied_again(tensor: keras.KerasTensor, x: Any, training: bool | None = None) -> Any:
+    """Apply the operation that made a symbolic tensor from another one to `x`, as a functional model would."""
+    operation, node_index, _ = tensor._keras_history
+    node = operation._inbound_nodes[node_index]
+    args, kwargs = node.arguments.fill_in({id(each): x for each in node.input_tensors})
+    if training is not None and "training" in getattr(operation, "_call_context_args", {}):
+        kwargs["training"] = training
+    return operation(*args, **kwargs)
 
 
 def is_called_in_reverse(layer: keras.layers.Layer) -> bool:

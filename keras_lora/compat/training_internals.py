@@ -88,6 +88,40 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
             layer.test_function = functools.partial(ask_for_compile, layer.name)
 
 
+def forget_steps(model: keras.Model) -> None:
+    """Remove the traced functions that train and evaluate; the model stays compiled, because its variables are the same."""
+    model.train_function = model.test_function = None
+
+
+def compiled_losses(model: keras.Model, y: Any, logits: keras.KerasTensor) -> list[tuple[keras.losses.Loss, Any]]:
+    """Return the losses that `compile` was given, as objects, with their weights; Keras makes them at the first batch.
+
+    The metrics are made too. `logits` is a symbolic tensor.
+    """
+    for each in (model._compile_loss, model._compile_metrics):
+        if each is not None and not each.built:
+            each.build(y, logits)
+    return [(each.loss, each.loss_weights) for each in model._compile_loss._flat_losses] if model._compile_loss else []
+
+
+def compiled_metrics(model: keras.Model) -> keras.Metric | None:
+    """Return the metrics that `compile` was given as one metric, or `None`; `model.metrics` has others too."""
+    return model._compile_metrics
+
+
+def with_added_losses(model: keras.Model, loss: Any) -> Any:
+    """Add the losses of regularizers and of `add_loss`, as `Model.compute_loss` does after the loss of `compile`."""
+    losses = [loss, *(model._aggregate_additional_loss(each) for each in model.losses)]
+    return losses[0] if len(losses) == 1 else keras.ops.sum(losses)
+
+
+def share_of_replica(loss: Any) -> Any:
+    """Divide a mean loss by the number of replicas of a TensorFlow strategy, as the losses of Keras do."""
+    from keras.src.losses.loss import scale_loss_for_distribution
+
+    return scale_loss_for_distribution(loss)
+
+
 def ask_for_compile(name: str, *args: Any) -> None:
     """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
