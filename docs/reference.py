@@ -80,10 +80,10 @@ GROUPS = [
         "Preview, adapt, look, merge and undo. If a layer of yours computes with a kernel, register it.",
         of(
             "keras_lora",
-            *("apply_lora", "remove_lora", "merge_lora", "unmerge_lora"),
+            *("apply_lora", "remove_lora", "merge_lora", "unmerge_lora", "chunk_logits"),
             *("list_targets", "TargetList", "Target", "list_adapters", "AdapterList", "AdapterRow", "register_layer"),
         ),
-        {"index.md": "Quickstart", "how_it_works.md": "How it works"},
+        {"index.md": "Quickstart", "how_it_works.md": "How it works", "chunked_logits.md": "Logits in chunks"},
         ("applying", "inspecting", "merging", "your-own-layers"),
     ),
     Group(

@@ -1067,4 +1067,26 @@ FAULTS = [
         '        if hasattr(base, name) and name != "enable_lora":',
         "test_apply",
     ),
+    # Logits in chunks.
+    Fault(
+        "the gradients of all chunks but the last are lost",
+        "compat/backend.py",
+        'gradients = [ops.add(each, ops.cast(more, "float32")) for',
+        'gradients = [ops.cast(more, "float32") for',
+        "test_chunked_logits",
+    ),
+    Fault(
+        "the loss in chunks divides by the tokens that a mask leaves out too",
+        "logits/chunked.py",
+        "valid = valid if each is None else ops.multiply(valid, ops.cast(each, losses.dtype))",
+        "valid = valid",
+        "test_chunked_logits",
+    ),
+    Fault(
+        "the loss in chunks forgets what regularizers add",
+        "logits/chunked.py",
+        "return training_internals.with_added_losses(model, total)",
+        "return total",
+        "test_chunked_logits",
+    ),
 ]

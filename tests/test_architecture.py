@@ -24,7 +24,7 @@ ORDER = [
     ["combining", "files", "inspecting", "merging"],
     ["switching"],
     ["applying"],
-    ["targets"],
+    ["logits", "targets"],
     ["layers"],
     ["swap"],
     ["linear_map"],

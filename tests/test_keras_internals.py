@@ -415,3 +415,44 @@ def test_whether_a_layer_was_made_in_a_remat_scope(dense):
         inside = layers.Dense(2)
     assert internals.is_rematerialized(inside)
     assert not internals.is_rematerialized(dense)
+
+
+def test_an_operation_of_a_graph_is_applied_again():
+    x = keras.Input((2,))
+    dense, dropout = layers.Dense(3), layers.Dropout(0.5)
+    y, numbers = dense(x), np.ones((4, 2), "float32")
+    given = keras.ops.convert_to_tensor(numbers)
+    assert np.allclose(internals.applied_again(y, given), dense(numbers))
+    assert np.allclose(internals.applied_again(keras.ops.tanh(x) / 2, given), numbers / 2)
+    assert (keras.ops.convert_to_numpy(internals.applied_again(dropout(x), given, training=True)) != numbers).any()
+
+
+def test_the_mask_of_a_tensor():
+    tensor = keras.ops.ones((2, 3))
+    assert internals.mask_of(tensor) is None
+    internals.set_mask(tensor, None)
+    assert internals.mask_of(tensor) is None
+    internals.set_mask(tensor, keras.ops.ones((2,), "bool"))
+    assert internals.mask_of(tensor).shape == (2,)
+
+
+def test_the_states_of_seed_generators():
+    dropout = layers.Dropout(0.5, seed=1)
+    assert internals.seed_states(dropout) == [dropout.seed_generator.state]
+    assert internals.seed_states(layers.Dense(2)) == []
+
+
+def test_what_a_model_was_compiled_with():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(3, kernel_regularizer="l2")])
+    model.compile("sgd", "mse", loss_weights=[0.5], metrics=["mae"])
+    y = np.ones((1, 3), "float32")
+    ((loss, weight),) = training_internals.compiled_losses(model, y, keras.KerasTensor((1, 3)))
+    assert (loss.name, loss.reduction, weight) == ("mse", "sum_over_batch_size", 0.5)
+    assert [each.name for each in training_internals.compiled_metrics(model).metrics] == ["mae"]
+    added = float(training_internals.with_added_losses(model, keras.ops.ones(())))
+    assert added == pytest.approx(1 + float(model.losses[0]))
+    assert float(training_internals.share_of_replica(keras.ops.ones(()))) == 1
+    model.fit(np.ones((1, 2), "float32"), y, verbose=0)
+    training_internals.forget_steps(model)
+    assert model.train_function is None
+    assert model.compiled
