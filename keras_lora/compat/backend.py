@@ -148,7 +148,9 @@ def tensor_of(variable: keras.Variable) -> Any:
     return ops.convert_to_tensor(variable.value)
 
 
-def sum_of_chunks(chunk: Callable[..., Any], size: int, trained: list[Any], state: list[Any], rows: list[Any], train: bool) -> Any:
+def sum_of_chunks(
+    chunk: Callable[..., Any], size: int, trained: list[Any], state: list[Any], rows: list[Any], train: bool
+) -> Any:
     """Return the sum of `chunk` over chunks of `size` rows, and the state after the last chunk.
 
     Args:

@@ -235,4 +235,3 @@ def _summed(loss: keras.losses.Loss, y: Any, logits: Any, weight: Any, mask: Any
 def _is_plain(loss: keras.losses.Loss) -> bool:
     """Whether a loss reduces the numbers of its `call` as Keras's own losses do."""
     return type(loss).__call__ is keras.losses.Loss.__call__
-

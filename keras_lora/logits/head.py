@@ -29,7 +29,9 @@ class Head:
     def __init__(self, model: keras.Model):
         outputs = getattr(keras_internals.graph_of(model) or model, "outputs", None)
         if not outputs or len(outputs) != 1:
-            raise _error(model, f"a {type(model).__name__} " + (f"with {len(outputs)} outputs" if outputs else "without a graph"))
+            raise _error(
+                model, f"a {type(model).__name__} " + (f"with {len(outputs)} outputs" if outputs else "without a graph")
+            )
         self._tensors: list[keras.KerasTensor] = []
         tensor, layer = outputs[0], None
         while layer is None:
