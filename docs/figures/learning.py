@@ -60,6 +60,7 @@ def difference(results: dict[str, Any], arm: str, key: str = "score") -> tuple[f
 
 
 def row(results: dict[str, Any], arm: str) -> list[str]:
+    """A row of the table of a task."""
     fits = list(tested(results, arm).values())
     found, scores = difference(results, arm), [each["score"] for each in fits]
     cells = [arm, f"{fits[0]['rate']:g}", f"{np.mean(scores):.2f}"]
@@ -85,7 +86,8 @@ def table(task: str) -> str:
     settings, versions = results["settings"], results["versions"]
     seeds = {len(tested(results, arm)) for arm in arms}
     words = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    about = f"{settings['about'][0].upper()}{settings['about'][1:]}; {settings['epochs']} epochs, batches of {settings['batch']}."
+    about = f"{settings['about'][0].upper()}{settings['about'][1:]}."
+    about += f" {settings['epochs']} epochs, batches of {settings['batch']}."
     below = f"Score: {settings['unit']}. {words} seeds. {versions['backend']}, Keras {versions['keras']}; {results['date']}."
     return f"{about}\n\n{printing.table(header, [row(results, arm) for arm in arms])}\n\n{below}"
 
