@@ -1,4 +1,4 @@
-"""Time and memory of a training step with `keras_lora.chunk_logits`, against the same step with the logits of the whole batch.
+"""Time and memory of a training step with `keras_lora.chunk_logits`, and with the logits of the whole batch.
 
     python benchmarks/chunked_logits.py run        # measures on each backend, and writes results/chunked_logits.json
     python benchmarks/chunked_logits.py page       # writes the table in docs/chunked_logits.md from that file

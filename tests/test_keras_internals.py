@@ -456,3 +456,17 @@ def test_what_a_model_was_compiled_with():
     training_internals.forget_steps(model)
     assert model.train_function is None
     assert model.compiled
+
+
+def test_without_autocast():
+    seen = []
+
+    class Reads(layers.Dense):
+        def call(self, inputs):
+            with internals.without_autocast():
+                seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
+            seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
+            return super().call(inputs)
+
+    Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
+    assert seen[-2:] == ["float32", "bfloat16"]

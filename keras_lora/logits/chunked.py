@@ -172,8 +172,8 @@ class ChunkedSteps:
         kinds = [f"{type(loss).__name__}(reduction={loss.reduction!r})" for loss, _ in losses]
         if len(losses) != 1 or losses[0][0].reduction in (None, "none") or not _is_plain(losses[0][0]):
             raise ValueError(
-                f"The logits of '{self.model.name}' are computed in chunks, which needs one loss that is the mean or the sum of "
-                f"one number for each position. Received: {', '.join(kinds) or 'no loss'}. Compile it with one such loss, for "
+                f"The logits of '{self.model.name}' are computed in chunks, which needs one loss that is the mean or the sum "
+                f"of one number for each position. Received: {', '.join(kinds) or 'no loss'}. Compile it with one such loss, for "
                 "example `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`, or call "
                 "`keras_lora.chunk_logits(model, tokens=None)`."
             )
@@ -210,8 +210,8 @@ def _fit(name: str, array: Any, positions: tuple[Any, ...], last: bool = True) -
     same = all(a == b or a is None or b is None for a, b in zip(shape, positions, strict=False))
     if not same or not len(positions) <= len(shape) <= len(positions) + last:
         raise ValueError(
-            f"The logits are computed in chunks of positions. Expected `{name}` to have an entry for each position, shape "
-            f"{positions}. Received: {name} of shape {tuple(array.shape)}. Repeat it for each position."
+            f"The logits are computed in chunks of positions. Expected `{name}` to have an entry for each position, "
+            f"shape {positions}. Received: {name} of shape {tuple(array.shape)}. Repeat it for each position."
         )
     return array
 
