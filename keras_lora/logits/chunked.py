@@ -92,8 +92,8 @@ class ChunkedSteps:
         if own:
             raise ValueError(
                 f"`chunk_logits()` replaces methods that the class of '{model.name}' defines itself. Expected those of "
-                f"`keras.Model`. Received: a {type(model).__name__} with {', '.join(f'`{name}`' for name in own)}. Train this "
-                "model without `chunk_logits`."
+                f"`keras.Model`. Received: a {type(model).__name__} with {', '.join(f'`{name}`' for name in own)}. Train "
+                "this model without `chunk_logits`."
             )
         self._in_step = contextvars.ContextVar("in_step", default=False)
 
@@ -172,9 +172,9 @@ class ChunkedSteps:
         kinds = [f"{type(loss).__name__}(reduction={loss.reduction!r})" for loss, _ in losses]
         if len(losses) != 1 or losses[0][0].reduction in (None, "none") or not _is_plain(losses[0][0]):
             raise ValueError(
-                f"The logits of '{self.model.name}' are computed in chunks, which needs one loss that is the mean or the sum "
-                f"of one number for each position. Received: {', '.join(kinds) or 'no loss'}. Compile it with one such loss, for "
-                "example `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`, or call "
+                f"The logits of '{self.model.name}' are computed in chunks, which needs one loss that is the mean or the "
+                f"sum of one number for each position. Received: {', '.join(kinds) or 'no loss'}. Compile it with one such "
+                "loss, for example `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`, or call "
                 "`keras_lora.chunk_logits(model, tokens=None)`."
             )
         return losses[0]
@@ -217,7 +217,7 @@ def _fit(name: str, array: Any, positions: tuple[Any, ...], last: bool = True) -
 
 
 def _summed(loss: keras.losses.Loss, y: Any, logits: Any, weight: Any, mask: Any) -> tuple[Any, ...]:
-    """What `Loss.__call__` reduces to one number: the weighted sum of losses, and the sums of the mask and of the weights."""
+    """What `Loss.__call__` reduces to one number: the weighted sum of losses, and the sums of mask and weights."""
     losses = loss.call(ops.convert_to_tensor(y, dtype=loss.dtype), ops.convert_to_tensor(logits, dtype=loss.dtype))
     if len(losses.shape) != 1:
         raise ValueError(

@@ -12,8 +12,8 @@ from keras_lora.compat import keras_internals
 
 _EXPECTED = (
     "Expected a Functional or Sequential model (every `CausalLM` of KerasHub is one) with one output, whose last layer "
-    "with weights is a `Dense`, an `EinsumDense` or a `ReversibleEmbedding` called with `reverse=True`, followed only by operations "
-    "on each position alone, such as an activation or a soft cap"
+    "with weights is a `Dense`, an `EinsumDense` or a `ReversibleEmbedding` called with `reverse=True`, followed only by "
+    "operations on each position alone, such as an activation or a soft cap"
 )
 
 
