@@ -204,14 +204,14 @@ class _Rows:
 def _fit(name: str, array: Any, positions: tuple[Any, ...], last: bool = True) -> Any:
     """`array`, if it has an entry for each position; labels may have another axis."""
     array = ops.convert_to_tensor(array)
-    shape = tuple(array.shape)
+    shape = given = tuple(array.shape)
     if len(shape) == len(positions) + 1 and shape[-1] == 1:
         array, shape = ops.squeeze(array, -1), shape[:-1]
     same = all(a == b or a is None or b is None for a, b in zip(shape, positions, strict=False))
     if not same or not len(positions) <= len(shape) <= len(positions) + last:
         raise ValueError(
             f"The logits are computed in chunks of positions. Expected `{name}` to have an entry for each position, "
-            f"shape {positions}. Received: {name} of shape {tuple(array.shape)}. Repeat it for each position."
+            f"shape {positions}. Received: {name} of shape {given}. Repeat it for each position."
         )
     return array
 

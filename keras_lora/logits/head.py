@@ -72,8 +72,8 @@ class Head:
         try:
             together = self.logits(x, training=False)
             alone = ops.concatenate([self.logits(x[..., i : i + 1, :], training=False) for i in range(3)], axis=-2)
-            far = ops.max(ops.abs(together - alone)) > 0.1 * ops.max(ops.abs(together))
-            mixed = tuple(together.shape) != (*x.shape[:-1], self.vocabulary) or bool(far)
+            mixed = {tuple(together.shape), tuple(alone.shape)} != {(*x.shape[:-1], self.vocabulary)}
+            mixed = mixed or bool(ops.max(ops.abs(together - alone)) > 0.1 * ops.max(ops.abs(together)))
         except (ValueError, TypeError, RuntimeError) as error:
             raise _error(model, f"operations after '{self.layer.name}' that fail on three positions ({error})") from error
         if mixed:
