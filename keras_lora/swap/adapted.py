@@ -22,7 +22,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import beside, flags, rebuilding, refusals, slots
+from keras_lora.swap import beside, flags, kernels, rebuilding, refusals, slots
 from keras_lora.swap.addresses import by_address, walk
 
 #: The extra key in a config, and in the weights of an adapted layer.
@@ -165,15 +165,21 @@ class AdaptedLayer(AdaptedContainer):
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
+    @AdaptedContainer.trainable.setter  # type: ignore[attr-defined]
+    def trainable(self, value: bool) -> None:
+        # The codes of a kernel are integers, which never train.
+        self.base_class.trainable.fset(view_of(self, self.base_class, **keras_internals.with_floats_only(self)), value)
+        keras_internals.set_own_trainable(self, bool(value))
+        if value:
+            flags.follow_plan(self)
+
     def save_own_variables(self, store: Any) -> None:
-        view_of(self, self.base_class).save_own_variables(store)
+        kernels.save_into(self, maps_of(self), store)
         beside.save_into(self, store)
         store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        view = view_of(self, self.base_class)
-        view.load_own_variables({key: each for key, each in beside.load_from(self, store).items() if key != KEY})
-        vars(self).update(vars(view))  # a layer may set attributes when it is loaded
+        kernels.load_from(self, maps_of(self), {k: each for k, each in beside.load_from(self, store).items() if k != KEY})
         for linear, adapter in self.adapted_maps():
             if adapter.built:
                 adapter.base_changed(linear)
@@ -209,6 +215,8 @@ def _changed_kernel(map_class: type[LinearMap]) -> property:
     def kernel(self: Any) -> Any:
         linear = map_class(self)
         change, plain = slots.change_in_call(linear), getattr(linear.plain, linear.kernel_name)
+        if linear.base_dtype == "nf4":
+            plain = linear.kernel
         if change is None or not change.built or quantization.mode_of(self) is not None:
             return plain  # a quantised layer returns stored integers, to which no change can be added
         return keras.ops.cast(linear.changed_kernel(change), keras.ops.convert_to_tensor(plain).dtype)
@@ -292,14 +300,28 @@ def use_frozen_product(layer: keras.layers.Layer) -> None:
         keras_internals.forget_call_signature(layer)
 
 
+def store_reduced(linear: LinearMap, word: str) -> None:
+    """Store a kernel of a layer in fewer digits; the layer gets the class that can read them."""
+    layer = linear.layer
+    if not isinstance(layer, AdaptedLayer):
+        _become(layer, adapted_class(type(layer)))
+        keras_internals.forget_call_signature(layer)
+    kernels.store(linear, word)
+
+
 def set_plain(layer: Any) -> None:
-    """Restore the original class of one adapted layer or container; an adapted layer loses its adapter."""
+    """Restore the original class of one adapted layer or container; an adapted layer loses its adapter.
+
+    A layer that was built with its kernels in fewer digits keeps them, and the class that can read them.
+    """
     if isinstance(layer, AdaptedLayer):
         for linear in maps_of(layer):
             for adapter in slots.adapters_of(linear):
                 slots.take(linear, adapter)
     if isinstance(layer, AdaptedContainer):
         vars(layer).pop(_REBUILDS, None)
+        if isinstance(layer, AdaptedLayer) and any(linear.stored for linear in maps_of(layer)):
+            return
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
@@ -357,6 +379,8 @@ def describe(owner: Any) -> dict[str, Any]:
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
             maps = {linear.part: linear for linear in maps_of(place.layer)}
+            words = {address_of(place.address, linear): kernels.describe(linear) for linear in maps.values()}
+            description["base_dtypes"].update({address: word for address, word in words.items() if word})
             for adapter in slots.adapters_in(place.layer):
                 linear = maps[adapter.part]
                 address = address_of(place.address, linear)
@@ -369,8 +393,6 @@ def describe(owner: Any) -> dict[str, Any]:
                         "adapter": keras.saving.serialize_keras_object(adapter),
                     }
                 )
-                if linear.layer.built and linear.base_dtype is not None:
-                    description["base_dtypes"][address] = linear.base_dtype
         if (quantized := quantization.describe(place.layer)) is not None:
             description["quantized"][place.address] = quantized
     return description
@@ -389,7 +411,7 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             set_adapter(linear, adapters.get(entry["adapter"]), entry["name"], entry["slot"])
         _when_built(linear.layer, _set_strength, linear.layer, entry["slot"], entry["strength"])
     for address, dtype in description.get("base_dtypes", {}).items():
-        _when_built(maps[address].layer, maps[address].store_kernel, dtype)
+        _when_built(maps[address].layer, store_reduced, maps[address], dtype)
     holder = owner
     for place in walk(owner):
         if not isinstance(place.layer, adapters.Adapter):
