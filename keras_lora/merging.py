@@ -16,8 +16,8 @@ from keras_lora.checks import AnyLayer
 from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, kernels, slots
-from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers
-from keras_lora.swap.addresses import by_address, walking_once
+from keras_lora.swap.adapted import adapted_maps, maps_by_address, maps_of, named_adapters, set_adapter, set_containers
+from keras_lora.swap.addresses import by_address, walk, walking_once
 
 _KEPT = "_keras_lora_kept"
 
@@ -81,7 +81,9 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         if keep:
             beside.store(model)
             kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model), deepcopy(beside.taken(model)))
-        were_built_so = [linear for linear, _ in adapted.values() if linear.stored and linear.stored.found]
+        were_built_so = [
+            linear for place in walk(model) for linear in maps_of(place.layer) if linear.stored and linear.stored.found
+        ]
         for address, (linear, change) in adapted.items():
             step(f"merging {address}")
             if kept is not None:
@@ -89,6 +91,8 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
                 kept.base_dtypes[address] = kernels.describe(linear)
             linear.store_kernel(None)
             linear.kernel_variable.assign(_merged_kernel(linear, change))
+        for linear in were_built_so:
+            linear.store_kernel(None)
     take_out(model, merged=True)
     for linear in were_built_so:
         linear.kernel_variable.trainable = True  # it was a frozen variable before `apply_lora`
