@@ -94,10 +94,10 @@ class StoredKernel:
         vars(self.layer)[_STORED] = {**others, **kept}
         if dtype == "nf4":
             self._pack(value)
-            return
-        keras_internals.store_variable(variable, dtype or own, autocast=dtype is None, value=value)
-        if packed:
-            variable.trainable = trainable
+        else:
+            keras_internals.store_variable(variable, dtype or own, autocast=dtype is None, value=value)
+            variable.trainable = trainable if packed else variable.trainable
+        keras_internals.track_torch_parameters(self.layer)  # else torch keeps the old array too
 
     @property
     def stored_variables(self) -> list[keras.Variable]:

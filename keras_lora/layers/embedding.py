@@ -71,8 +71,9 @@ class ReverseMap(LinearMap):
 
     def own_output(self, x: Any) -> Any:
         if self.base_dtype == "nf4":
-            dtype = self.layer.reverse_dtype or self.product_dtype
-            return self.apply(ops.cast(x, dtype), ops.cast(self.matrix, dtype))
+            # In the dtype of the layer's own product: an embedding does not cast the hidden states.
+            dtype = self.layer.reverse_dtype or keras.backend.result_type(x.dtype, self.stored.dtype)
+            return self.apply(ops.cast(x, dtype), self.as_matrix(self.unpacked(dtype)))
         # With a `reverse_dtype`, the layer casts the kernel to that dtype.
         if self.base_dtype is not None and self.layer.reverse_dtype is None:
             return self.in_base_dtype(x, lambda x: self.apply(x, self.matrix))
@@ -81,7 +82,7 @@ class ReverseMap(LinearMap):
 
     def transposed(self, dy: Any) -> Any:
         table = self.table
-        dtype = table.dtype if self.layer.reverse_dtype is None else dy.dtype
+        dtype = table.dtype if self.layer.reverse_dtype is None and self.base_dtype != "nf4" else dy.dtype
         return ops.matmul(ops.cast(dy, dtype), ops.cast(table, dtype))
 
     @property
