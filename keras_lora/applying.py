@@ -27,7 +27,7 @@ from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.swap.other_models import sharing, warn_of_shared
 from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
-from keras_lora.targets.target_list import ALREADY, Target
+from keras_lora.targets.target_list import ALREADY
 
 
 @checks.helpful
@@ -88,8 +88,8 @@ def apply_lora(
             of blocks (an encoder, a decoder) is counted separately. In a model without repeated blocks, fractions count the
             adaptable layers in their order.
         base_dtype: How to store the kernels of the adapted layers; by default they keep their dtype. The adapters stay
-            float32. `"bfloat16"` takes half the memory of float32, and products are computed in it. `"nf4"` takes 4.13 bits a
-            parameter ([QLoRA](https://arxiv.org/abs/2305.14314)); products are computed in the compute dtype of the layer.
+            float32. `"bfloat16"` takes half the memory of float32, and products are computed in it. `"nf4"` takes 4.13 bits
+            a parameter ([QLoRA](https://arxiv.org/abs/2305.14314)); products are computed in the compute dtype of the layer.
             `remove_lora` and `merge_lora` then restore the float dtype, but the digits that were rounded away are lost.
             `"int8"` and `"int4"` (in blocks of 64) quantise the layers with Keras's own modes first; they stay quantised
             after `remove_lora`. See [Reduced bases](how_it_works.md#reduced-bases-during-a-step).
@@ -137,10 +137,10 @@ def apply_lora(
     if base_dtype is not None:
         reducing.check(kernels_of, base_dtype)
     if base_dtype in quantization.MODES:
-        reducing.quantize(kernels_of, base_dtype)
+        reducing.quantize(kernels_of, str(base_dtype))
     for row in rows.of("train"):
-        for linear in maps_of(row.layer):
-            linear.store_kernel(None)  # codes cannot train
+        for each in maps_of(row.layer):
+            each.store_kernel(None)  # codes cannot train
     addresses = {(id(linear.layer), linear.part): address for address, linear in maps_by_address(model).items()}
     started = [
         (linear, _started(linear, addresses[id(linear.layer), linear.part], row.adapter))

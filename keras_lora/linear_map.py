@@ -33,6 +33,7 @@ from keras import ops
 from keras_lora.compat import backend, keras_internals, quantization
 from keras_lora.compat.stored_kernel import StoredKernel
 
+
 def view_of(layer: keras.layers.Layer, cls: type, /, **attributes: Any) -> Any:
     """A shallow copy of `layer`, of class `cls`, in which `attributes` replace those of the layer.
 

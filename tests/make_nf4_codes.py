@@ -35,7 +35,9 @@ def main() -> None:
 
     arrays = {}
     for shape in SHAPES:
-        codes, state = bnb.quantize_4bit(torch.tensor(nf4_weights(shape)), blocksize=64, quant_type="nf4", compress_statistics=True)
+        codes, state = bnb.quantize_4bit(
+            torch.tensor(nf4_weights(shape)), blocksize=64, quant_type="nf4", compress_statistics=True
+        )
         found = {"codes": codes.reshape(-1), "absmax": state.absmax, "scale": state.state2.absmax, "mean": state.offset}
         arrays |= {f"{shape[0]}x{shape[1]}.{name}": each.numpy() for name, each in found.items()}
     np.savez_compressed(PATH, **arrays)

@@ -93,7 +93,9 @@ def test_a_base_in_nf4_trains_saves_merges_and_is_given_back(tmp_path, tied):
     model = language_model(tied)
     plain, paths, kernels = outputs(model, TOKENS), [v.path for v in model.weights], [value(v).copy() for v in model.weights]
     count = len(model.trainable_variables)
-    keras_lora.apply_lora(model, rank=2, targets=[*EVERYTHING, *([] if tied else ["words/reverse_embeddings"])], base_dtype="nf4")
+    keras_lora.apply_lora(
+        model, rank=2, targets=[*EVERYTHING, *([] if tied else ["words/reverse_embeddings"])], base_dtype="nf4"
+    )
     before, codes = outputs(model, TOKENS), integers(model)
     assert 0 < difference(before, plain) < 0.2
     assert type(model.get_layer("dense")).__name__ == "Dense"
@@ -122,7 +124,9 @@ def test_a_base_in_nf4_trains_saves_merges_and_is_given_back(tmp_path, tied):
     assert difference(outputs(loaded, TOKENS), before) < 1e-6
     assert [v.path for v in loaded.weights] == paths
     assert len(loaded.trainable_variables) == count
-    errors = [np.sqrt(np.mean((value(v) - old) ** 2)) / (old.std() or 1) for v, old in zip(loaded.weights, kernels, strict=True)]
+    errors = [
+        np.sqrt(np.mean((value(v) - old) ** 2)) / (old.std() or 1) for v, old in zip(loaded.weights, kernels, strict=True)
+    ]
     assert max(errors) < 0.13
 
 
@@ -191,7 +195,10 @@ def test_a_layer_that_trains_in_full_becomes_float():
     model = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.Dense(2, name="out")])
     keras_lora.apply_lora(model, rank=1, head=None, base_dtype="nf4")
     keras_lora.apply_lora(model, rank=1, targets="dense*", train="out", name="second")
-    assert [v.path.split("/")[-2:] for v in model.trainable_variables if "lora" not in v.path] == [["out", "kernel"], ["out", "bias"]]
+    assert [v.path.split("/")[-2:] for v in model.trainable_variables if "lora" not in v.path] == [
+        ["out", "kernel"],
+        ["out", "bias"],
+    ]
     assert model.get_layer("out").kernel.shape == (8, 2)
 
 
@@ -278,7 +285,10 @@ def test_a_model_is_quantised_while_it_is_built_and_loaded(tmp_path, monkeypatch
 
 
 def test_reduced_base_refuses_what_no_float_file_can_be_loaded_into():
-    with pytest.raises(ValueError, match=r"`base_dtype` must be one of \('nf4', 'bfloat16'\) here"), keras_lora.reduced_base("int8"):
+    with (
+        pytest.raises(ValueError, match=r"`base_dtype` must be one of \('nf4', 'bfloat16'\) here"),
+        keras_lora.reduced_base("int8"),
+    ):
         pass
     with pytest.raises(ValueError, match="`layers` must be layer classes"), keras_lora.reduced_base(layers=("dense",)):
         pass

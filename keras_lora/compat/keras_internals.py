@@ -199,8 +199,8 @@ def drawn_seed(generator: keras.random.SeedGenerator, drawn: Any) -> keras.rando
 def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True, value: Any = None) -> None:
     """Store `variable` in another dtype, in place: a new variable would change the order of the layer's weights.
 
-    Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype. A `value` may have another
-    shape.
+    Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype. A `value` may have
+    another shape.
     """
     value = keras.ops.convert_to_tensor(variable) if value is None else value
     value = keras.ops.cast(keras.ops.stop_gradient(value), dtype)
@@ -222,8 +222,12 @@ def without_variables(layer: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def with_floats_only(layer: Any) -> dict[str, Any]:
-    """Return the attribute for a view of `layer` whose setter of `trainable` leaves out integers: torch refuses them."""
-    return {"_trainable_variables": [v for v in layer._trainable_variables if keras.backend.is_float_dtype(v.dtype)]}
+    """Return the attribute for a view of `layer` whose setter of `trainable` leaves out integers, which torch refuses.
+
+    It is empty if there are none.
+    """
+    floats = [v for v in layer._trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+    return {} if len(floats) == len(layer._trainable_variables) else {"_trainable_variables": floats}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """NF4: 4-bit NormalFloat with double quantisation, in plain Keras operations.
 
-A number is one of 16 quantiles of a normal distribution, times the largest absolute value (absmax) of its block of 64. The
-absmax of a block is stored in 8 bits: less the mean of all blocks, as one of 256 numbers times the absmax of 256 blocks. That
-takes 4.127 bits a number. Tables, order and rounding are those of bitsandbytes, so the codes are equal.
+A number is one of 16 quantiles of a normal distribution, times the largest absolute value (absmax) of its block of 64.
+The absmax of a block is stored in 8 bits: less the mean of all blocks, as one of 256 numbers times the absmax of 256
+blocks. That takes 4.127 bits a number. Tables, order and rounding are those of bitsandbytes, so the codes are equal.
 
 Reference:
     [Dettmers et al., 2023](https://arxiv.org/abs/2305.14314)
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -24,8 +23,8 @@ BLOCK = 64
 GROUP = 256
 #: Numbers that are quantised at a time, so that the arrays in between stay small.
 _AT_A_TIME = 64 * BLOCK * GROUP
-#: Below this, an absmax has no inverse in float32.
-_SMALLEST = 1e-38
+#: The least absmax: a little above the smallest number that XLA does not take for 0.
+_SMALLEST = 1.2e-38
 
 #: Table 5 of the paper.
 TABLE = np.array(

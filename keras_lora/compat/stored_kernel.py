@@ -44,11 +44,11 @@ class StoredKernel:
     """The part of a linear map that stores its kernel."""
 
     layer: Any
-    plain: Any
     kernel_name: str
-    kernel_shape: tuple[int, ...]
-    kernel_variable: keras.Variable
-    matrix_shape: tuple[int, ...]
+    plain: Any
+    kernel_shape: Any
+    kernel_variable: Any
+    matrix_shape: Any
     as_matrix: Any
     as_kernel: Any
     #: Whether the kernel can be stored in NF4: all code that reads it asks this map for it.
@@ -61,6 +61,11 @@ class StoredKernel:
         """How `store_kernel` has stored the kernel, or `None` if the kernel has its original dtype."""
         found: Stored | None = vars(self.layer).get(_STORED, {}).get(self.kernel_name)
         return found
+
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of the kernel if it is not stored in another."""
+        return keras.backend.standardize_dtype(self.kernel_variable.dtype) if self.stored is None else self.stored.dtype
 
     @property
     def base_dtype(self) -> str | None:
@@ -79,7 +84,7 @@ class StoredKernel:
         more variables, which do not train.
         """
         was, variable = self.stored, self.kernel_variable
-        own = keras.backend.standardize_dtype(variable.dtype) if was is None else was.dtype
+        own = self.float_dtype
         dtype = None if dtype == own else dtype
         if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
             return

@@ -72,7 +72,7 @@ class ReverseMap(LinearMap):
     def own_output(self, x: Any) -> Any:
         if self.base_dtype == "nf4":
             # In the dtype of the layer's own product: an embedding does not cast the hidden states.
-            dtype = self.layer.reverse_dtype or keras.backend.result_type(x.dtype, self.stored.dtype)
+            dtype = self.layer.reverse_dtype or keras.backend.result_type(x.dtype, self.float_dtype)
             return self.apply(ops.cast(x, dtype), self.as_matrix(self.unpacked(dtype)))
         # With a `reverse_dtype`, the layer casts the kernel to that dtype.
         if self.base_dtype is not None and self.layer.reverse_dtype is None:

@@ -44,7 +44,9 @@ class AdaptedContainer:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        self.base_class.trainable.fset(self, value)
+        floats = keras_internals.with_floats_only(self)  # the codes of a kernel never train
+        self.base_class.trainable.fset(view_of(self, self.base_class, **floats) if floats else self, value)
+        keras_internals.set_own_trainable(self, bool(value))
         if value:
             flags.follow_plan(self)
 
@@ -165,14 +167,6 @@ class AdaptedLayer(AdaptedContainer):
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
-    @AdaptedContainer.trainable.setter  # type: ignore[attr-defined]
-    def trainable(self, value: bool) -> None:
-        # The codes of a kernel are integers, which never train.
-        self.base_class.trainable.fset(view_of(self, self.base_class, **keras_internals.with_floats_only(self)), value)
-        keras_internals.set_own_trainable(self, bool(value))
-        if value:
-            flags.follow_plan(self)
-
     def save_own_variables(self, store: Any) -> None:
         kernels.save_into(self, maps_of(self), store)
         beside.save_into(self, store)
@@ -214,9 +208,8 @@ def _changed_kernel(map_class: type[LinearMap]) -> property:
 
     def kernel(self: Any) -> Any:
         linear = map_class(self)
-        change, plain = slots.change_in_call(linear), getattr(linear.plain, linear.kernel_name)
-        if linear.base_dtype == "nf4":
-            plain = linear.kernel
+        packed = linear.base_dtype == "nf4"
+        change, plain = slots.change_in_call(linear), linear.kernel if packed else getattr(linear.plain, linear.kernel_name)
         if change is None or not change.built or quantization.mode_of(self) is not None:
             return plain  # a quantised layer returns stored integers, to which no change can be added
         return keras.ops.cast(linear.changed_kernel(change), keras.ops.convert_to_tensor(plain).dtype)
@@ -268,19 +261,14 @@ def set_adapter(
         slot: The attribute of the layer for the adapter; by default the first free one.
     """
     layer: Any = linear.layer
-    if not isinstance(layer, AdaptedLayer):
-        _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
-        keras_internals.forget_call_signature(layer)
+    _become_adapted(layer)
     slots.put(linear, adapter, name, slot)
     if not adapter.built:
         keras_internals.when_built(layer, lambda: slots.start(linear, adapter))
 
 
 def set_containers(model: keras.layers.Layer) -> None:
-    """Make an adapted container of every layer at or below `model` that has a training mark and contains other layers.
-
-    Layers with a quantised way back are changed too.
-    """
+    """Make an adapted container of every layer with a mark and sublayers, and change layers with a quantised way back."""
     for layer in by_address(model).values():
         plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
         if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
@@ -294,26 +282,18 @@ def use_frozen_product(layer: keras.layers.Layer) -> None:
 
     Keras gives that way no gradient in int8, so the adapters before it would not learn; its float table is kept in a step.
     """
-    cls = adapted_class(type(layer)) if quantization.quantizes_way_back(layer) else None
-    if cls is not None and not isinstance(layer, AdaptedLayer):
-        _become(layer, cls)
-        keras_internals.forget_call_signature(layer)
+    if quantization.quantizes_way_back(layer) and maps_of(layer):
+        _become_adapted(layer)
 
 
 def store_reduced(linear: LinearMap, word: str) -> None:
-    """Store a kernel of a layer in fewer digits; the layer gets the class that can read them."""
-    layer = linear.layer
-    if not isinstance(layer, AdaptedLayer):
-        _become(layer, adapted_class(type(layer)))
-        keras_internals.forget_call_signature(layer)
+    """Store a kernel in fewer digits; its layer gets the class that reads them."""
+    _become_adapted(linear.layer)
     kernels.store(linear, word)
 
 
 def set_plain(layer: Any) -> None:
-    """Restore the original class of one adapted layer or container; an adapted layer loses its adapter.
-
-    A layer that was built with its kernels in fewer digits keeps them, and the class that can read them.
-    """
+    """Restore the original class of one adapted layer or container; an adapted layer loses its adapter."""
     if isinstance(layer, AdaptedLayer):
         for linear in maps_of(layer):
             for adapter in slots.adapters_of(linear):
@@ -321,7 +301,7 @@ def set_plain(layer: Any) -> None:
     if isinstance(layer, AdaptedContainer):
         vars(layer).pop(_REBUILDS, None)
         if isinstance(layer, AdaptedLayer) and any(linear.stored for linear in maps_of(layer)):
-            return
+            return  # it was built so, and needs the class
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
@@ -356,6 +336,12 @@ def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
     return {address_of(place.address, linear): linear for place in walk(model) for linear in maps_of(place.layer)}
 
 
+def _become_adapted(layer: Any) -> None:
+    if not isinstance(layer, AdaptedLayer):
+        _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
+        keras_internals.forget_call_signature(layer)
+
+
 def _become(layer: keras.layers.Layer, cls: Any) -> None:
     """Change the class of `layer`. No other code in this package assigns to `__class__`."""
     layer.__class__ = cls
@@ -379,8 +365,8 @@ def describe(owner: Any) -> dict[str, Any]:
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
             maps = {linear.part: linear for linear in maps_of(place.layer)}
-            words = {address_of(place.address, linear): kernels.describe(linear) for linear in maps.values()}
-            description["base_dtypes"].update({address: word for address, word in words.items() if word})
+            stored = [linear for linear in maps.values() if linear.stored]
+            description["base_dtypes"] |= {address_of(place.address, each): kernels.describe(each) for each in stored}
             for adapter in slots.adapters_in(place.layer):
                 linear = maps[adapter.part]
                 address = address_of(place.address, linear)
@@ -409,7 +395,7 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
         linear = maps[entry["address"]]
         if not hasattr(linear.layer, entry["slot"]):
             set_adapter(linear, adapters.get(entry["adapter"]), entry["name"], entry["slot"])
-        _when_built(linear.layer, _set_strength, linear.layer, entry["slot"], entry["strength"])
+        _when_built(linear.layer, slots.set_strength, linear.layer, entry["slot"], entry["strength"])
     for address, dtype in description.get("base_dtypes", {}).items():
         _when_built(maps[address].layer, store_reduced, maps[address], dtype)
     holder = owner
@@ -426,10 +412,6 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             _when_built(layer, layer._freeze_base)
     set_containers(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
-
-
-def _set_strength(layer: keras.layers.Layer, slot: str, strength: float) -> None:
-    getattr(layer, slot).strength.assign(strength)
 
 
 def _when_built(layer: keras.layers.Layer, function: Any, *args: Any) -> None:

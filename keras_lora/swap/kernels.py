@@ -28,7 +28,7 @@ def describe(linear: LinearMap) -> str | None:
 
 def store(linear: LinearMap, word: str | None) -> None:
     """Store a kernel as `describe` says."""
-    linear.store_kernel(word.removesuffix(FOUND) if word else None, found=bool(word) and word.endswith(FOUND))
+    linear.store_kernel(word.removesuffix(FOUND) if word else None, found=word is not None and word.endswith(FOUND))
 
 
 def save_into(layer: Any, maps: Iterable[LinearMap], saved: Any) -> None:
@@ -53,8 +53,8 @@ def load_from(layer: Any, maps: Iterable[LinearMap], saved: dict[str, Any]) -> N
     if found:
         raise ValueError(
             f"The layer '{layer.name}' cannot load what this file has of it. Expected float kernels, or those that it "
-            f"stores in NF4 itself, with {parts}. Received: kernels in NF4, with {sorted(found)}. Load the file into a model "
-            "of `keras_lora.apply_lora(..., base_dtype='nf4')` with the same targets."
+            f"stores in NF4 itself, with {parts}. Received: kernels in NF4, with {sorted(found)}. Load the file into a "
+            "model of `keras_lora.apply_lora(..., base_dtype='nf4')` with the same targets."
         )
     words = [(linear, describe(linear)) for linear in packed]
     for linear in packed:

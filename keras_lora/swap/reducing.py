@@ -33,9 +33,9 @@ def check(kernels: Sequence[tuple[str, LinearMap]], base_dtype: str) -> None:
     floats = [(path, linear) for path, linear in kernels if quantization.mode_of(linear.layer) is None]
     if base_dtype == "nf4" and (refused := [path for path, linear in floats if not linear.packs]):
         raise ValueError(
-            f"base_dtype='nf4' cannot store the kernels at {refused}: the code of these layers reads them as they are stored. "
-            "Expected kernels of Dense, EinsumDense, Embedding, ReversibleEmbedding or a convolution. Leave these out with "
-            "`exclude`, or use base_dtype='bfloat16'."
+            f"base_dtype='nf4' cannot store the kernels at {refused}: the code of these layers reads them as they are "
+            "stored. Expected kernels of Dense, EinsumDense, Embedding, ReversibleEmbedding or a convolution. Leave these out "
+            "with `exclude`, or use base_dtype='bfloat16'."
         )
     if base_dtype not in quantization.MODES:
         return
@@ -61,8 +61,8 @@ def quantize(kernels: Iterable[tuple[str, LinearMap]], mode: str) -> None:
                 quantization.quantize(linear.layer, mode)
             except Exception as error:
                 raise ValueError(
-                    f"Keras could not quantise '{path}' in {mode}: {error} Received: base_dtype={mode!r}; quantised already: "
-                    f"{done}. Leave the layer out with `exclude`, or use base_dtype='bfloat16' or 'nf4'."
+                    f"Keras could not quantise '{path}' in {mode}: {error} Received: base_dtype={mode!r}; quantised "
+                    f"already: {done}. Leave the layer out with `exclude`, or use base_dtype='bfloat16' or 'nf4'."
                 ) from error
             done.append(path)
 

@@ -82,6 +82,11 @@ def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
         kernels.restore_found([linear])
 
 
+def set_strength(layer: keras.layers.Layer, slot: str, strength: float) -> None:
+    """Set the strength of the adapter in a slot."""
+    getattr(layer, slot).strength.assign(strength)
+
+
 def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str | None:
     """Return the attribute of `layer` that contains `adapter`, or `None`."""
     return next((name for name, value in keras_internals.attributes_of(layer).items() if value is adapter), None)
