@@ -3,8 +3,9 @@
     KERAS_BACKEND=torch python benchmarks/reduced_memory.py --layers 16
 
 The model is KerasHub's Llama, in the widths of Llama-3.2-1B. `keras_lora.reduced_base` quantises each kernel as soon as
-it is built, so there is never a float copy of the model. `--json FILE` keeps the result. "Peak" is the most memory that this process has had, from its start, with
-Python and Keras. "Full" is what full fine-tuning with Adam needs at least, without activations: 16 bytes a parameter.
+it is built, so there is never a float copy of the model. `--json FILE` keeps the result. "Peak" is the most memory that
+this process has had, from its start, with Python and Keras. "Full" is what full fine-tuning with Adam needs at least,
+without activations: 16 bytes a parameter.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def check(kernels: Sequence[tuple[str, LinearMap]], base_dtype: str) -> None:
     if base_dtype == "nf4" and (refused := [path for path, linear in floats if not linear.packs]):
         raise ValueError(
             f"base_dtype='nf4' cannot store the kernels at {refused}: the code of these layers reads them as they are "
-            "stored. Expected kernels of Dense, EinsumDense, Embedding, ReversibleEmbedding or a convolution. Leave these out "
-            "with `exclude`, or use base_dtype='bfloat16'."
+            "stored. Expected kernels of Dense, EinsumDense, Embedding, ReversibleEmbedding or a convolution. Leave the "
+            "others out with `exclude`, or use base_dtype='bfloat16'."
         )
     if base_dtype not in quantization.MODES:
         return
