@@ -452,3 +452,17 @@ def test_with_mask_gives_a_mask():
     tensor = keras.ops.ones((2, 3))
     mask = keras.ops.ones((2, 3), "bool")
     assert internals.copy_mask(internals.with_mask(tensor, mask), keras.ops.ones((2, 3))) is not None
+
+
+def test_without_autocast():
+    seen = []
+
+    class Reads(layers.Dense):
+        def call(self, inputs):
+            with internals.without_autocast():
+                seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
+            seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
+            return super().call(inputs)
+
+    Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
+    assert seen[-2:] == ["float32", "bfloat16"]
