@@ -91,7 +91,7 @@ def apply_lora(
             float32. `"bfloat16"` takes half the memory of float32, and products are computed in it. `"nf4"` takes 4.13 bits
             a parameter ([QLoRA](https://arxiv.org/abs/2305.14314)); products are computed in the compute dtype of the layer.
             `remove_lora` and `merge_lora` then restore the float dtype, but the digits that were rounded away are lost.
-            `"int8"` and `"int4"` (in blocks of 64) quantise the layers with Keras's own modes first; they stay quantised
+            `int8` and `int4` (in blocks of 64) quantise the layers with Keras's own modes first; they stay quantised
             after `remove_lora`. See [Reduced bases](how_it_works.md#reduced-bases-during-a-step).
         input_shape: If the model is not built, it is built with this shape first.
         name: The adapter's name; `"default"` if the model has no adapter yet. It never appears in a file's keys.

@@ -433,7 +433,7 @@ def test_with_floats_only_leaves_out_integers():
     layer.build((None, 3))
     assert internals.with_floats_only(layer) == {}
     layer.kernel.trainable = False
-    internals.store_variable(layer.kernel, "uint8", value=np.zeros((5,)))
+    internals.store_variable(layer.kernel, "uint8", value=keras.ops.zeros((5,)))
     assert tuple(layer.kernel.shape) == (5,)
     [floats] = internals.with_floats_only(layer).values()
     assert [v.name for v in floats] == ["bias"]
