@@ -1067,25 +1067,4 @@ FAULTS = [
         '        if hasattr(base, name) and name != "enable_lora":',
         "test_apply",
     ),
-    Fault(
-        "the first number of a byte of NF4 has the low bits",
-        "compat/nf4.py",
-        "ops.add(ops.multiply(high, np.uint8(16)), low)",
-        "ops.add(ops.multiply(low, np.uint8(16)), high)",
-        "test_nf4",
-    ),
-    Fault(
-        "a kernel that was built in NF4 is float after its adapter",
-        "swap/kernels.py",
-        "if linear.stored is not None and not linear.stored.found:",
-        "if linear.stored is not None:",
-        "test_nf4",
-    ),
-    Fault(
-        "the codes of a kernel are asked to train",
-        "swap/adapted.py",
-        "view_of(self, self.base_class, **floats) if floats else self, value",
-        "self, value",
-        "test_nf4",
-    ),
 ]
