@@ -116,7 +116,7 @@ class LowRank(Adapter):
         if self.seed_generator is None or not training:
             return linear.low_rank_sum(x, a, b, self.scale, strength, y, kept)
         y = linear.base_output(x) if y is None else y
-        y = y if kept is None else linear.low_rank_sum(x, *kept, 1.0, strength, y)
+        y = y if kept is None else linear.low_rank_sum(x, kept[0], kept[1], 1.0, strength, y)
         if keras.backend.backend() == "torch" and keras_internals.is_rematerialized(linear.layer):
             checks.warn(
                 f"Dropout inside a `RematScope` gives wrong gradients on PyTorch, with Keras's own layers too: layer "

@@ -159,8 +159,9 @@ def low_rank_sum(
     """
     if keras.backend.backend() == "torch":
         dtype = x.dtype
-        factors, frozen = (tuple(ops.cast(each, dtype) for each in pair) for pair in ((a, b), kept or ()))
-        return _torch_low_rank_sum(x, *factors, scale, ops.convert_to_tensor(strength), y, kernel, *frozen)
+        a, b = ops.cast(a, dtype), ops.cast(b, dtype)
+        c, d = (None, None) if kept is None else (ops.cast(each, dtype) for each in kept)
+        return _torch_low_rank_sum(x, a, b, scale, ops.convert_to_tensor(strength), y, kernel, c, d)
     # Without a multiplication between them, XLA would swap the factors of `dhᵀ x` back to save the transposition.
     a = ops.cast(ops.transpose(ops.multiply(ops.multiply(scale, strength), ops.transpose(a))), x.dtype)
     base = ops.matmul(x, kernel) if y is None else y
