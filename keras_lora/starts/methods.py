@@ -222,8 +222,8 @@ class LoRAGA(Start):
     >>> model = keras_lora.apply_lora(model, rank=4)
     >>> x, y = np.random.default_rng(0).normal(size=(64, 18)).astype("float32")[:, :16], np.zeros((64, 2))
     >>> model = keras_lora.start_from(model, keras_lora.LoRAGA(batches=2), (x, y), loss="mse")
-    >>> [v.name for v in model.layers[0].adapter.weights]
-    ['strength', 'lora_a', 'lora_b', 'kept_a', 'kept_b']
+    >>> [(v.name, tuple(v.shape)) for v in model.layers[0].weights][-2:]
+    [('kept_a', (16, 4)), ('kept_b', (4, 32))]
 
     Reference:
         [Wang et al., 2024](https://arxiv.org/abs/2407.05000)

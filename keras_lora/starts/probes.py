@@ -76,7 +76,9 @@ class _Accumulate(keras.optimizers.Optimizer):
             return
         super().build(variables)
         for variable in variables:
-            self.sums[id(variable)] = self.add_variable_from_reference(variable, name="sum")
+            self.sums[id(variable)] = made = self.add_variable_from_reference(variable, name="sum")
+            if keras.backend.backend() == "tensorflow":  # it passes its own variables to `update_step`
+                self.sums[id(variable.value)] = made
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         self.assign_add(self.sums[id(variable)], ops.cast(gradient, variable.dtype))
