@@ -105,7 +105,6 @@ def test_a_second_derivative_and_one_without_an_input_gradient(kept):
     assert torch.autograd.gradcheck(function, (tensor(3, 5, grad=False), a, b))
 
 
-@EVERYWHERE
 def test_files_sums_and_one_adapter_per_example(tmp_path):
     model = adapted()
     wanted = outputs(model, X)

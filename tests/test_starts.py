@@ -5,7 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from helpers import difference, gradients, outputs, perturb, value, values
+from helpers import covering, difference, gradients, outputs, perturb, value, values
 from keras import layers, ops
 
 import keras_lora
@@ -56,8 +56,7 @@ def start(model, which, **more):
     return keras_lora.start_from(model, method, **{**arguments, **more})
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("which", STARTS)
+@pytest.mark.parametrize("which", covering(STARTS, ["pissa", "lora_ga"]))
 def test_the_outputs_and_all_that_is_not_an_adapter_stay(which):
     model = adapted(alpha=6)
     before, base_values = outputs(model, X), values(base_of(model))
@@ -80,8 +79,7 @@ def base_of(model):
     return [v for v in model.variables if not v.path.rpartition("/")[2].startswith(("lora_", "kept_", "strength"))]
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("which", ["pissa", "lora_ga"])
+@pytest.mark.parametrize("which", ["pissa", pytest.param("lora_ga", marks=pytest.mark.nightly)])
 def test_files_are_relative_to_the_base_that_was_loaded(which, tmp_path):
     model = start(adapted(), which)
     perturb(model)
@@ -176,6 +174,11 @@ def kinds():
 KINDS = {name: (type(layer), layer.get_config(), x) for name, layer, x in kinds()}
 
 
+#: Those that `make test` tries: with groups, and with the two inputs that are not rows.
+SOME = [("experts", "pissa"), ("grouped conv", "lora_ga"), ("grouped conv", "eva"), ("embedding", "pissa"), ("lstm", "eva")]
+TRIED = [pytest.param(*pair, marks=() if pair in SOME else pytest.mark.nightly) for pair in itertools.product(KINDS, STARTS)]
+
+
 def of_kind(kind, rank=4):
     cls, config, x = KINDS[kind]
     keras.utils.set_random_seed(4)
@@ -184,8 +187,7 @@ def of_kind(kind, rank=4):
     return keras_lora.apply_lora(model, keras_lora.LoRA(rank=rank), targets=lambda each: True, head=None), x
 
 
-@pytest.mark.parametrize("which", STARTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "which"), TRIED)
 def test_every_kind_of_layer_starts_or_is_refused_and_stays(kind, which):
     model, x = of_kind(kind)
     before = outputs(model, x)
@@ -204,7 +206,6 @@ def test_every_kind_of_layer_starts_or_is_refused_and_stays(kind, which):
         assert (trains > 0).all(), "a column of A and its row of B are both zero, so neither learns"
 
 
-@EVERYWHERE
 def test_the_sketch_of_the_gradients_is_that_of_the_kernel():
     """A kernel whose rank is small is found whole; the gradient is that of a plain model at inference."""
     model = base()
@@ -249,8 +250,8 @@ def streams():
     yield "DataLoader", loader
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("which", ["eva", "lora_ga"])
+@pytest.mark.full
+@pytest.mark.parametrize("which", [pytest.param("eva", marks=pytest.mark.nightly), "lora_ga"])
 def test_any_data_that_fit_takes_gives_the_same_start(which):
     wanted = None
     for name, make in streams():
@@ -260,7 +261,6 @@ def test_any_data_that_fit_takes_gives_the_same_start(which):
         assert difference(found, wanted) < 1e-3, name
 
 
-@EVERYWHERE
 def test_a_compiled_model_that_is_refused_is_as_it_was():
     model = adapted()
     model.compile(keras.optimizers.Adam(0.01), "mse")
@@ -342,8 +342,7 @@ def quantised(mode, width=128):
     return keras_lora.apply_lora(model, rank=8), floats
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.nightly), "int4"])
 def test_loftq_reduces_the_error_of_a_quantised_base(mode):
     model, floats = quantised(mode)
 
@@ -369,6 +368,7 @@ def test_the_randomised_svd_is_the_svd():
     assert np.linalg.norm(matrix - u * s @ v) == pytest.approx(np.linalg.norm(exact[8:]), rel=1e-3)
 
 
+@pytest.mark.full
 def test_the_first_step_along_the_gradient_is_of_one_size_for_all_ranks():
     """With `alpha / rank` and Adam: each column of the factors adds a step of one size, and the scale is their mean."""
     rng = np.random.default_rng(0)
