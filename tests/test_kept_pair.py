@@ -43,6 +43,8 @@ def test_the_kept_pair_is_added_without_the_scale_and_does_not_train():
     np.testing.assert_allclose(value(adapter.delta_kernel(None)), 3 * a @ b + c @ d, rtol=1e-5, atol=1e-6)
     left, right = adapter.numpy_factors()
     assert left.shape[-1] == adapter.product_rank == 5
+    joined = np.matmul(*(value(each) for each in adapter.current_pair()))
+    np.testing.assert_allclose(3 * joined, 3 * a @ b + c @ d, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(left @ right, 3 * a @ b + c @ d, rtol=1e-12, atol=1e-12)
     assert [v.name for v in model.trainable_variables] == ["lora_a", "lora_b"] * 2
     assert adapter.parameter_count((9, 6)) == 30
