@@ -96,6 +96,12 @@ GROUPS = [
         ("your-own-methods",),
     ),
     Group(
+        "Starting points",
+        "Other first values for LoRA: from the kernels, from data, from gradients, or from what quantising lost.",
+        of("keras_lora", "start_from", "EVA", "LoRAGA"),
+        {"starting_points.md": "Starting points"},
+    ),
+    Group(
         "Many adapters",
         "Several named adapters on one base: switch, train, combine, compress, delete and serve them.",
         of(
