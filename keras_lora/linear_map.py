@@ -130,6 +130,11 @@ class LinearMap:
         return getattr(self.plain, self.kernel_name)
 
     @property
+    def stored_kernel(self) -> Any:
+        """What the layer stores as its kernel, float or quantised: a variable."""
+        return getattr(self.plain, self.kernel_attribute)
+
+    @property
     def kernel_attribute(self) -> str:
         """The attribute from which the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
         return keras_internals.stored_under(self.layer, self.kernel_name)

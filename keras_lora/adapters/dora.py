@@ -76,10 +76,11 @@ class DoRA(Adapter):
     def build_for(self, linear: LinearMap) -> None:
         *groups, _, out_dim = linear.matrix_shape
         # Initializers instead of values: while a model is traced, the kernel has no value yet.
+        shape = (*groups, out_dim)
         self.kernel_norm_squared = self.add_factor(
-            "kernel_norm_squared", (*groups, out_dim), lambda *_, **__: _norm_squared(linear), trainable=False
+            "kernel_norm_squared", shape, lambda *_, **__: _norm_squared(linear), trainable=False, axes="go"
         )
-        self.magnitude = self.add_factor("magnitude", (*groups, out_dim), lambda *_, **__: ops.sqrt(_norm_squared(linear)))
+        self.magnitude = self.add_factor("magnitude", shape, lambda *_, **__: ops.sqrt(_norm_squared(linear)), axes="go")
         with keras.name_scope(self.name):
             self.lora.create_for(linear)
 

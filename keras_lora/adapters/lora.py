@@ -82,9 +82,9 @@ class LoRA(LowRank):
         if linear.picks_rows:
             a_default, b_default = "zeros", keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)
         self.lora_a = self.add_factor(
-            "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a
+            "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a, axes="gir"
         )
-        self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default)
+        self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default, axes="gro")
 
     def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
         if missing := [key for key in ("lora_a", "lora_b") if key not in weights]:
