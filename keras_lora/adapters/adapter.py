@@ -185,8 +185,8 @@ class Adapter(keras.layers.Layer):
             initializer: A Keras initializer, or a function of the shape.
             trainable: Whether it trains.
             regularizer: A Keras regularizer.
-            axes: A letter for each of its last axes, for models on several devices: `g`, `i` or `o` for an axis that is split
-                as the kernel's groups, inputs or outputs are, and any other letter for one that is never split, such as the
+            axes: A letter for each of its last axes, for models on several devices: `g`, `i` or `o` for one that is split as
+                the kernel's groups, inputs or outputs are, and any other letter for one that is never split, such as the
                 rank. By default the sizes of the axes tell.
         """
         if _SKIP_INIT.get() and name not in self.derived:

@@ -1,7 +1,7 @@
 """More than one device: the layouts of an adapter's weights, and whether a model is where it will train.
 
-Keras distributes on JAX (`keras.distribution`), TensorFlow with `tf.distribute`, torch with `DistributedDataParallel`. Each of
-them decides where a variable is when it is created, so most mistakes are about when something was done.
+On JAX `keras.distribution` distributes a model, on TensorFlow `tf.distribute`, on torch `DistributedDataParallel`. The first two
+decide where a variable is when it is created, so most mistakes are about the order of calls.
 """
 
 from __future__ import annotations
@@ -71,10 +71,19 @@ def _distribution() -> keras.distribution.Distribution | None:
 
 
 def check(layer: keras.layers.Layer) -> None:
-    """Raise an error if the variables of `layer` are not on the devices where it would train now."""
-    problem = {"jax": _of_jax, "tensorflow": _of_tensorflow, "torch": _of_torch}.get(keras.backend.backend(), _elsewhere)
-    if (text := problem(layer)) is not None:
-        raise ValueError(f"'{layer.name}' {text}")
+    """Raise an error if weights created now would not be on the devices of the weights of `layer`."""
+    _raise(layer, _of_tensorflow(layer) if keras.backend.backend() == "tensorflow" else None)
+    check_training(layer)
+
+
+def check_training(layer: keras.layers.Layer) -> None:
+    """Raise an error if the weights of `layer` are not on the devices where it would train now."""
+    _raise(layer, {"jax": _of_jax, "torch": _of_torch}.get(keras.backend.backend(), _elsewhere)(layer))
+
+
+def _raise(layer: keras.layers.Layer, problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(f"'{layer.name}' {problem}")
 
 
 def _of_jax(layer: keras.layers.Layer) -> str | None:
@@ -87,9 +96,9 @@ def _of_jax(layer: keras.layers.Layer) -> str | None:
         then = None if layout is None else layout.device_mesh
         if _devices(then) != _devices(now):
             return (
-                f"is not on the devices of the distribution that is set now. Expected one distribution, set before the model "
-                f"is built or loaded, and still set when it is adapted and trained. Received: '{variable.path}', created "
-                f"with {then or 'no distribution'}, and {now or 'no distribution'} now. Call "
+                "is not on the devices of the distribution that is set now. Expected one distribution, set before the model "
+                "is built or loaded, and still set when it is adapted and trained. Received: "
+                f"'{variable.path}', created with {then or 'no distribution'}, and {now or 'no distribution'} now. Call "
                 "`keras.distribution.set_distribution(...)` first and build the model after it, or do all of it inside "
                 "`with distribution.scope():`."
             )
@@ -104,11 +113,11 @@ def _of_tensorflow(layer: keras.layers.Layer) -> str | None:
         if value is not None and then is not now:
             then, now = ("no strategy" if each is None else f"a {type(each).__name__}" for each in (then, now))
             return (
-                f"was not created with the `tf.distribute` strategy that is in scope now. Expected one strategy for all "
-                f"variables. Received: '{variable.path}', created with {then}, and {now} now. Build or load the model, adapt "
-                "it and compile it inside one `with strategy.scope():`."
+                "was not created with the `tf.distribute` strategy that is in scope now. Expected one strategy for all "
+                f"variables. Received: '{variable.path}', created with {then}, and {now} now. Build or load the "
+                "model, adapt it and compile it inside one `with strategy.scope():`."
             )
-    return _elsewhere(layer)
+    return None
 
 
 def _of_torch(layer: keras.layers.Layer) -> str | None:
@@ -127,11 +136,12 @@ def _elsewhere(layer: keras.layers.Layer) -> str | None:
     name = keras.backend.backend()
     use = {"tensorflow": "`tf.distribute.MirroredStrategy`", "torch": "torch's `DistributedDataParallel`"}
     return (
-        f"would run on one device, because `keras.distribution` does nothing on {name}. Expected no distribution, or the JAX "
-        f"backend. Received: {distribution}. Call `keras.distribution.set_distribution(None)`, and use "
-        f"{use.get(name, 'one device')} for several devices."
+        f"would run on one device, because `keras.distribution` does nothing on the backend '{name}'. Expected no "
+        f"distribution, or the JAX backend. Received: {distribution}. Call `keras.distribution.set_distribution(None)`, and "
+        f"use {use.get(name, 'one device')} for several devices."
     )
 
 
 def _devices(mesh: Any) -> list[str]:
-    return [] if mesh is None else [str(device) for device in mesh.devices.flatten()]
+    """The devices of a mesh; a mesh of one device is no mesh."""
+    return [] if mesh is None or mesh.devices.size == 1 else [str(device) for device in mesh.devices.flatten()]
