@@ -137,9 +137,8 @@ class DoRA(Adapter):
         """
         a, b = (ops.stop_gradient(ops.convert_to_tensor(factor)) for factor in self.lora.current_pair())
         b = self.lora.scale * b
-        matrix = linear.matrix
         a_transposed = ops.swapaxes(a, -1, -2)
-        across = ops.cast(ops.matmul(ops.cast(a_transposed, matrix.dtype), matrix), b.dtype)
+        across = ops.cast(linear.times_matrix(a_transposed), b.dtype)
         gram = ops.matmul(ops.matmul(a_transposed, a), b)
         squared = ops.add(self.kernel_norm_squared, ops.sum(ops.multiply(b, ops.add(2.0 * across, gram)), axis=-2))
         return ops.sqrt(ops.maximum(squared, 0.0))

@@ -1,7 +1,7 @@
 """More than one device: the layouts of an adapter's weights, and whether a model is where it will train.
 
-On JAX `keras.distribution` distributes a model, on TensorFlow `tf.distribute`, on torch `DistributedDataParallel`. The first two
-decide where a variable is when it is created, so most mistakes are about the order of calls.
+On JAX `keras.distribution` distributes a model, on TensorFlow `tf.distribute`, on torch `DistributedDataParallel`. The first
+two decide where a variable is when it is created, so most mistakes are about the order of calls.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def lay_out(variable: keras.Variable, roles: str | None = None) -> None:
     distribution = _distribution()
     if distribution is None or not any(split.values()):
         return
-    own = distribution.get_tensor_layout(variable.path)
-    if own is not None and len(own.axes) <= len(variable.shape):
+    if distribution.get_tensor_layout(variable.path) is not None:
         return
     roles = roles if roles is not None else _roles_by_size(tuple(variable.shape), matrix_shape)
     rank = len(variable.shape)
