@@ -467,7 +467,7 @@ FAULTS = [
     Fault(
         "unmerging restores the merged kernels",
         "merging.py",
-        "kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)",
+        "kept.kernels[address] = backend.to_numpy(variable)",
         "kept.kernels[address] = merged",
         "test_merging",
     ),
