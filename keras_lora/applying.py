@@ -10,7 +10,7 @@ import keras
 
 from keras_lora import adapters, checks
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import keras_internals, quantization, training_internals
+from keras_lora.compat import devices, keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, kernels, reducing, slots
 from keras_lora.swap.adapted import (
@@ -192,6 +192,7 @@ def inject(
     bias: str = "none",
 ) -> None:
     """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
+    devices.check(model)
     pairs = list(adapted)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
     if not others:

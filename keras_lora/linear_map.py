@@ -24,6 +24,7 @@ the change (a recurrent cell, a depthwise convolution, a custom layer), that cod
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,11 @@ class LinearMap(StoredKernel):
         return getattr(self.plain, self.kernel_name)
 
     @property
+    def stored_kernel(self) -> Any:
+        """What the layer stores as its kernel, float or quantised: a variable."""
+        return getattr(self.plain, self.kernel_attribute)
+
+    @property
     def kernel_attribute(self) -> str:
         """The attribute from which the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
         return keras_internals.stored_under(self.layer, self.kernel_name)
@@ -159,6 +165,24 @@ class LinearMap(StoredKernel):
             sizes[self.kernel_axes.index("o")] = matrix.shape[-1]
         kernel = ops.reshape(matrix, [sizes[axis] for axis in order])
         return kernel if order == sorted(order) else ops.transpose(kernel, [order.index(axis) for axis in range(len(order))])
+
+    def times_matrix(self, rows: Any) -> Any:
+        """`rows @ matrix` in the kernel's dtype, for `rows (*groups, k, in_dim)`.
+
+        On JAX the kernel keeps its own shape: to make a matrix of one that is split over devices along the second of two
+        merged axes, XLA would gather it.
+        """
+        apart = len(self.kernel_axes) > len(self.matrix_shape) and type(self).as_matrix is LinearMap.as_matrix
+        if not apart or keras.backend.backend() != "jax":
+            matrix = self.matrix
+            return ops.matmul(ops.cast(rows, matrix.dtype), matrix)
+        kernel, letters = self.kernel, string.ascii_lowercase[: len(self.kernel_axes)]
+        of = {role: [axis for axis, each in enumerate(self.kernel_axes) if each == role] for role in "gio"}
+        g, i, o = ("".join(letters[axis] for axis in of[role]) for role in "gio")
+        shape = [self.kernel_shape[axis] for axis in of["g"]], [self.kernel_shape[axis] for axis in of["i"]]
+        rows = ops.reshape(ops.cast(rows, kernel.dtype), (*shape[0], rows.shape[-2], *shape[1]))
+        product = ops.einsum(f"{g}z{i},{letters}->{g}z{o}", rows, kernel)
+        return ops.reshape(product, (*self.matrix_shape[:-2], -1, self.matrix_shape[-1]))
 
     @property
     def _matrix_order(self) -> list[int]:

@@ -13,7 +13,7 @@ from keras import ops
 from keras_lora import adapters, checks, reports
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import quantization
+from keras_lora.compat import backend, quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, kernels, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, maps_of, named_adapters, set_adapter, set_containers
@@ -41,6 +41,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
     The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, takes no extra time
     to run, and its `.keras` file loads without `keras_lora` installed. If the model has several adapters, the weighted sum
     of the active ones is merged (see `keras_lora.activate_adapters`). An inactive one would be lost, so delete it first.
+    If the kernels are split over processes, every process must call it.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -70,7 +71,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         not_finite = []
         for address, pair in adapted.items():
             step(f"checking {address}")
-            if not np.isfinite(_merged_kernel(*pair)).all():
+            if not backend.to_numpy(ops.all(ops.isfinite(_merged_kernel(*pair)))):
                 not_finite.append(address)
         if not_finite:
             raise ValueError(
@@ -87,7 +88,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         for address, (linear, change) in adapted.items():
             step(f"merging {address}")
             if kept is not None:
-                kept.kernels[address] = [keras.ops.convert_to_numpy(each.value) for each in linear.stored_variables]
+                kept.kernels[address] = [backend.to_numpy(each) for each in linear.stored_variables]
                 kept.base_dtypes[address] = kernels.describe(linear)
             linear.store_kernel(None)
             linear.kernel_variable.assign(_merged_kernel(linear, change))
@@ -161,9 +162,9 @@ def _placed(
     ]
 
 
-def _merged_kernel(linear: LinearMap, change: slots.Change) -> np.ndarray:
-    found: np.ndarray = ops.convert_to_numpy(linear.changed_kernel(change))
-    return found
+def _merged_kernel(linear: LinearMap, change: slots.Change) -> Any:
+    """The new kernel, on the devices where the old one is."""
+    return ops.stop_gradient(linear.changed_kernel(change))
 
 
 def _refuse_to_drop(model: keras.layers.Layer) -> None:

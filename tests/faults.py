@@ -1102,4 +1102,33 @@ FAULTS = [
         '        if hasattr(base, name) and name != "enable_lora":',
         "test_apply",
     ),
+    # More than one device.
+    Fault(
+        "a factor is split like the last of the axes that it merges",
+        "compat/devices.py",
+        "split.setdefault(role, axis)",
+        "split[role] = axis",
+        "test_devices",
+    ),
+    Fault(
+        "the layout that the user gives to a factor is not used",
+        "compat/devices.py",
+        "    if distribution.get_tensor_layout(variable.path) is not None:",
+        "    if False:",
+        "test_devices",
+    ),
+    Fault(
+        "a model on other devices than those of the distribution is accepted",
+        "compat/devices.py",
+        "if _devices(then) != _devices(now):",
+        "if False:",
+        "test_devices",
+    ),
+    Fault(
+        "DoRA gathers a kernel that is split along the second of two merged axes",
+        "linear_map.py",
+        "        if not apart or",
+        "        if True or",
+        "test_devices",
+    ),
 ]

@@ -154,6 +154,7 @@ OF_OTHERS = [
     "expected 2 variables",
     "Target modules",
     "Layer LoRA does",
+    "fully_shard doesn",
 ]
 OF_OTHERS += ["Unknown variable", "must be a list of tensors"]
 

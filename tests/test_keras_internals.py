@@ -466,3 +466,27 @@ def test_without_autocast():
 
     Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
     assert seen[-2:] == ["float32", "bfloat16"]
+
+
+def test_a_layout_can_be_read_and_set(dense):
+    variable = dense.kernel
+    assert internals.layout_of(variable) is None
+    assert internals.value_now(variable) is not None
+    if keras.backend.backend() == "jax":
+        mesh = keras.distribution.DeviceMesh((1,), ("model",), devices=["cpu:0"])
+        internals.set_layout(variable, keras.distribution.TensorLayout((None, "model"), mesh))
+        assert internals.layout_of(variable).axes == (None, "model")
+
+
+def test_with_all_sublayers_has_the_layer_and_every_depth(dense):
+    inner = keras.Sequential([dense])
+    model = keras.Sequential([inner])
+    assert {id(each) for each in (model, inner, dense)} <= {id(each) for each in internals.with_all_sublayers(model)}
+
+
+def test_whole_leaves_what_one_process_has_as_it_is(dense):
+    model = keras.Sequential([dense])
+    before = value(dense.kernel)
+    with training_internals.whole(model):
+        assert np.array_equal(value(dense.kernel), before)
+    assert np.array_equal(value(dense.kernel), before)

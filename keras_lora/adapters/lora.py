@@ -90,12 +90,12 @@ class LoRA(LowRank):
         if linear.picks_rows:
             a_default, b_default = initial.zeros, initial.normal(1.0, self.seed)
         self.lora_a = self.add_factor(
-            "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a
+            "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a, axes="gir"
         )
-        self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default)
+        self.lora_b = self.add_factor("lora_b", (*groups, self.rank, out_dim), self.b_initializer or b_default, axes="gro")
         if self.kept:
-            self.kept_a = self.add_factor("kept_a", (*groups, in_dim, self.kept), "zeros", trainable=False)
-            self.kept_b = self.add_factor("kept_b", (*groups, self.kept, out_dim), "zeros", trainable=False)
+            self.kept_a = self.add_factor("kept_a", (*groups, in_dim, self.kept), "zeros", trainable=False, axes="gir")
+            self.kept_b = self.add_factor("kept_b", (*groups, self.kept, out_dim), "zeros", trainable=False, axes="gro")
 
     @property
     def product_rank(self) -> int:

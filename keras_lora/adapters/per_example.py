@@ -63,8 +63,8 @@ class PerExample(Adapter):
     def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         places = self.capacity + 1
-        self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", trainable=False)
-        self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", trainable=False)
+        self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", False, axes="gir")
+        self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", False, axes="gro")
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return 0

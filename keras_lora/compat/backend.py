@@ -32,6 +32,25 @@ def traces() -> bool:
     return not tf.executing_eagerly()
 
 
+def to_numpy(x: Any) -> Any:
+    """Return a tensor as a NumPy array, whole, even if JAX has split it over processes: then each of them must call this."""
+    x = x.value if isinstance(x, keras.Variable) else x
+    if not getattr(x, "is_fully_addressable", True) and not x.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return ops.convert_to_numpy(x)
+
+
+def strategy_now() -> Any:
+    """Return the `tf.distribute` strategy in whose scope TensorFlow would create a variable, or `None`."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+
+
 @contextlib.contextmanager
 def holding(pairs: Iterable[tuple[keras.Variable, Any]]) -> Iterator[None]:
     """Give these variables these values inside this context. It works in a step whose gradient is not computed yet."""

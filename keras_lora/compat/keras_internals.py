@@ -24,6 +24,11 @@ def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
+def with_all_sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Return `layer` and every layer that it tracks, at any depth (`Model.layers` has neither the model nor all depths)."""
+    return list(layer._flatten_layers())
+
+
 def attributes_of(layer: keras.layers.Layer) -> dict[str, Any]:
     """Return every attribute of `layer` by name; on torch, Keras keeps layers in torch's `_modules`."""
     return {**vars(layer), **vars(layer).get("_modules", {})}
@@ -256,6 +261,23 @@ def when_any_is_built(then: Callable[[keras.layers.Layer], None]) -> Iterator[No
             del keras.layers.Layer._post_build
         else:
             keras.layers.Layer._post_build = own
+
+
+def value_now(variable: keras.Variable) -> Any:
+    """Return the value of a variable, or `None` if Keras gives it one later (the public `value` would draw one)."""
+    return variable._value
+
+
+def layout_of(variable: keras.Variable) -> Any:
+    """Return the layout with which JAX created `variable`, or `None` if no distribution was set (there is no public way)."""
+    return variable._layout
+
+
+def set_layout(variable: keras.Variable, layout: Any) -> None:
+    """Give a variable of JAX a layout: Keras takes it from the distribution, by path, and `add_weight` takes none."""
+    variable._layout = layout
+    if variable._value is not None:  # else it gets its value later, in this layout
+        variable._direct_assign(variable._value)
 
 
 def copy_mask(source: Any, to: Any) -> Any:

@@ -6,7 +6,9 @@ each by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -33,6 +35,21 @@ def compiled_besides(model: keras.Model) -> dict[str, Any]:
 def overrides_compile(model: keras.Model) -> bool:
     """Whether the class of `model` overrides `compile`; Keras then does not compile it again on loading."""
     return type(model).compile is not keras.Model.compile
+
+
+@contextlib.contextmanager
+def whole(model: keras.Model) -> Iterator[None]:
+    """Hold each variable that JAX split over processes as a whole array, which Keras can save. Each process must do it."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer is not None else ())]
+    split = [(v, v._value) for v in variables if not getattr(v._value, "is_fully_addressable", True)]
+    try:
+        for variable, value in split:
+            variable._value = backend.to_numpy(value)
+        yield
+    finally:
+        for variable, value in split:
+            variable._value = value
 
 
 def in_a_trace() -> bool:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat import backend, keras_internals, quantization
 from keras_lora.compat.stored_kernel import float_shapes
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of
@@ -53,5 +53,5 @@ def weights(kernels: Mapping[str, LinearMap], trained: Iterable[Any] = ()) -> st
 
 def to_numpy(variable: Any) -> np.ndarray:
     """A variable or tensor as a file stores it."""
-    array = np.ascontiguousarray(keras.ops.convert_to_numpy(getattr(variable, "value", variable)))
+    array = np.ascontiguousarray(backend.to_numpy(variable))
     return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact

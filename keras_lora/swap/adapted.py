@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals, quantization, training_internals
+from keras_lora.compat import devices, keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap import beside, flags, kernels, rebuilding, refusals, slots
 from keras_lora.swap.addresses import by_address, walk
@@ -93,7 +93,8 @@ class AdaptedModel(AdaptedContainer):
     def save(self, *args: Any, **kwargs: Any) -> None:
         self.get_config()  # raises what is to be refused before Keras has emptied the old file
         beside.store(self)
-        super().save(*args, **kwargs)  # type: ignore[misc]
+        with training_internals.whole(self):
+            super().save(*args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         super().load_weights(*args, **kwargs)  # type: ignore[misc]
@@ -101,7 +102,12 @@ class AdaptedModel(AdaptedContainer):
 
     def save_weights(self, *args: Any, **kwargs: Any) -> None:
         beside.store(self)
-        super().save_weights(*args, **kwargs)  # type: ignore[misc]
+        with training_internals.whole(self):
+            super().save_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def make_train_function(self, *args: Any, **kwargs: Any) -> Any:
+        devices.check_training(self)
+        return super().make_train_function(*args, **kwargs)  # type: ignore[misc]
 
     def get_compile_config(self) -> dict[str, Any]:
         found: dict[str, Any] = training_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]

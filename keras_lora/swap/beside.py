@@ -255,5 +255,5 @@ def _all_variables(layer: keras.layers.Layer, values: Values) -> dict[str, keras
 
 
 def _array(variable: keras.Variable) -> np.ndarray:
-    array = np.array(keras.ops.convert_to_numpy(variable.value))
+    array = np.array(backend.to_numpy(variable))
     return array.astype("float32") if array.dtype.name == "bfloat16" else array

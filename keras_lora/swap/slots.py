@@ -13,7 +13,7 @@ import math
 import keras
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals
+from keras_lora.compat import devices, keras_internals
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import kernels
 from keras_lora.swap.addresses import forget_walks
@@ -59,6 +59,7 @@ def put(linear: LinearMap, adapter: adapters.Adapter, name: str, slot: str | Non
 def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
     """Create the weights of `adapter` for a kernel of a layer, named after the layer and, if there are several, the slot."""
     layer = linear.layer
+    devices.check(layer)
     slot = slot_of(layer, adapter) or _free_slot(linear)
     names = [*(layer.path or layer.name).split("/"), *filter(None, (linear.part, slot if slot != linear.slot else ""))]
     with contextlib.ExitStack() as scopes:
