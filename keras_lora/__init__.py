@@ -3,7 +3,7 @@
 import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
-    from keras_lora import interop, layers, plots, testing
+    from keras_lora import interop, layers, memory, plots, testing
     from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
@@ -12,6 +12,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.inspecting import AdapterList, AdapterRow, list_adapters
     from keras_lora.layers import LoRADense
     from keras_lora.layers.registering import register_layer
+    from keras_lora.memory.rematerializing import rematerialize
     from keras_lora.merging import merge_lora, unmerge_lora
     from keras_lora.serving import MultiAdapterModel
     from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
@@ -46,10 +47,12 @@ __all__ = [
     "list_adapters",
     "list_targets",
     "load_adapter",
+    "memory",
     "merge_lora",
     "plots",
     "register_adapter",
     "register_layer",
+    "rematerialize",
     "remove_lora",
     "save_adapter",
     "testing",

@@ -139,6 +139,120 @@ def _torch_frozen_product() -> Any:
     return FrozenProduct
 
 
+def tensor_of(variable: keras.Variable) -> Any:
+    """The value of a variable now, as a tensor: TensorFlow would give the variable itself, and so would torch."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(variable.value)
+    if keras.backend.backend() == "torch" and not variable.trainable:
+        return variable.value.detach()
+    return ops.convert_to_tensor(variable)
+
+
+def write(variable: keras.Variable, value: Any) -> None:
+    """Assign a value, and leave what `tensor_of` gave before as it is: torch would write into the same memory."""
+    if keras.backend.backend() == "torch" and not variable.trainable:
+        variable.value.data = value.detach()
+    else:
+        variable.assign(value)
+
+
+def rematerialized(function: Callable[..., list[Any]], inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
+    """Return `function(inputs, trained, frozen)`, a list of tensors, which runs again when its gradient is needed.
+
+    `frozen` has no gradient. XLA merges equal computations and would keep the first run, so `inputs` depend on the upstream
+    gradient in the second, in a way that changes nothing (on a CPU it drops the barriers of `jax.checkpoint`).
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if not torch.is_grad_enabled():
+            return function(inputs, trained, frozen)
+        from torch.utils.checkpoint import checkpoint
+
+        found: list[Any] = checkpoint(function, inputs, trained, frozen, use_reentrant=False)
+        return found
+    with_gradient = _jax_rematerialized if keras.backend.backend() == "jax" else _tensorflow_rematerialized
+    return with_gradient(function, inputs, trained, frozen)
+
+
+def _tied(inputs: Iterable[Any], dys: Iterable[Any]) -> list[Any]:
+    """The same tensors, which cannot be had before these gradients."""
+    inputs = list(inputs)
+    for dy in dys:
+        numbers = [i for i, each in enumerate(inputs) if keras.backend.standardize_dtype(each.dtype) != "bool"]
+        for i, tied in zip(numbers, _not_before(dy, [inputs[i] for i in numbers]), strict=True):
+            inputs[i] = tied
+    return inputs
+
+
+def _is_float(tensor: Any) -> bool:
+    found: bool = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+    return found
+
+
+def _jax_rematerialized(function: Any, inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
+    import jax
+
+    run, captured = jax.closure_convert(function, inputs, trained, frozen)
+
+    @jax.custom_vjp
+    def again(*given: Any) -> Any:
+        inputs, trained, frozen, captured = given
+        return run(inputs, trained, frozen, *captured)
+
+    def backward(given: Any, dys: Any) -> Any:
+        inputs, trained, frozen, captured = given
+        floats = [i for i, each in enumerate(inputs) if _is_float(each)]
+        tied = _tied(inputs, [dy for dy in dys if dy.dtype != jax.dtypes.float0 and dy.size])
+
+        def of(of_inputs: list[Any], trained: list[Any], captured: list[Any]) -> Any:
+            given = list(tied)
+            for i, each in zip(floats, of_inputs, strict=True):
+                given[i] = each
+            return run(given, trained, frozen, *captured)
+
+        d_inputs, d_trained, d_captured = jax.vjp(of, [tied[i] for i in floats], trained, captured)[1](dys)
+        found: list[Any] = [None] * len(inputs)
+        for i, each in zip(floats, d_inputs, strict=True):
+            found[i] = each
+        return found, d_trained, [None] * len(frozen), d_captured
+
+    again.defvjp(lambda *given: (again(*given), given), backward)
+    outputs: list[Any] = again(inputs, trained, frozen, captured)
+    return outputs
+
+
+def _tensorflow_rematerialized(function: Any, inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
+    import tensorflow as tf
+
+    ends = len(inputs), len(inputs) + len(trained)
+
+    def run(given: Sequence[Any]) -> list[Any]:
+        return function(list(given[: ends[0]]), list(given[ends[0] : ends[1]]), list(given[ends[1] :]))
+
+    @tf.custom_gradient
+    def again(*given: Any) -> Any:
+        def backward(*dys: Any) -> list[Any]:
+            tied = [*_tied(given[: ends[0]], [dy for dy in dys if dy is not None and _is_float(dy)]), *given[ends[0] :]]
+            floats = [i for i, each in enumerate(tied[: ends[1]]) if _is_float(each)]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([tied[i] for i in floats])
+                outputs = run(tied)
+            pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if _is_float(y) and dy is not None]
+            found: list[Any] = [None] * len(given)
+            ys, upstream = zip(*pairs, strict=True)
+            gradients = tape.gradient(ys, [tied[i] for i in floats], output_gradients=upstream)
+            for i, each in zip(floats, gradients, strict=True):
+                found[i] = each
+            return found
+
+        return run(given), backward
+
+    return list(again(*inputs, *trained, *frozen))
+
+
 def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:
     """Return `strength · scale · (x a) b`, added to `y` or to `x kernel`, whichever is given.
 

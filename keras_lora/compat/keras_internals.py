@@ -214,6 +214,21 @@ def copy_mask(source: Any, to: Any) -> Any:
     return to
 
 
+def mask_of(tensor: Any) -> Any:
+    """Return the Keras mask of a tensor, or `None` (Keras exports no way to read one)."""
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
+def with_mask(tensor: Any, mask: Any) -> Any:
+    """Give a tensor a Keras mask, and return it (there is no public way to set one)."""
+    from keras.src.backend import set_keras_mask
+
+    set_keras_mask(tensor, mask)
+    return tensor
+
+
 def conv_lstm_cell() -> type[keras.layers.Layer]:
     """Return the class of the cells inside ConvLSTM layers, which Keras does not export."""
     from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
@@ -336,3 +351,56 @@ def forget_backbone_lora(model: keras.layers.Layer) -> None:
 def layers_with_weights(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Return the layers of `model` in the order in which KerasHub numbers them in `.lora.h5` files."""
     return [layer for layer in model._flatten_layers(include_self=False) if layer.weights]
+
+
+_CALL_STATE = ("current_call_ctx", "autocast_scope")
+
+
+@contextlib.contextmanager
+def _global_state(values: dict[str, Any]) -> Iterator[None]:
+    from keras.src.backend.common import global_state
+
+    before = {name: global_state.get_global_attribute(name) for name in values}
+    for name, value in values.items():
+        global_state.set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+
+
+def call_context() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return a maker of contexts like the present one: what layers read of an outer call (training) and of its dtypes.
+
+    A layer's code that runs outside of the layer's call, for a gradient, would not find them.
+    """
+    from keras.src.backend.common import global_state
+
+    values = {name: global_state.get_global_attribute(name) for name in _CALL_STATE}
+    return lambda: _global_state(values)
+
+
+def without_autocast() -> contextlib.AbstractContextManager[None]:
+    """Context manager in which variables have the dtype in which they are stored (Keras's own scope always casts)."""
+    return _global_state({"autocast_scope": None})
+
+
+def scope_within(pairs: list[tuple[keras.Variable, Any]]) -> keras.StatelessScope:
+    """Return a scope in which variables have these values, and all others those of the scope around it.
+
+    Keras's own inner scope shows the stored values of the others, not those of the outer scope.
+    """
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    scope = keras.StatelessScope(pairs, collect_losses=True, initialize_variables=False)
+    outer = get_stateless_scope()
+    scope.state_mapping = {**(outer.state_mapping if outer is not None else {}), **scope.state_mapping}
+    return scope
+
+
+def forget_losses(layer: keras.layers.Layer, losses: Iterable[Any]) -> None:
+    """Let the layers below forget losses of a call in a scope, which Keras finds again by their addresses in memory."""
+    keys = {id(each) for each in losses}
+    for each in layer._flatten_layers() if keys else ():
+        each._loss_ids -= keys
