@@ -12,6 +12,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.inspecting import AdapterList, AdapterRow, list_adapters
     from keras_lora.layers import LoRADense
     from keras_lora.layers.registering import register_layer
+    from keras_lora.memory.planning import MemoryPlan, plan
     from keras_lora.memory.rematerializing import rematerialize
     from keras_lora.merging import merge_lora, unmerge_lora
     from keras_lora.serving import MultiAdapterModel
@@ -31,6 +32,7 @@ __all__ = [
     "LoRA",
     "LoRADense",
     "LowRank",
+    "MemoryPlan",
     "MultiAdapterModel",
     "Target",
     "TargetList",
@@ -49,6 +51,7 @@ __all__ = [
     "load_adapter",
     "memory",
     "merge_lora",
+    "plan",
     "plots",
     "register_adapter",
     "register_layer",

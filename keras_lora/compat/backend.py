@@ -344,3 +344,63 @@ def _torch_function() -> Any:
         return m * (scale * strength).to(m.dtype)
 
     return LowRankSum
+
+
+def traces_memory() -> bool:
+    """Whether `step_memory` works here: XLA can count the bytes of a program that it does not run."""
+    found: bool = keras.backend.backend() == "jax"
+    return found
+
+
+def shapes_of(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns, as shapes. Arguments are anything with a shape and a dtype."""
+    import jax
+
+    return jax.eval_shape(function, *_as_shapes(arguments))
+
+
+def value_and_gradient(function: Callable[..., Any], variables: Any, *others: Any) -> Any:
+    """The value of `function`, a pair of a loss and more, and the gradient of `variables`, on JAX."""
+    import jax
+
+    return jax.value_and_grad(function, has_aux=True)(variables, *others)
+
+
+def kept_bytes(function: Callable[..., Any], variables: Any, *others: Any) -> int:
+    """The bytes that JAX keeps from `function(variables, *others)` for the gradient of `variables`, beside its arguments.
+
+    Arguments are anything with a shape and a dtype. Nothing is computed.
+    """
+    import jax
+
+    variables, others = _as_shapes((variables, others))
+
+    def residuals(variables: Any, others: Any) -> Any:
+        return jax.tree.leaves(jax.vjp(lambda each: function(each, *others), variables)[1])
+
+    traced = jax.make_jaxpr(residuals)(variables, others).jaxpr
+    given = {id(each) for each in (*traced.invars, *traced.constvars)}
+    kept = {id(each): each.aval for each in traced.outvars if id(each) not in given and not hasattr(each, "val")}
+    return sum(each.size * each.dtype.itemsize for each in kept.values())
+
+
+def step_memory(step: Callable[..., Any], state: Any, data: Any) -> dict[str, int]:
+    """The bytes of `state, results = step(state, data)` as XLA compiles it, with the memory of the old state reused.
+
+    Arguments are anything with a shape and a dtype. Nothing is computed and no array is made.
+    """
+    import jax
+
+    compiled = jax.jit(step, donate_argnums=0).lower(*_as_shapes((state, data))).compile()
+    found: Any = compiled.memory_analysis()
+    held, more = found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"arguments": held, "temporary": found.temp_size_in_bytes, "outputs": more}
+
+
+def _as_shapes(tree: Any) -> Any:
+    import jax
+
+    def shape_of(each: Any) -> Any:
+        return jax.ShapeDtypeStruct(tuple(each.shape), keras.backend.standardize_dtype(each.dtype))
+
+    return jax.tree.map(shape_of, tree, is_leaf=lambda each: isinstance(each, keras.Variable | keras.KerasTensor))

@@ -207,6 +207,9 @@ def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True) 
 
     Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype.
     """
+    if variable._value is None:  # of a model that is only planned
+        variable._dtype, variable._autocast = dtype, autocast
+        return
     value = keras.ops.cast(keras.ops.stop_gradient(keras.ops.convert_to_tensor(variable)), dtype)
     variable._dtype, variable._autocast = dtype, autocast
     variable._initialize(value)
