@@ -253,11 +253,16 @@ def changed_copy(model: keras.Model, changes: Mapping[str, Any], remat: bool) ->
                 "`get_config` that returns all that the constructor needs. Use `apply_lora` and `rematerialize` first, and plan "
                 "the model as it is."
             )
-        if changes:
-            apply_lora(copy, **changes)
-        if remat:
-            rematerialize(copy)
+        change(copy, changes, remat)
     return copy
+
+
+def change(model: keras.Model, changes: Mapping[str, Any], remat: bool) -> None:
+    """Adapt a model as told by arguments of `apply_lora`, and rematerialise its blocks."""
+    if changes:
+        apply_lora(model, **changes)
+    if remat:
+        rematerialize(model)
 
 
 def _own(optimizer: Any) -> Any:
