@@ -78,3 +78,78 @@ def test_training_is_the_same(name, eager):
     assert again_losses == pytest.approx(losses, rel=1e-6)
     for new, old in zip(again, values, strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("mixed_bfloat16", marks=pytest.mark.nightly)])
+def test_training_in_mixed_precision_is_the_same(dtype):
+    losses, _ = trained(lambda model: None, dtype=dtype, adapter="lora", steps=2)
+    again, _ = trained(keras_lora.rematerialize, dtype=dtype, adapter="lora", steps=2)
+    assert again == pytest.approx(losses, rel=1e-2)
+
+
+def kept(model):
+    """The bytes that a step keeps for the backward pass, or in all on JAX."""
+    x, _ = batch()
+    if BACKEND == "torch":
+        import torch
+
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            model(x, training=True).sum()
+        return sum(found.values())
+    import jax
+
+    trained, fixed = ([v.value for v in group] for group in (model.trainable_variables, model.non_trainable_variables))
+
+    def loss(trained, fixed, x):
+        return ops.sum(model.stateless_call(trained, fixed, x, training=True)[0])
+
+    before = jax.config.read("jax_disable_most_optimizations")  # the tests may run with less of XLA's work
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return jax.jit(jax.grad(loss)).lower(trained, fixed, x).compile().memory_analysis().temp_size_in_bytes
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow does not say what it keeps")
+def test_fewer_bytes_are_kept_and_undoing_it_keeps_them_again():
+    model = keras_lora.apply_lora(built(), rank=2)
+    before = kept(model)
+    keras_lora.rematerialize(model)
+    assert kept(model) < 0.6 * before
+    keras_lora.rematerialize(model, undo=True)
+    assert keras_lora.memory.rematerialized(model) == []
+    assert kept(model) == before
+
+
+@pytest.mark.once
+def test_blocks_are_chosen_as_for_apply_lora_or_given():
+    model = built()
+    keras_lora.rematerialize(model, slice(-1, None))
+    assert keras_lora.memory.rematerialized(model) == ["block_2"]
+    keras_lora.rematerialize(model, [model.get_layer("block_0")])
+    assert keras_lora.memory.rematerialized(model) == ["block_0", "block_2"]
+    keras_lora.rematerialize(model, undo=True)
+    with pytest.raises(ValueError, match=r"cannot choose blocks: blocks=7 names no block at \[7\]"):
+        keras_lora.rematerialize(model, 7)
+    with pytest.raises(ValueError, match="must be layers of"):
+        keras_lora.rematerialize(model, [layers.Dense(1, name="stranger")])
+    with pytest.raises(ValueError, match="found no repeated blocks"):
+        keras_lora.rematerialize(keras.Sequential([keras.Input((4,)), layers.Dense(2)]))
+    assert keras_lora.memory.rematerialized(model) == []
+
+
+@pytest.mark.once
+def test_a_block_that_writes_what_it_does_not_own_is_refused():
+    outside = keras.Variable(0.0, trainable=False)
+
+    class Writer(layers.Layer):
+        def call(self, x):
+            outside.assign_add(1.0)
+            return x
+
+    model = keras.Sequential([keras.Input((4,)), Writer()])
+    keras_lora.rematerialize(model, model.layers)
+    with pytest.raises(ValueError, match="writes a variable that belongs to another"):
+        model(np.ones((1, 4), "float32"))
