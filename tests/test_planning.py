@@ -69,7 +69,9 @@ def measured(model, x, y):
     """The bytes of Keras's own training step, by XLA."""
     import jax
 
-    model.compile(optimizer="adam", loss=CROSSENTROPY, metrics=[], **({"sampler": "greedy"} if "Hub" in repr(type(model)) else {}))
+    model.compile(
+        optimizer="adam", loss=CROSSENTROPY, metrics=[], **({"sampler": "greedy"} if "Hub" in repr(type(model)) else {})
+    )
     model._symbolic_build(data_batch=(x, y))
     names = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
     state = model._get_jax_state(**dict.fromkeys(names, True))
@@ -80,7 +82,9 @@ def measured(model, x, y):
 
 @only_jax
 @pytest.mark.parametrize(
-    ("made", "rank"), [(made, rank) for made in BATCHES for rank in (None, 2)], ids=lambda each: getattr(each, "__name__", each)
+    ("made", "rank"),
+    [(made, rank) for made in BATCHES for rank in (None, 2)],
+    ids=lambda each: getattr(each, "__name__", each),
 )
 def test_the_peak_is_that_of_the_step_that_keras_compiles(made, rank):
     x, y = BATCHES[made]

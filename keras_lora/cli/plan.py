@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
         "as it is, and with --rank or --base-dtype after `apply_lora` too. It needs KERAS_BACKEND=jax.",
         epilog="example: keras-lora plan llama_folder --causal-lm --batch-size 8 --sequence-length 256 --rank 16 --remat",
     )
-    command.add_argument("model", metavar="MODEL", help="a .keras file, or the folder of a preset or checkpoint for KerasHub")
+    command.add_argument(
+        "model", metavar="MODEL", help="a .keras file, or the folder of a preset or checkpoint for KerasHub"
+    )
     command.add_argument("--batch-size", type=int, default=1, metavar="N", help="the examples of a step (default 1)")
     command.add_argument("--sequence-length", type=int, metavar="N", help="the size of the input axes that are open")
     command.add_argument("--causal-lm", action="store_true", help="load a folder as a CausalLM, instead of a backbone")

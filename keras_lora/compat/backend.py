@@ -158,7 +158,9 @@ def write(variable: keras.Variable, value: Any) -> None:
         variable.assign(value)
 
 
-def rematerialized(function: Callable[..., list[Any]], inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
+def rematerialized(
+    function: Callable[..., list[Any]], inputs: list[Any], trained: list[Any], frozen: list[Any]
+) -> list[Any]:
     """Return `function(inputs, trained, frozen)`, a list of tensors, which runs again when its gradient is needed.
 
     `frozen` has no gradient. XLA merges equal computations and would keep the first run, so `inputs` depend on the upstream
