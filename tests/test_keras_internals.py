@@ -429,3 +429,56 @@ def test_without_autocast():
 
     Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
     assert seen[-2:] == ["float32", "bfloat16"]
+
+
+def test_a_call_context_can_be_opened_again(dense):
+    seen = []
+
+    class Outer(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(internals.call_context())
+            return x
+
+    class Inner(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(training)
+            return x
+
+    x = keras.ops.ones((1, 2))
+    Outer()(x, training=True)
+    inner = Inner()
+    with seen[0]():
+        inner(x)
+    inner(x)
+    assert seen[1:] == [True, None]
+
+
+def test_a_scope_shows_what_the_scope_around_it_shows():
+    outside, inside = (keras.Variable(0.0, name=name) for name in ("outside", "inside"))
+    with keras.StatelessScope([(outside, keras.ops.convert_to_tensor(1.0))]):
+        with internals.as_stored(), internals.scope_within([(inside, keras.ops.convert_to_tensor(2.0))]):
+            assert (float(outside.value), float(inside.value)) == (1.0, 2.0)
+    layer = layers.Layer()
+    with internals.scope_within([]) as scope:
+        layer.add_loss(keras.ops.convert_to_tensor(1.0))
+    assert len(scope.losses) == 1
+    internals.forget_losses(layer, scope.losses)
+    assert not layer._loss_ids
+
+
+def test_masks_are_read_and_set():
+    x = keras.ops.ones((1, 2))
+    assert internals.mask_of(x) is None
+    mask = keras.ops.ones((1,), "bool")
+    assert internals.mask_of(internals.with_mask(x, mask)) is mask
+
+
+def test_variables_without_values():
+    with training_internals.unallocated():
+        layer = layers.Dense(2)
+        layer.build((1, 3))
+    assert not training_internals.has_value(layer.kernel)
+    assert layer.kernel.shape == (3, 2)
+    other = layers.Dense(2)
+    other.build((1, 3))
+    assert training_internals.has_value(other.kernel)

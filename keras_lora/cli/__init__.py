@@ -1,7 +1,7 @@
 """The command line, `keras-lora`. Each command is a file in this folder: `add` defines its arguments, `run` runs it.
 
-`merge`, `convert` and `plan` need Keras, which takes seconds to import. They are imported when they are asked for, and everything
-else here runs without Keras.
+`merge`, `convert` and `plan` need Keras, which takes seconds to import. They are imported when they are asked for, and
+everything else here runs without Keras.
 """
 
 from __future__ import annotations

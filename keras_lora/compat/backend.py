@@ -199,8 +199,7 @@ def _jax_rematerialized(function: Any, inputs: list[Any], trained: list[Any], fr
 
     run, captured = jax.closure_convert(function, inputs, trained, frozen)
 
-    @jax.custom_vjp
-    def again(*given: Any) -> Any:
+    def first(*given: Any) -> Any:
         inputs, trained, frozen, captured = given
         return run(inputs, trained, frozen, *captured)
 
@@ -221,9 +220,9 @@ def _jax_rematerialized(function: Any, inputs: list[Any], trained: list[Any], fr
             found[i] = each
         return found, d_trained, [None] * len(frozen), d_captured
 
-    again.defvjp(lambda *given: (again(*given), given), backward)
-    outputs: list[Any] = again(inputs, trained, frozen, captured)
-    return outputs
+    again: Any = jax.custom_vjp(first)
+    again.defvjp(lambda *given: (first(*given), given), backward)
+    return list(again(inputs, trained, frozen, captured))
 
 
 def _tensorflow_rematerialized(function: Any, inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
@@ -232,10 +231,9 @@ def _tensorflow_rematerialized(function: Any, inputs: list[Any], trained: list[A
     ends = len(inputs), len(inputs) + len(trained)
 
     def run(given: Sequence[Any]) -> list[Any]:
-        return function(list(given[: ends[0]]), list(given[ends[0] : ends[1]]), list(given[ends[1] :]))
+        return list(function(list(given[: ends[0]]), list(given[ends[0] : ends[1]]), list(given[ends[1] :])))
 
-    @tf.custom_gradient
-    def again(*given: Any) -> Any:
+    def first(*given: Any) -> Any:
         def backward(*dys: Any) -> list[Any]:
             tied = [*_tied(given[: ends[0]], [dy for dy in dys if dy is not None and _is_float(dy)]), *given[ends[0] :]]
             floats = [i for i, each in enumerate(tied[: ends[1]]) if _is_float(each)]
@@ -252,7 +250,7 @@ def _tensorflow_rematerialized(function: Any, inputs: list[Any], trained: list[A
 
         return run(given), backward
 
-    return list(again(*inputs, *trained, *frozen))
+    return list(tf.custom_gradient(first)(*inputs, *trained, *frozen))
 
 
 def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:

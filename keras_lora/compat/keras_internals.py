@@ -391,7 +391,7 @@ def call_context() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return lambda: _global_state(values)
 
 
-def without_autocast() -> contextlib.AbstractContextManager[None]:
+def as_stored() -> contextlib.AbstractContextManager[None]:
     """Context manager in which variables have the dtype in which they are stored (Keras's own scope always casts)."""
     return _global_state({"autocast_scope": None})
 

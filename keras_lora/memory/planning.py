@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -126,8 +125,8 @@ def plan(
         mesh: The sizes of the axes of a mesh of devices, such as `{"batch": 4, "model": 2}`, or a
             `keras.distribution.DeviceMesh`. The first axis splits the batch. The plan is for one device.
         layout_map: Which axis of the mesh splits which axis of a variable: a `keras.distribution.LayoutMap`, or tuples by
-            regular expression, such as `{"dense.*kernel": (None, "model")}`. What is temporary is planned as if only the batch
-            were split, so it is too large where a map splits activations too.
+            regular expression, such as `{"dense.*kernel": (None, "model")}`. What is temporary is planned as if only the
+            batch were split, so it is too large where a map splits activations too.
 
     Returns:
         A `MemoryPlan`.
@@ -147,8 +146,8 @@ def plan(
     """
     if not backend.traces_memory():
         raise NotImplementedError(
-            f"`plan()` counts bytes with XLA through JAX. Expected the backend jax. Received: {keras.backend.backend()}. Set "
-            "the environment variable KERAS_BACKEND=jax for the plan; the weights and the optimizer are as large on every "
+            f"`plan()` counts bytes with XLA through JAX. Expected the backend jax. Received: {keras.backend.backend()}. "
+            "Set the environment variable KERAS_BACKEND=jax for the plan; the weights and the optimizer are as large on every "
             "backend."
         )
     axes = mesh_axes(mesh)
@@ -250,8 +249,8 @@ def changed_copy(model: keras.Model, changes: Mapping[str, Any], remat: bool) ->
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"'{model.name}' made from its own config has other weights, so there is no copy to plan with. Expected a "
-                "`get_config` that returns all that the constructor needs. Use `apply_lora` and `rematerialize` first, and plan "
-                "the model as it is."
+                "`get_config` that returns all that the constructor needs. Use `apply_lora` and `rematerialize` first, and "
+                "plan the model as it is."
             )
         change(copy, changes, remat)
     return copy
@@ -351,9 +350,8 @@ def shards(layout_map: Any, axes: Mapping[str, int]) -> Callable[[Any], int]:
 
     def split(variable: Any) -> int:
         for key, layout in rules.items():
-            if re.search(key, variable.path) or fnmatch.fnmatch(variable.path, key):
-                if len(layout) == len(variable.shape):
-                    return math.prod(axes[str(axis)] for axis in layout if axis is not None)
+            if re.search(key, variable.path) and len(layout) == len(variable.shape):
+                return math.prod(axes[str(axis)] for axis in layout if axis is not None)
         return 1
 
     return split

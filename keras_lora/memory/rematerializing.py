@@ -23,9 +23,9 @@ def rematerialize(model: AnyLayer, blocks: Any = slice(None), *, undo: bool = Fa
     A training step then keeps the inputs of each block, and the insides of one block at a time. It computes the forward
     pass of the blocks twice. Outputs and gradients stay the same: a block that runs again draws the same dropout.
 
-    It works before or after `apply_lora`, on all backends, compiled or not. `keras.RematScope` must be there when the layers
-    are made, and gives wrong gradients or errors if they have dropout. A `.keras` file does not store it: call it again after
-    loading.
+    It works before or after `apply_lora`, on all backends, compiled or not. `keras.RematScope` must be there when the
+    layers are made, and gives wrong gradients or errors if they have dropout. A `.keras` file does not store it:
+    call it again after loading.
 
     Args:
         model: A built model.
@@ -55,7 +55,7 @@ def rematerialize(model: AnyLayer, blocks: Any = slice(None), *, undo: bool = Fa
     chosen = _chosen(model, blocks)
     unbuilt = [layer.name for layer in chosen if not layer.built]
     if unbuilt:
-        raise ValueError(f"`rematerialize()` needs built layers. Received: {unbuilt}, not built. Call '{model.name}' once.")
+        raise ValueError(f"`rematerialize()` needs built layers. Received: {unbuilt}. Call '{model.name}' on data once.")
     for layer in chosen:
         vars(layer).pop("call", None)
         if not undo:
@@ -80,8 +80,8 @@ def _chosen(model: keras.layers.Layer, blocks: Any) -> list[keras.layers.Layer]:
         return given
     if not repeated.series_of(places):
         raise ValueError(
-            f"`rematerialize()` found no repeated blocks in '{model.name}'. Expected layers of one class with numbered names "
-            f"that contain adaptable layers. Received: blocks={blocks!r}. Pass the layers themselves in `blocks`."
+            f"`rematerialize()` found no repeated blocks in '{model.name}'. Expected layers of one class with numbered "
+            f"names that contain adaptable layers. Received: blocks={blocks!r}. Pass the layers themselves in `blocks`."
         )
     chosen, problems = repeated.choose(model, places, [], blocks)
     if problems:
@@ -135,7 +135,7 @@ class _Run:
     def inputs(self) -> tuple[list[Any], list[Any], list[Any]]:
         """What the first run gets: the tensors of this call, the trained variables and the frozen ones."""
         tensors = [self.leaves[place] for place in self.at] + list(self.masks.values())
-        with keras_internals.without_autocast():
+        with keras_internals.as_stored():
             seeds, trained, frozen = (
                 [backend.tensor_of(variable) for variable in group] for group in (self.seeds, self.trained, self.frozen)
             )
@@ -149,7 +149,7 @@ class _Run:
         args, kwargs = keras.tree.pack_sequence_as(self.structure, leaves)
         variables = [*self.seeds, *self.trained, *self.frozen]
         values = [*rest[len(self.masks) :], *trained, *frozen]
-        with keras_internals.without_autocast():
+        with keras_internals.as_stored():
             scope = keras_internals.scope_within(list(zip(variables, values, strict=True)))
         before = dict(scope.state_mapping)
         with self.context(), scope:
@@ -158,8 +158,8 @@ class _Run:
         self.written = [v for v in variables if id(v) in after]
         if len(self.written) < len(after):
             raise ValueError(
-                f"`rematerialize()` cannot run '{self.layer.name}' again: its call writes a variable that belongs to another "
-                f"layer or is a metric. Leave it out of `blocks`."
+                f"`rematerialize()` cannot run '{self.layer.name}' again: its call writes a variable that belongs to "
+                f"another layer or is a metric. Leave it out of `blocks`."
             )
         keras_internals.forget_losses(self.layer, scope.losses)
         self.losses = len(scope.losses)
