@@ -8,8 +8,8 @@
 The weights are random: they do not change what is held. Each row is a fresh process on JAX that builds the model, runs a
 step of `train_on_batch` on 8 × 256 tokens (or on parts of them), and reports its largest resident set since it started: the
 interpreter, the compiler and all. XLA reserves what the compiled step needs, so further steps do not change it. `plan` then
-says in another process what it expects. The file is written after each row, so that a run can be stopped, and then the table in
-`docs/memory.md`.
+says in another process what it expects. The file is written after each row, so that a run can be stopped, and then the
+table in `docs/memory.md`.
 """
 
 from __future__ import annotations

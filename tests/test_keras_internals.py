@@ -455,9 +455,9 @@ def test_a_call_context_can_be_opened_again(dense):
 
 def test_a_scope_shows_what_the_scope_around_it_shows():
     outside, inside = (keras.Variable(0.0, name=name) for name in ("outside", "inside"))
-    with keras.StatelessScope([(outside, keras.ops.convert_to_tensor(1.0))]):
-        with internals.as_stored(), internals.scope_within([(inside, keras.ops.convert_to_tensor(2.0))]):
-            assert (float(outside.value), float(inside.value)) == (1.0, 2.0)
+    one, two = (keras.ops.convert_to_tensor(each) for each in (1.0, 2.0))
+    with keras.StatelessScope([(outside, one)]), internals.as_stored(), internals.scope_within([(inside, two)]):
+        assert (float(outside.value), float(inside.value)) == (1.0, 2.0)
     layer = layers.Layer()
     with internals.scope_within([]) as scope:
         layer.add_loss(keras.ops.convert_to_tensor(1.0))

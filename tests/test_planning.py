@@ -134,6 +134,8 @@ def test_a_mesh_splits_the_batch_and_what_the_map_splits():
         mlp(), batch_size=16, mesh={"batch": 2, "model": 4}, layout_map={"first/kernel": (None, "model")}
     )
     assert split.bytes["batch"] * 2 == whole.bytes["batch"]
+    slots = 2 * 4 * 32 * 64 * 3 // 4
+    assert split.bytes["optimizer"] == whole.bytes["optimizer"] - slots
     assert split.bytes["trained"] == whole.bytes["trained"] - 4 * 32 * 64 * 3 // 4
     with pytest.raises(ValueError, match=r"names axes \['rows'\] that `mesh` does not have"):
         keras_lora.plan(mlp(), batch_size=16, mesh={"batch": 2}, layout_map={"kernel": (None, "rows")})

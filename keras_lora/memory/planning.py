@@ -147,8 +147,8 @@ def plan(
     if not backend.traces_memory():
         raise NotImplementedError(
             f"`plan()` counts bytes with XLA through JAX. Expected the backend jax. Received: {keras.backend.backend()}. "
-            "Set the environment variable KERAS_BACKEND=jax for the plan; the weights and the optimizer are as large on every "
-            "backend."
+            "Set the environment variable KERAS_BACKEND=jax for the plan; the weights and the optimizer are as large on "
+            "every backend."
         )
     axes = mesh_axes(mesh)
     changes = {"rank": rank, "base_dtype": base_dtype, **adapter}
@@ -166,7 +166,8 @@ def plan(
     sizes = _sizes(model, optimizer, x, _loss_for(model, loss))
     split = shards(layout_map, axes)
     for key, variables in _groups(model, optimizer).items():
-        sizes[key] = sum(bytes_of(v) // split(v) for v in variables)
+        of = _as_references(split, model.trainable_variables) if key == "optimizer" else split
+        sizes[key] = sum(bytes_of(v) // of(v) for v in variables)
     sizes["gradients"] = sum(bytes_of(v) // split(v) for v in model.trainable_variables)
     sizes["peak"] = sum(sizes[key] for key in ("frozen", "trained", "optimizer", "batch", "temporary"))
     dtypes: dict[str, int] = {}
@@ -186,6 +187,9 @@ def _sizes(model: keras.Model, optimizer: Any, x: Any, loss: Any) -> dict[str, i
     trained, fixed = model.trainable_variables, model.non_trainable_variables
     forward = _forward(model)
     outputs = backend.shapes_of(lambda *given: forward(*given)[0], trained, fixed, x)
+    if loss is None:
+        units = max(each.shape[-1] for each in keras.tree.flatten(outputs))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True) if units > 1 else keras.losses.MeanSquaredError()
     y = _targets_for(loss, outputs)
 
     def total(trained: Any, fixed: Any, x: Any, y: Any) -> tuple[Any, Any]:
@@ -355,3 +359,14 @@ def shards(layout_map: Any, axes: Mapping[str, int]) -> Callable[[Any], int]:
         return 1
 
     return split
+
+
+def _as_references(split: Callable[[Any], int], trained: Iterable[Any]) -> Callable[[Any], int]:
+    """`split` for the slots of an optimizer, which lie where their variables lie. Keras names a slot after its variable."""
+    split_ones = [v for v in trained if split(v) > 1]
+
+    def of(slot: Any) -> int:
+        own = (v for v in split_ones if v.path.replace("/", "_") in slot.path and tuple(v.shape) == tuple(slot.shape))
+        return next((split(v) for v in own), 1)
+
+    return of
