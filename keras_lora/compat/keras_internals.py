@@ -367,7 +367,7 @@ _CALL_STATE = ("current_call_ctx", "autocast_scope")
 
 
 @contextlib.contextmanager
-def _global_state(values: dict[str, Any]) -> Iterator[None]:
+def with_global_state(values: dict[str, Any]) -> Iterator[None]:
     from keras.src.backend.common import global_state
 
     before = {name: global_state.get_global_attribute(name) for name in values}
@@ -388,12 +388,12 @@ def call_context() -> Callable[[], contextlib.AbstractContextManager[None]]:
     from keras.src.backend.common import global_state
 
     values = {name: global_state.get_global_attribute(name) for name in _CALL_STATE}
-    return lambda: _global_state(values)
+    return lambda: with_global_state(values)
 
 
 def as_stored() -> contextlib.AbstractContextManager[None]:
     """Context manager in which variables have the dtype in which they are stored (Keras's own scope always casts)."""
-    return _global_state({"autocast_scope": None})
+    return with_global_state({"autocast_scope": None})
 
 
 def scope_within(pairs: list[tuple[keras.Variable, Any]]) -> keras.StatelessScope:
