@@ -368,6 +368,7 @@ _CALL_STATE = ("current_call_ctx", "autocast_scope")
 
 @contextlib.contextmanager
 def with_global_state(values: dict[str, Any]) -> Iterator[None]:
+    """Context manager in which entries of Keras's global state have these values (Keras exports no setter)."""
     from keras.src.backend.common import global_state
 
     before = {name: global_state.get_global_attribute(name) for name in values}
