@@ -30,6 +30,7 @@ MEMBERS = {
     "keras_lora.AdapterList": ["total", "adapters", "data", "table"],
     "keras_lora.CombinationReport": ["error"],
     "keras_lora.LowRank": ["pair", "scale"],
+    "keras_lora.MemoryPlan": ["peak", "data", "table"],
     "keras_lora.MultiAdapterModel": ["load", "delete", "index_of", "generate"],
     "keras_lora.TargetList": ["of", "total", "table"],
 }
@@ -110,6 +111,12 @@ GROUPS = [
             *("combine_adapters", "compress_adapter", "CombinationReport", "CombinedKernel", "MultiAdapterModel"),
         ),
         {"many_adapters.md": "Many adapters"},
+    ),
+    Group(
+        "Memory",
+        "How much a training step needs, and how it needs less.",
+        of("keras_lora", "memory", "plan", "MemoryPlan", "rematerialize"),
+        {"memory.md": "Memory"},
     ),
     Group(
         "Files",

@@ -3,7 +3,7 @@
 import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
-    from keras_lora import interop, layers, plots, testing
+    from keras_lora import interop, layers, memory, plots, testing
     from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
@@ -13,6 +13,8 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.layers import LoRADense
     from keras_lora.layers.registering import register_layer
     from keras_lora.loading import reduced_base
+    from keras_lora.memory.planning import MemoryPlan, plan
+    from keras_lora.memory.rematerializing import rematerialize
     from keras_lora.merging import merge_lora, unmerge_lora
     from keras_lora.serving import MultiAdapterModel
     from keras_lora.starts.methods import EVA, LoRAGA
@@ -35,6 +37,7 @@ __all__ = [
     "LoRADense",
     "LoRAGA",
     "LowRank",
+    "MemoryPlan",
     "MultiAdapterModel",
     "Target",
     "TargetList",
@@ -51,11 +54,14 @@ __all__ = [
     "list_adapters",
     "list_targets",
     "load_adapter",
+    "memory",
     "merge_lora",
+    "plan",
     "plots",
     "reduced_base",
     "register_adapter",
     "register_layer",
+    "rematerialize",
     "remove_lora",
     "save_adapter",
     "start_from",

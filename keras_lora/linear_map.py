@@ -190,7 +190,7 @@ class LinearMap(StoredKernel):
 
     def changed_kernel(self, adapter: Any) -> Any:
         """`W + ΔW` in the kernel's own shape, for a layer whose own code uses the kernel."""
-        with keras_internals.without_autocast():  # so that the sum is rounded to the compute dtype, and not W before it
+        with keras_internals.as_stored():  # so that the sum is rounded to the compute dtype, and not W before it
             matrix = self.matrix
         if keras.backend.standardize_dtype(matrix.dtype) != "float64":
             matrix = ops.cast(matrix, "float32")

@@ -454,12 +454,12 @@ def test_with_mask_gives_a_mask():
     assert internals.copy_mask(internals.with_mask(tensor, mask), keras.ops.ones((2, 3))) is not None
 
 
-def test_without_autocast():
+def test_variables_are_read_as_stored():
     seen = []
 
     class Reads(layers.Dense):
         def call(self, inputs):
-            with internals.without_autocast():
+            with internals.as_stored():
                 seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
             seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
             return super().call(inputs)
@@ -490,3 +490,55 @@ def test_whole_leaves_what_one_process_has_as_it_is(dense):
     with training_internals.whole(model):
         assert np.array_equal(value(dense.kernel), before)
     assert np.array_equal(value(dense.kernel), before)
+def test_a_call_context_can_be_opened_again(dense):
+    seen = []
+
+    class Outer(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(internals.call_context())
+            return x
+
+    class Inner(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(training)
+            return x
+
+    x = keras.ops.ones((1, 2))
+    Outer()(x, training=True)
+    inner = Inner()
+    with seen[0]():
+        inner(x)
+    with internals.with_global_state({"current_call_ctx": None}):
+        inner(x)
+    assert seen[1:] == [True, None]
+
+
+def test_a_scope_shows_what_the_scope_around_it_shows():
+    outside, inside = (keras.Variable(0.0, name=name) for name in ("outside", "inside"))
+    one, two = (keras.ops.convert_to_tensor(each) for each in (1.0, 2.0))
+    with keras.StatelessScope([(outside, one)]), internals.as_stored(), internals.scope_within([(inside, two)]):
+        assert (float(outside.value), float(inside.value)) == (1.0, 2.0)
+    layer = layers.Layer()
+    with internals.scope_within([]) as scope:
+        layer.add_loss(keras.ops.convert_to_tensor(1.0))
+    assert len(scope.losses) == 1
+    internals.forget_losses(layer, scope.losses)
+    assert not layer._loss_ids
+
+
+def test_masks_are_read_and_set():
+    x = keras.ops.ones((1, 2))
+    assert internals.mask_of(x) is None
+    mask = keras.ops.ones((1,), "bool")
+    assert internals.mask_of(internals.with_mask(x, mask)) is mask
+
+
+def test_variables_without_values():
+    with training_internals.unallocated():
+        layer = layers.Dense(2)
+        layer.build((1, 3))
+    assert not training_internals.has_value(layer.kernel)
+    assert layer.kernel.shape == (3, 2)
+    other = layers.Dense(2)
+    other.build((1, 3))
+    assert training_internals.has_value(other.kernel)

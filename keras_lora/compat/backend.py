@@ -188,6 +188,120 @@ def _torch_frozen_product() -> Any:
     return FrozenProduct
 
 
+def tensor_of(variable: keras.Variable) -> Any:
+    """The value of a variable now, as a tensor: TensorFlow would give the variable itself, and so would torch."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(variable.value)
+    if keras.backend.backend() == "torch" and not variable.trainable:
+        return variable.value.detach()
+    return ops.convert_to_tensor(variable)
+
+
+def write(variable: keras.Variable, value: Any) -> None:
+    """Assign a value, and leave what `tensor_of` gave before as it is: torch would write into the same memory."""
+    if keras.backend.backend() == "torch" and not variable.trainable:
+        variable.value.data = value.detach()
+    else:
+        variable.assign(value)
+
+
+def rematerialized(
+    function: Callable[..., list[Any]], inputs: list[Any], trained: list[Any], frozen: list[Any]
+) -> list[Any]:
+    """Return `function(inputs, trained, frozen)`, a list of tensors, which runs again when its gradient is needed.
+
+    `frozen` has no gradient. XLA merges equal computations and would keep the first run, so `inputs` depend on the upstream
+    gradient in the second, in a way that changes nothing (on a CPU it drops the barriers of `jax.checkpoint`).
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if not torch.is_grad_enabled():
+            return function(inputs, trained, frozen)
+        from torch.utils.checkpoint import checkpoint
+
+        found: list[Any] = checkpoint(function, inputs, trained, frozen, use_reentrant=False)
+        return found
+    with_gradient = _jax_rematerialized if keras.backend.backend() == "jax" else _tensorflow_rematerialized
+    return with_gradient(function, inputs, trained, frozen)
+
+
+def _tied(inputs: Iterable[Any], dys: Iterable[Any]) -> list[Any]:
+    """The same tensors, which cannot be had before these gradients."""
+    inputs = list(inputs)
+    for dy in dys:
+        numbers = [i for i, each in enumerate(inputs) if keras.backend.standardize_dtype(each.dtype) != "bool"]
+        for i, tied in zip(numbers, _not_before(dy, [inputs[i] for i in numbers]), strict=True):
+            inputs[i] = tied
+    return inputs
+
+
+def _is_float(tensor: Any) -> bool:
+    found: bool = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+    return found
+
+
+def _jax_rematerialized(function: Any, inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
+    import jax
+
+    run, captured = jax.closure_convert(function, inputs, trained, frozen)
+
+    def first(*given: Any) -> Any:
+        inputs, trained, frozen, captured = given
+        return run(inputs, trained, frozen, *captured)
+
+    def backward(given: Any, dys: Any) -> Any:
+        inputs, trained, frozen, captured = given
+        floats = [i for i, each in enumerate(inputs) if _is_float(each)]
+        tied = _tied(inputs, [dy for dy in dys if dy.dtype != jax.dtypes.float0 and dy.size])
+
+        def of(of_inputs: list[Any], trained: list[Any], captured: list[Any]) -> Any:
+            given = list(tied)
+            for i, each in zip(floats, of_inputs, strict=True):
+                given[i] = each
+            return run(given, trained, frozen, *captured)
+
+        d_inputs, d_trained, d_captured = jax.vjp(of, [tied[i] for i in floats], trained, captured)[1](dys)
+        found: list[Any] = [None] * len(inputs)
+        for i, each in zip(floats, d_inputs, strict=True):
+            found[i] = each
+        return found, d_trained, [None] * len(frozen), d_captured
+
+    again: Any = jax.custom_vjp(first)
+    again.defvjp(lambda *given: (first(*given), given), backward)
+    return list(again(inputs, trained, frozen, captured))
+
+
+def _tensorflow_rematerialized(function: Any, inputs: list[Any], trained: list[Any], frozen: list[Any]) -> list[Any]:
+    import tensorflow as tf
+
+    ends = len(inputs), len(inputs) + len(trained)
+
+    def run(given: Sequence[Any]) -> list[Any]:
+        return list(function(list(given[: ends[0]]), list(given[ends[0] : ends[1]]), list(given[ends[1] :])))
+
+    def first(*given: Any) -> Any:
+        def backward(*dys: Any) -> list[Any]:
+            tied = [*_tied(given[: ends[0]], [dy for dy in dys if dy is not None and _is_float(dy)]), *given[ends[0] :]]
+            floats = [i for i, each in enumerate(tied[: ends[1]]) if _is_float(each)]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([tied[i] for i in floats])
+                outputs = run(tied)
+            pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if _is_float(y) and dy is not None]
+            found: list[Any] = [None] * len(given)
+            ys, upstream = zip(*pairs, strict=True)
+            gradients = tape.gradient(ys, [tied[i] for i in floats], output_gradients=upstream)
+            for i, each in zip(floats, gradients, strict=True):
+                found[i] = each
+            return found
+
+        return run(given), backward
+
+    return list(tf.custom_gradient(first)(*inputs, *trained, *frozen))
+
+
 def low_rank_sum(
     x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None, kept: Any = None
 ) -> Any:
@@ -305,3 +419,63 @@ def _torch_function() -> Any:
         return m * (scale * strength).to(m.dtype)
 
     return LowRankSum
+
+
+def traces_memory() -> bool:
+    """Whether `step_memory` works here: XLA can count the bytes of a program that it does not run."""
+    found: bool = keras.backend.backend() == "jax"
+    return found
+
+
+def shapes_of(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns, as shapes. Arguments are anything with a shape and a dtype."""
+    import jax
+
+    return jax.eval_shape(function, *_as_shapes(arguments))
+
+
+def value_and_gradient(function: Callable[..., Any], variables: Any, *others: Any) -> Any:
+    """The value of `function`, a pair of a loss and more, and the gradient of `variables`, on JAX."""
+    import jax
+
+    return jax.value_and_grad(function, has_aux=True)(variables, *others)
+
+
+def kept_bytes(function: Callable[..., Any], variables: Any, *others: Any) -> int:
+    """The bytes that JAX keeps from `function(variables, *others)` for the gradient of `variables`, beside its arguments.
+
+    Arguments are anything with a shape and a dtype. Nothing is computed.
+    """
+    import jax
+
+    variables, others = _as_shapes((variables, others))
+
+    def residuals(variables: Any, others: Any) -> Any:
+        return jax.tree.leaves(jax.vjp(lambda each: function(each, *others), variables)[1])
+
+    traced = jax.make_jaxpr(residuals)(variables, others).jaxpr
+    given = {id(each) for each in (*traced.invars, *traced.constvars)}
+    kept = {id(each): each.aval for each in traced.outvars if id(each) not in given and not hasattr(each, "val")}
+    return sum(each.size * each.dtype.itemsize for each in kept.values())
+
+
+def step_memory(step: Callable[..., Any], state: Any, data: Any) -> dict[str, int]:
+    """The bytes of `state, results = step(state, data)` as XLA compiles it, with the memory of the old state reused.
+
+    Arguments are anything with a shape and a dtype. Nothing is computed and no array is made.
+    """
+    import jax
+
+    compiled = jax.jit(step, donate_argnums=0).lower(*_as_shapes((state, data))).compile()
+    found: Any = compiled.memory_analysis()
+    held, more = found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"arguments": held, "temporary": found.temp_size_in_bytes, "outputs": more}
+
+
+def _as_shapes(tree: Any) -> Any:
+    import jax
+
+    def shape_of(each: Any) -> Any:
+        return jax.ShapeDtypeStruct(tuple(each.shape), keras.backend.standardize_dtype(each.dtype))
+
+    return jax.tree.map(shape_of, tree, is_leaf=lambda each: isinstance(each, keras.Variable | keras.KerasTensor))

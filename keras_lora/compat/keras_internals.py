@@ -180,13 +180,6 @@ def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_ap
     return found
 
 
-def without_autocast() -> Any:
-    """Read variables in the dtype in which they are stored, inside a call too (the public scope is a layer's policy)."""
-    from keras.src.backend.common.variables import AutocastScope
-
-    return AutocastScope(None)
-
-
 def is_rematerialized(layer: keras.layers.Layer) -> bool:
     """Whether `layer` was made in a `keras.RematScope`, so that its call runs a second time for the gradient."""
     return getattr(layer, "_remat_mode", None) is not None
@@ -214,6 +207,9 @@ def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True, 
     Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype. A `value` may have
     another shape.
     """
+    if variable._value is None and value is None:  # of a model that is only planned
+        variable._dtype, variable._autocast = dtype, autocast
+        return
     value = keras.ops.convert_to_tensor(variable) if value is None else value
     value = keras.ops.cast(keras.ops.stop_gradient(value), dtype)
     variable._dtype, variable._autocast = dtype, autocast
@@ -288,8 +284,15 @@ def copy_mask(source: Any, to: Any) -> Any:
     return to if mask is None else with_mask(to, mask)
 
 
+def mask_of(tensor: Any) -> Any:
+    """Return the Keras mask of a tensor, or `None` (Keras exports no way to read one)."""
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
 def with_mask(tensor: Any, mask: Any) -> Any:
-    """Give a tensor a Keras mask, and return it."""
+    """Give a tensor a Keras mask, and return it (there is no public way to set one)."""
     from keras.src.backend import set_keras_mask
 
     set_keras_mask(tensor, mask)
@@ -414,3 +417,57 @@ def forget_backbone_lora(model: keras.layers.Layer) -> None:
 def layers_with_weights(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Return the layers of `model` in the order in which KerasHub numbers them in `.lora.h5` files."""
     return [layer for layer in model._flatten_layers(include_self=False) if layer.weights]
+
+
+_CALL_STATE = ("current_call_ctx", "autocast_scope")
+
+
+@contextlib.contextmanager
+def with_global_state(values: dict[str, Any]) -> Iterator[None]:
+    """Context manager in which entries of Keras's global state have these values (Keras exports no setter)."""
+    from keras.src.backend.common import global_state
+
+    before = {name: global_state.get_global_attribute(name) for name in values}
+    for name, value in values.items():
+        global_state.set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+
+
+def call_context() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return a maker of contexts like the present one: what layers read of an outer call (training) and of its dtypes.
+
+    A layer's code that runs outside of the layer's call, for a gradient, would not find them.
+    """
+    from keras.src.backend.common import global_state
+
+    values = {name: global_state.get_global_attribute(name) for name in _CALL_STATE}
+    return lambda: with_global_state(values)
+
+
+def as_stored() -> contextlib.AbstractContextManager[None]:
+    """Context manager in which variables have the dtype in which they are stored (Keras's own scope always casts)."""
+    return with_global_state({"autocast_scope": None})
+
+
+def scope_within(pairs: list[tuple[keras.Variable, Any]]) -> keras.StatelessScope:
+    """Return a scope in which variables have these values, and all others those of the scope around it.
+
+    Keras's own inner scope shows the stored values of the others, not those of the outer scope.
+    """
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    scope = keras.StatelessScope(pairs, collect_losses=True, initialize_variables=False)
+    outer = get_stateless_scope()
+    scope.state_mapping = {**(outer.state_mapping if outer is not None else {}), **scope.state_mapping}
+    return scope
+
+
+def forget_losses(layer: keras.layers.Layer, losses: Iterable[Any]) -> None:
+    """Let the layers below forget losses of a call in a scope, which Keras finds again by their addresses in memory."""
+    keys = {id(each) for each in losses}
+    for each in layer._flatten_layers() if keys else ():
+        each._loss_ids -= keys

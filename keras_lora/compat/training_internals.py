@@ -108,3 +108,29 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
 def ask_for_compile(name: str, *args: Any) -> None:
     """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Context manager in which new variables have a shape and an initializer, but no value, for good.
+
+    Keras defers values inside a `StatelessScope`, but no optimizer can be made there, and a later scope fills the variables.
+    """
+    before = vars(keras.Variable).get("_initialize_with_initializer")
+
+    def defer(variable: Any, initializer: Any) -> None:
+        variable._value, variable._initializer = None, initializer
+
+    keras.Variable._initialize_with_initializer = defer
+    try:
+        yield
+    finally:
+        if before is None:
+            del keras.Variable._initialize_with_initializer
+        else:
+            keras.Variable._initialize_with_initializer = before
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Whether a variable has a value (its public `value` makes one)."""
+    return variable._value is not None
