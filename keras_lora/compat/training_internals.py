@@ -91,3 +91,9 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
 def ask_for_compile(name: str, *args: Any) -> None:
     """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
+
+
+def averages_of(optimizer: Any) -> list[Any]:
+    """Return the moving averages of an optimizer with `use_ema`. `SwapEMAWeights` reads them by the same private name."""
+    found: list[Any] = optimizer._model_variables_moving_average
+    return found
