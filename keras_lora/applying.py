@@ -19,7 +19,7 @@ from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.swap.other_models import sharing, warn_of_shared
 from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
-from keras_lora.targets.target_list import ALREADY, Target
+from keras_lora.targets.target_list import NAMED, NORM, Target
 
 #: The allowed values of `base_dtype`. bfloat16 has the range of float32, so no kernel overflows.
 BASE_DTYPES = ("bfloat16",)
@@ -73,7 +73,8 @@ def apply_lora(
             `keras_lora.targets.heads.find_head`), patterns name it, `None` leaves nothing out.
         train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head. `"head"`
             also means the output head that was found, whatever its name; in a KerasHub task that is every layer outside the
-            backbone.
+            backbone. `"norms"` means the scales and offsets of every normalization; the statistics of a
+            `BatchNormalization` stay as they are, unless you name the layer itself.
         bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
         rank_pattern, alpha_pattern: Other ranks and alphas by pattern; if several match, the first wins.
         adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`.
@@ -135,7 +136,8 @@ def apply_lora(
         for row in rows.of("adapt")
         if (linear := row.linear)
     ]
-    inject(model, started, name, trained=[row.layer for row in rows.of("train") if row.why != ALREADY], bias=bias)
+    new = {why: [row.layer for row in rows.of("train") if row.why == why] for why in (NAMED, NORM)}
+    inject(model, started, name, trained=new[NAMED], norms=new[NORM], bias=bias)
     if base_dtype is not None:
         for linear, _ in started:
             linear.store_kernel(base_dtype)
@@ -176,13 +178,14 @@ def remove_lora(model: AnyLayer) -> AnyLayer:
 
 def inject(
     model: keras.layers.Layer,
-    adapted: Iterable[tuple[LinearMap, adapters.Adapter]],
+    new_adapters: Iterable[tuple[LinearMap, adapters.Adapter]],
     name: str,
     trained: Iterable[keras.layers.Layer] = (),
+    norms: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
 ) -> None:
     """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
-    pairs = list(adapted)
+    pairs = list(new_adapters)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
     if not others:
         warn_of_shared(model)
@@ -195,7 +198,8 @@ def inject(
     new = [layer for _, adapter in pairs for layer in adapters.with_sublayers(adapter)]
     old = [layer for adapter in others for layer in adapters.with_sublayers(adapter)]
     old += [place.layer for place in walk(model) if beside.owners(place.layer)]
-    flags.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
+    adapted = [linear.layer for linear, _ in pairs]
+    flags.freeze(walk(model), adapted, [*trained, *new], norms, bias, stopped=old)
     own_beside(model, name)
     set_containers(model)
 
@@ -206,7 +210,8 @@ def own_beside(model: keras.layers.Layer, name: str) -> None:
         if not isinstance(place.layer, adapters.Adapter):
             planned = {id(v) for v in flags.planned_variables(place.layer)}
             of_layer = keras_internals.own_trainable_variables(place.layer)
-            beside.start(place.layer, name, [id(v) in planned for v in of_layer])
+            trains = [id(v) in planned for v in of_layer]
+            beside.start(place.layer, name, trains, statistics=flags.moves_statistics(place.layer))
 
 
 def take_out(model: keras.layers.Layer, merged: bool = False) -> None:

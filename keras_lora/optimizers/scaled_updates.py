@@ -149,7 +149,7 @@ class ScaledUpdates(keras.optimizers.Optimizer):
                 self.assign(average, new)
                 if self.ema_overwrite_frequency:
                     now = ops.equal(ops.mod(step, self.ema_overwrite_frequency), 0)
-                    self.assign(v, ops.where(now, new, v))
+                    self.assign(v, ops.where(now, new, ops.convert_to_tensor(v)))
 
     # What Keras and its callbacks read from an optimizer.
 

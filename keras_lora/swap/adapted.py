@@ -353,6 +353,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "quantized": {},
         "training": flags.marks_of(owner),
         "beside": beside.describe(owner),
+        "fixed_statistics": beside.describe_fixed(owner),
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
@@ -398,7 +399,8 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             _when_built(holder, functools.partial(flags.mark, place.layer, **description["training"][place.address]))
     for address, names in description.get("beside", {}).items():
         for name, trains in names.items():
-            _when_built(layers[address], beside.start, layers[address], name, trains)
+            statistics = name not in description.get("fixed_statistics", {}).get(address, [])
+            _when_built(layers[address], beside.start, layers[address], name, trains, statistics)
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
             _when_built(layer, layer._freeze_base)
