@@ -14,6 +14,8 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.layers.registering import register_layer
     from keras_lora.merging import merge_lora, unmerge_lora
     from keras_lora.serving import MultiAdapterModel
+    from keras_lora.starts.methods import EVA, LoRAGA
+    from keras_lora.starts.starting import start_from
     from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
     from keras_lora.targets.choosing import list_targets
     from keras_lora.targets.target_list import Target, TargetList
@@ -27,8 +29,10 @@ __all__ = [
     "CombinationReport",
     "CombinedKernel",
     "DoRA",
+    "EVA",
     "LoRA",
     "LoRADense",
+    "LoRAGA",
     "LowRank",
     "MultiAdapterModel",
     "Target",
@@ -52,6 +56,7 @@ __all__ = [
     "register_layer",
     "remove_lora",
     "save_adapter",
+    "start_from",
     "testing",
     "train_adapters",
     "unmerge_lora",

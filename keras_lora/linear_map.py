@@ -262,23 +262,29 @@ class LinearMap:
             return ops.matmul(ops.matmul(h, a), b)
         return backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
 
-    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None) -> Any:
+    def low_rank_sum(
+        self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None, kept: tuple[Any, Any] | None = None
+    ) -> Any:
         """`y + strength · scale · apply(x, a b)`, which is how a low-rank change runs. The factors keep their dtype.
 
-        If `y`, the base output, is not given, it is computed here, together with the change if that is faster.
+        If `y`, the base output, is not given, it is computed here, together with the change if that is faster. If `kept`,
+        frozen factors `c` and `d`, is given, `strength · apply(x, c d)` is added, and they get no gradient.
         """
         in_one = y is None and self._can_run_in_one
         if y is None and not in_one:
             y = self.base_output(x)
         if not self.is_matmul or backend.has_symbolic_sizes(x):
+            if kept is not None:
+                y = self.low_rank_sum(x, *kept, 1.0, strength, y)
             b = ops.multiply(ops.multiply(scale, strength), b)
             return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(b, y.dtype)))
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
         if len(x.shape) == 2 and self.kernel_axes == "io":
-            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel)
+            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel, kept=kept)
         rows_of_y = None if in_one else ops.reshape(y, (-1, self.matrix_shape[-1]))
-        return self.from_rows(backend.low_rank_sum(self.as_rows(x), a, b, scale, strength, y=rows_of_y, kernel=kernel), x)
+        rows = backend.low_rank_sum(self.as_rows(x), a, b, scale, strength, y=rows_of_y, kernel=kernel, kept=kept)
+        return self.from_rows(rows, x)
 
     # For methods that act on the input, such as block rotations and gains of input units.
 

@@ -20,7 +20,7 @@ ORDER = [
     ["__main__"],
     ["cli"],
     ["__init__"],
-    ["interop", "plots", "serving", "testing"],
+    ["interop", "plots", "serving", "starts", "testing"],
     ["combining", "files", "inspecting", "merging"],
     ["switching"],
     ["applying"],

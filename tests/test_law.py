@@ -29,6 +29,7 @@ METHODS = {
     "dora_fa": lambda: keras_lora.DoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
     "lora": lambda: keras_lora.LoRA(rank=2),
     "lora_fa": lambda: keras_lora.LoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
+    "lora_kept": lambda: keras_lora.LoRA(rank=2, kept=3),
     "trainable_tokens": lambda: keras_lora.TrainableTokens([1, 4]),
 }
 
@@ -265,7 +266,7 @@ CASES = {name: Case(type(layer), layer.get_config(), x, *more) for f in FAMILIES
 #: Methods that change rows of an embedding, and nothing else.
 OF_ROWS = {"trainable_tokens"}
 #: Methods with a saved weight that does not train, and the layers that they are tried on.
-FROZEN = {"dora_fa", "lora_fa"}
+FROZEN = {"dora_fa", "lora_fa", "lora_kept"}
 WITH_FROZEN = ["dense", "einsum_query", "conv2d_grouped", "depthwise2d", "lstm_masked"]
 PAIRS = [
     (name, method)
@@ -402,6 +403,7 @@ def test_the_gradients_of_the_fast_path_are_those_of_the_definition(name, method
     case = CASES[name]
     layer, found = case.adapted(method)
     perturb(layer, size=0.3)
+    move_frozen(found)
     weight = numbers(*result(layer, case)[0].shape)
 
     def definition(x):

@@ -139,7 +139,9 @@ def _torch_frozen_product() -> Any:
     return FrozenProduct
 
 
-def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None) -> Any:
+def low_rank_sum(
+    x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None, kept: Any = None
+) -> Any:
     """Return `strength · scale · (x a) b`, added to `y` or to `x kernel`, whichever is given.
 
     Args:
@@ -149,6 +151,7 @@ def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any 
         strength: A scalar tensor, which does not train.
         y: `(n, out)`.
         kernel: `(in, out)`.
+        kept: Frozen factors `c`, `d` like `a` and `b`, for `strength · (x c) d` beside it. They get no gradient.
 
     Its speed depends on how it is written. The gradient of `a` is `xᵀ dh`, a product with few columns, and that shape is
     slow: on one CPU core, it takes several times as long as its transpose `dhᵀ x` (`benchmarks/products.py`). So both
@@ -156,21 +159,29 @@ def low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any 
     """
     if keras.backend.backend() == "torch":
         dtype = x.dtype
-        factors = ops.cast(a, dtype), ops.cast(b, dtype)
-        return _torch_low_rank_sum(x, *factors, scale, ops.convert_to_tensor(strength), y, kernel)
+        a, b = ops.cast(a, dtype), ops.cast(b, dtype)
+        c, d = (None, None) if kept is None else (ops.cast(each, dtype) for each in kept)
+        return _torch_low_rank_sum(x, a, b, scale, ops.convert_to_tensor(strength), y, kernel, c, d)
     # Without a multiplication between them, XLA would swap the factors of `dhᵀ x` back to save the transposition.
     a = ops.cast(ops.transpose(ops.multiply(ops.multiply(scale, strength), ops.transpose(a))), x.dtype)
     base = ops.matmul(x, kernel) if y is None else y
+    if kept is not None:
+        c, d = ops.multiply(strength, kept[0]), ops.convert_to_tensor(kept[1])
+        base = ops.add(base, ops.matmul(ops.matmul(x, ops.cast(c, x.dtype)), ops.cast(d, x.dtype)))
     return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(b, x.dtype)))
 
 
-def _torch_low_rank_sum(x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any) -> Any:
+def _torch_low_rank_sum(
+    x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any, c: Any = None, d: Any = None
+) -> Any:
     """`low_rank_sum` for torch, which can add a product to an array in place. Allocating arrays is the main cost there."""
     import torch
 
     if torch.is_grad_enabled() and not _torch_transforms(x):
-        return _torch_function().apply(x, a, b, scale, strength, y, kernel)[0]
+        return _torch_function().apply(x, a, b, scale, strength, y, kernel, c, d)[0]
     base = torch.mm(x, kernel) if y is None else y
+    if c is not None:
+        base = torch.addmm(base, torch.mm(x, c) * strength.to(x.dtype), d)
     return torch.addmm(base, torch.mm(x, a) * (scale * strength).to(x.dtype), b)
 
 
@@ -189,42 +200,57 @@ def _torch_function() -> Any:
     """Return `low_rank_sum` with a written-out gradient, which makes two large arrays instead of torch's six.
 
     It keeps `x` only if `a` (or the kernel) trains, and `x a` only if `b` trains. `(x a)ᵀ` is an output too, so that the
-    second derivative is correct: torch differentiates `backward`.
+    second derivative is correct: torch differentiates `backward`. A kept pair `c d` is a part of the thin products, whose
+    cost is that of the large array on their other side; the gradients are taken of the trained part alone.
     """
     import torch
 
     class LowRankSum(torch.autograd.Function):
         @staticmethod
-        def forward(x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any) -> tuple[Any, Any]:
-            ht, scaled = torch.mm(a.t(), x.t()), _scaled(b, scale, strength)
-            if kernel is None:
-                return torch.addmm(y, ht.t(), scaled), ht
-            return torch.mm(x, kernel).addmm_(ht.t(), scaled), ht
+        def forward(
+            x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any, c: Any, d: Any
+        ) -> tuple[Any, Any]:
+            all_a, all_b = _with_kept(a, _scaled(b, scale, strength), strength, c, d)
+            ht = torch.mm(all_a.t(), x.t())
+            total = torch.addmm(y, ht.t(), all_b) if kernel is None else torch.mm(x, kernel).addmm_(ht.t(), all_b)
+            return total, ht if c is None else ht[: a.shape[1]].clone()
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            x, a, b, ctx.scale, strength, _, kernel = inputs
-            _, of_a, of_b, _, _, _, of_kernel = ctx.needs_input_grad
-            ctx.save_for_backward(x if of_a or of_kernel else None, a, b, strength, kernel, output[1] if of_b else None)
+            x, a, b, ctx.scale, strength, _, kernel, c, d = inputs
+            _, of_a, of_b, _, _, _, of_kernel, _, _ = ctx.needs_input_grad
+            ctx.save_for_backward(
+                x if of_a or of_kernel else None, a, b, strength, kernel, c, d, output[1] if of_b else None
+            )
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, dy: Any, dht: Any) -> tuple[Any, ...]:
-            x, a, b, strength, kernel, ht = ctx.saved_tensors
-            of_x, of_a, of_b, _, _, _, of_kernel = ctx.needs_input_grad
+            x, a, b, strength, kernel, c, d, ht = ctx.saved_tensors
+            of_x, of_a, of_b, _, _, _, of_kernel, _, _ = ctx.needs_input_grad
             if dy is None and dht is None:
-                return (None,) * 7
+                return (None,) * 9
             if dy is None:  # only `(x a)ᵀ` was used, by a second differentiation
                 dx = torch.mm(dht.t(), a.t()) if of_x else None
-                return dx, torch.mm(dht, x).t() if of_a else None, None, None, None, None, None
-            through_b = torch.mm(_scaled(b, ctx.scale, strength), dy.t())
-            dht = through_b if dht is None else dht + through_b
+                return dx, torch.mm(dht, x).t() if of_a else None, *(None,) * 7
+            all_a, all_b = _with_kept(a, _scaled(b, ctx.scale, strength), strength, c, d)
+            through_b = torch.mm(all_b if of_x else all_b[: a.shape[1]], dy.t())
+            own, kept = through_b[: a.shape[1]], through_b[a.shape[1] :]
+            all_dht = through_b if dht is None else torch.cat([own + dht, kept])
+            dht = all_dht[: a.shape[1]]
             dx = None
             if of_x:
-                dx = torch.mm(dht.t(), a.t()) if kernel is None else torch.mm(dy, kernel.t()).addmm_(dht.t(), a.t())
+                through = all_dht.t(), all_a.t()
+                dx = torch.mm(*through) if kernel is None else torch.mm(dy, kernel.t()).addmm_(*through)
             da = torch.mm(dht, x).t() if of_a else None
             db = _scaled(torch.mm(ht, dy), ctx.scale, strength) if of_b else None
-            return dx, da, db, None, None, dy if kernel is None else None, torch.mm(x.t(), dy) if of_kernel else None
+            dkernel = torch.mm(x.t(), dy) if of_kernel else None
+            return dx, da, db, None, None, dy if kernel is None else None, dkernel, None, None
+
+    def _with_kept(a: Any, scaled: Any, strength: Any, c: Any, d: Any) -> tuple[Any, Any]:
+        if c is None:
+            return a, scaled
+        return torch.cat([a, c], 1), torch.cat([scaled, _scaled(d, 1.0, strength)])
 
     def _scaled(m: Any, scale: float, strength: Any) -> Any:
         return m * (scale * strength).to(m.dtype)

@@ -61,7 +61,8 @@ class Writer:
                 except NotAReshape as error:
                     self.problems.append(f"the adapter at '{address}' has no place there: {error}")
                     continue
-                part = Part(address, self.checkpoint.maps[address], source, entry.made(), entry.tensors)
+                adapter, values = _without_kept(entry.made(), entry.tensors)
+                part = Part(address, self.checkpoint.maps[address], source, adapter, values)
                 parts.setdefault(source.module, []).append(part)
         kinds = {type(part.adapter) for each in parts.values() for part in each} - {adapters.TrainableTokens}
         if unknown := kinds - {adapters.LoRA, adapters.DoRA}:
@@ -356,3 +357,13 @@ def _most_common(values: Any, otherwise: Any) -> Any:
 
 def _whole(number: float) -> float | int:
     return int(number) if float(number).is_integer() else float(number)
+
+
+def _without_kept(adapter: Any, values: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+    """A LoRA and its values, where a kept pair has become a part of the trained one: PEFT has no kept pair."""
+    if not isinstance(adapter, adapters.LoRA) or not adapter.kept:
+        return adapter, values
+    a, b = adapter.pair(values, None)
+    config = {**adapter.get_config(), "rank": adapter.product_rank, "rank_stabilized": False, "kept": 0}
+    plain = adapters.LoRA.from_config({**config, "alpha": adapter.scale * adapter.product_rank})
+    return plain, {"lora_a": keras.ops.convert_to_numpy(a), "lora_b": keras.ops.convert_to_numpy(b)}
