@@ -25,9 +25,15 @@ def with_portable_names(config: Any) -> Any:
 
 
 def compiled_besides(model: keras.Model) -> dict[str, Any]:
-    """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
+    """Return the compile arguments that the config of Keras, or of a KerasHub task, forgets.
+
+    These are the sampler of a task, and the optimizer in a `LossScaleOptimizer` that Keras made itself: the config has the
+    inner one, and loading wraps it again only if the process or the config of the model has the policy `mixed_float16`.
+    """
     sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
-    return {} if sampler is None else {"sampler": keras.saving.serialize_keras_object(sampler)}
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    forgotten = {"sampler": sampler, "optimizer": model.optimizer if scaled else None}
+    return {key: keras.saving.serialize_keras_object(each) for key, each in forgotten.items() if each is not None}
 
 
 def overrides_compile(model: keras.Model) -> bool:
