@@ -97,3 +97,22 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
 def ask_for_compile(name: str, *args: Any) -> None:
     """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
+
+
+def direction_of(model: keras.Model, monitor: str) -> str:
+    """Return "min" or "max", which of them is better for a metric; Keras knows it for its callbacks alone.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    from keras.src.callbacks.monitor_callback import MonitorCallback
+
+    callback = MonitorCallback(monitor, "auto")
+    callback.set_model(model)
+    try:
+        callback._set_monitor_op()
+    except ValueError as error:
+        raise ValueError(
+            f"It is not known whether '{monitor}' is better when it is larger or smaller. Pass `mode='max'` or `mode='min'`."
+        ) from error
+    return "max" if callback.monitor_op is keras.ops.greater else "min"
