@@ -112,6 +112,12 @@ GROUPS = [
         {"adapter_file.md": "The adapter file"},
     ),
     Group(
+        "Callbacks",
+        "Pass these to `fit`.",
+        ["keras_lora.callbacks", "keras_lora.callbacks.SaveAdapter"],
+        {"long_runs.md": "Long runs"},
+    ),
+    Group(
         "Layers",
         "`apply_lora` gives these classes to the layers it adapts. You can also use them directly in a new model. "
         "`LoRADense` is at the top of the package too.",
@@ -165,7 +171,7 @@ def short(name: str) -> str:
 
 def is_module(name: str) -> bool:
     """Whether this public name is a module."""
-    return name in ("keras_lora.interop", "keras_lora.layers", "keras_lora.plots", "keras_lora.testing")
+    return name.removeprefix("keras_lora.") in ("callbacks", "interop", "layers", "plots", "testing")
 
 
 def summary(name: str) -> str:

@@ -3,7 +3,7 @@
 import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
-    from keras_lora import interop, layers, plots, testing
+    from keras_lora import callbacks, interop, layers, plots, testing
     from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
@@ -41,6 +41,7 @@ __all__ = [
     "activate_adapters",
     "active_adapters",
     "apply_lora",
+    "callbacks",
     "combine_adapters",
     "compress_adapter",
     "delete_adapter",

@@ -550,10 +550,10 @@ FAULTS = [
     ),
     # Files.
     Fault(
-        "an adapter file is renamed before it is whole",
-        "files/tensor_file.py",
-        "            file.write(data)\n            file.flush()\n            os.fsync(file.fileno())\n        Path(aside).chmod(0o666 & ~umask())\n        os.replace(aside, path)",
-        "            os.replace(aside, path)\n            file.write(data)\n            file.flush()\n            os.fsync(file.fileno())\n        Path(path).chmod(0o666 & ~umask())",
+        "an adapter file is written in place",
+        "swap/whole_files.py",
+        'aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}{ending}")',
+        "aside = path",
         "test_file_kill",
     ),
     Fault(

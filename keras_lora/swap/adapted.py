@@ -22,7 +22,7 @@ import numpy as np
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import beside, flags, rebuilding, refusals, slots
+from keras_lora.swap import beside, flags, rebuilding, refusals, slots, training_state, whole_files
 from keras_lora.swap.addresses import by_address, walk
 
 #: The extra key in a config, and in the weights of an adapted layer.
@@ -74,10 +74,10 @@ class AdaptedContainer:
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)  # type: ignore[misc]
-        beside.save_into(self, store)
+        training_state.save_into(self, store)
 
     def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables(beside.load_from(self, store))  # type: ignore[misc]
+        super().load_own_variables(training_state.load_from(self, store))  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keras pickles a bound method of the class, and this class has no name to import it by.
@@ -87,22 +87,25 @@ class AdaptedContainer:
 class AdaptedModel(AdaptedContainer):
     """A container that is a model: its compile arguments are saved and restored, including the optimizer."""
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        self.get_config()  # raises what is to be refused before Keras has emptied the old file
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        self.get_config()  # raises what is to be refused before anything is written
+        training_state.warn_of_losses(self)
         beside.store(self)
-        super().save(*args, **kwargs)  # type: ignore[misc]
+        whole_files.save(super().save, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         super().load_weights(*args, **kwargs)  # type: ignore[misc]
         beside.loaded(self)
 
-    def save_weights(self, *args: Any, **kwargs: Any) -> None:
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        training_state.warn_of_losses(self)
         beside.store(self)
-        super().save_weights(*args, **kwargs)  # type: ignore[misc]
+        whole_files.save(super().save_weights, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def get_compile_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = training_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]
-        return found and {**found, **training_internals.compiled_besides(self)}
+        found = super().get_compile_config()  # type: ignore[misc]
+        found = found and {**found, **training_internals.compiled_besides(self)}  # type: ignore[arg-type]
+        return training_internals.with_portable_names(found)  # type: ignore[no-any-return]
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         if not training_internals.overrides_compile(self):
@@ -167,12 +170,12 @@ class AdaptedLayer(AdaptedContainer):
 
     def save_own_variables(self, store: Any) -> None:
         view_of(self, self.base_class).save_own_variables(store)
-        beside.save_into(self, store)
+        training_state.save_into(self, store)
         store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
         view = view_of(self, self.base_class)
-        view.load_own_variables({key: each for key, each in beside.load_from(self, store).items() if key != KEY})
+        view.load_own_variables({key: each for key, each in training_state.load_from(self, store).items() if key != KEY})
         vars(self).update(vars(view))  # a layer may set attributes when it is loaded
         for linear, adapter in self.adapted_maps():
             if adapter.built:
