@@ -151,6 +151,12 @@ class ScaledUpdates(keras.optimizers.Optimizer):
                     now = ops.equal(ops.mod(step, self.ema_overwrite_frequency), 0)
                     self.assign(v, ops.where(now, new, ops.convert_to_tensor(v)))
 
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """Write the moving averages into the variables, at the end of `fit`."""
+        for v, average in zip(var_list, training_internals.averages_of(self) if self.use_ema else (), strict=False):
+            if average is not None:  # a copy, because JAX cannot give away the same buffer twice in the next `fit`
+                self.assign(v, ops.copy(average))
+
     # What Keras and its callbacks read from an optimizer.
 
     @property
