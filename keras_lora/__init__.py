@@ -3,8 +3,8 @@
 import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
-    from keras_lora import callbacks, interop, layers, plots, testing
-    from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
+    from keras_lora import callbacks, interop, layers, optimizers, plots, testing
+    from keras_lora.adapters import AdaLoRA, Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
     from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
@@ -23,6 +23,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterList",
     "AdapterRow",
@@ -52,6 +53,7 @@ __all__ = [
     "list_targets",
     "load_adapter",
     "merge_lora",
+    "optimizers",
     "plots",
     "register_adapter",
     "register_layer",

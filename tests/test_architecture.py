@@ -183,7 +183,7 @@ def test_one_file_names_a_quantisation_mode():
 def test_the_public_names_are_sorted_and_complete():
     assert keras_lora.__all__ == sorted(keras_lora.__all__)
     public = {name for name, each in vars(keras_lora).items() if not name.startswith("_") and not inspect.ismodule(each)}
-    assert public | {"callbacks", "interop", "layers", "plots", "testing"} == set(keras_lora.__all__)
+    assert public | {"callbacks", "interop", "layers", "optimizers", "plots", "testing"} == set(keras_lora.__all__)
     assert set(dir(keras_lora)) == {*keras_lora.__all__, "__version__"}
 
 
