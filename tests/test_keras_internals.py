@@ -429,3 +429,10 @@ def test_without_autocast():
 
     Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
     assert seen[-2:] == ["float32", "bfloat16"]
+
+
+@pytest.mark.torch_first
+def test_the_moving_averages_of_an_optimizer():
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True)
+    optimizer.build([keras.Variable(np.ones(3, "float32"), name="w")])
+    assert [tuple(v.shape) for v in training_internals.averages_of(optimizer)] == [(3,)]

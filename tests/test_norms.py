@@ -14,7 +14,11 @@ Y = np.random.default_rng(1).normal(size=(16, 3)).astype("float32")
 
 def net():
     keras.utils.set_random_seed(3)
-    norms = [layers.BatchNormalization(name="batch"), layers.LayerNormalization(name="layer"), layers.RMSNormalization(name="rms")]
+    norms = [
+        layers.BatchNormalization(name="batch"),
+        layers.LayerNormalization(name="layer"),
+        layers.RMSNormalization(name="rms"),
+    ]
     stack = [layers.Dense(6, activation="tanh"), *norms, layers.Normalization(name="inputs", mean=0.0, variance=1.0)]
     return keras.Sequential([keras.Input((8,)), *stack, layers.Dense(3, name="out")])
 
@@ -45,7 +49,10 @@ def test_scales_and_offsets_train_and_statistics_stay(tmp_path):
     assert all(np.abs(value(v) - old).max() > 0 for v, old in zip(model.trainable_variables, found, strict=True))
     keras_lora.save_adapter(model, tmp_path / "norms.safetensors")
     model.save(tmp_path / "model.keras")
-    for loaded in (keras_lora.load_adapter(net(), tmp_path / "norms.safetensors"), keras.saving.load_model(tmp_path / "model.keras")):
+    for loaded in (
+        keras_lora.load_adapter(net(), tmp_path / "norms.safetensors"),
+        keras.saving.load_model(tmp_path / "model.keras"),
+    ):
         assert difference(outputs(loaded, X), seen) < 1e-6
         assert trained_names(loaded) == NAMES
         fitted(loaded)

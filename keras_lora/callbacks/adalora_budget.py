@@ -56,9 +56,7 @@ class AdaLoRABudget(StepCallback):
     """
 
     @checks.helpful
-    def __init__(
-        self, rank: int, begin: int, end: int, *, every: int = 1, smoothing: float = 0.85, name: str | None = None
-    ):
+    def __init__(self, rank: int, begin: int, end: int, *, every: int = 1, smoothing: float = 0.85, name: str | None = None):
         super().__init__(name)
         self.rank = checks.positive_integer("rank", rank)
         self.begin = checks.positive_integer("begin", begin, least=0)

@@ -32,7 +32,9 @@ class StepCallback(keras.callbacks.Callback):
         name = only_name(self.model, self.name)
         found = {at: pair for at, pair in named_adapters(self.model)[name].items() if isinstance(pair[1], method)}
         if not found:
-            raise ValueError(f"`{type(self).__name__}` found no {word} in '{self.model.name}'. Expected adapters made by it.")
+            raise ValueError(
+                f"`{type(self).__name__}` found no {word} in '{self.model.name}'. Expected adapters made by it."
+            )
         return found
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -73,7 +73,9 @@ def freeze(
         with_bias = bias == "all" or (bias == "lora_only" and id(layer) in adapted_ids)
         stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"].variables
         is_norm = id(layer) in norm_ids and not in_full
-        variables = [in_full or is_norm or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)]
+        variables = [
+            in_full or is_norm or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)
+        ]
         plan = _plan(layer, variables, statistics=not is_norm)
         # Variables that were planned to train but have been switched off since stay off.
         now = [v.trainable or not was for v, was in zip(own, stays, strict=True)]
