@@ -1067,4 +1067,47 @@ FAULTS = [
         '        if hasattr(base, name) and name != "enable_lora":',
         "test_apply",
     ),
+    # Rates and schedules.
+    Fault(
+        "the moving average is of the values before they are scaled",
+        "optimizers/scaled_updates.py",
+        "inner.use_ema = False",
+        "inner.use_ema = inner.use_ema",
+        "test_scaled_updates",
+    ),
+    Fault(
+        "the constraint of a variable is applied before its update is scaled",
+        "optimizers/scaled_updates.py",
+        "            v.constraint = None\n",
+        "            pass\n",
+        "test_scaled_updates",
+    ),
+    Fault(
+        "a masked term of AdaLoRA still counts",
+        "adapters/adalora.py",
+        "ops.multiply(e, mask)",
+        "e",
+        "test_adalora",
+    ),
+    Fault(
+        "the budget of AdaLoRA falls along a line",
+        "callbacks/adalora_budget.py",
+        "left**3",
+        "left",
+        "test_adalora",
+    ),
+    Fault(
+        "a restart leaves the optimizer's state of the factors",
+        "callbacks/restarts.py",
+        "if state.name.startswith(name):",
+        "if False:",
+        "test_adalora",
+    ),
+    Fault(
+        'train="norms" lets statistics move',
+        "swap/flags.py",
+        "fixed = not statistics and has_statistics(layer)",
+        "fixed = False",
+        "test_norms",
+    ),
 ]

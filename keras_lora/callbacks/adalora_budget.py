@@ -65,13 +65,13 @@ class AdaLoRABudget(StepCallback):
         self.smoothing = checks.dropout_rate("smoothing", smoothing)
         if begin >= end:
             raise ValueError(f"`end` must be larger than `begin`. Received: begin={begin}, end={end}.")
-        self._seen: dict[str, dict[str, np.ndarray]] = {}
+        self._seen: dict[str, np.ndarray] = {}
         self._scores: dict[str, _Score] = {}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
         found = self._found()
-        self._seen = {f"{at}:{key}": _array(getattr(adapter, key)) for at, adapter in found.items() for key in _AXES}
+        self._seen = {f"{at}:{key}": _array(getattr(each, key)) for at, each in found.items() for key in _AXES}
         self._scores = {}
         if (least := min(adapter.rank for adapter in found.values())) < self.rank:
             raise ValueError(f"`rank` must be at most the rank of the adapters, {least}. Received: rank={self.rank}.")
@@ -79,8 +79,8 @@ class AdaLoRABudget(StepCallback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self.steps < self.end:
             checks.warn(
-                f"`AdaLoRABudget` reached step {self.steps} of {self.end}, so the average rank is not {self.rank} yet. Train "
-                "on, or choose a smaller `end`."
+                f"`AdaLoRABudget` reached step {self.steps} of {self.end}, so the average rank is not {self.rank} yet. "
+                "Train on, or choose a smaller `end`."
             )
 
     def ranks(self) -> dict[str, int]:
@@ -125,7 +125,8 @@ class AdaLoRABudget(StepCallback):
             smooth = score.after(np.abs(now * (now - self._seen[place])), self.smoothing)
             self._seen[place] = now
             total += smooth if key == "lora_e" else smooth.mean(-2 if axis == -1 else -1)
-        return total * _array(adapter.rank_mask) - (_array(adapter.rank_mask) == 0)
+        mask = _array(adapter.rank_mask)
+        return np.where(mask > 0, total, -1.0)
 
 
 class _Score:

@@ -21,8 +21,8 @@ from keras_lora.swap.addresses import Place, walk, walking_once
 from keras_lora.targets import blocks as blocks_
 from keras_lora.targets import presets
 from keras_lora.targets.heads import find_head, layers_to_train, looks_new
-from keras_lora.targets.patterns import Key, Pattern, Patterns, Search, as_list, matches
 from keras_lora.targets.norms import is_norm
+from keras_lora.targets.patterns import Key, Pattern, Patterns, Search, as_list, matches
 from keras_lora.targets.target_list import ALREADY, LARGE, NAMED, NO_ADAPTER, NORM, TARGET, UNUSED, Target, TargetList
 
 #: Why the output head gets no adapter.
