@@ -200,6 +200,7 @@ def test_moving_averages_start_anew_at_the_factors():
         assert not value(layer.adapter.lora_b).any()
 
 
+@pytest.mark.torch_first
 def test_ranks_are_pruned_by_energy_at_the_end():
     model = keras_lora.apply_lora(net(), rank=4)
     prune, plain = PruneRank(0.9), keras_lora.apply_lora(net(), rank=4)

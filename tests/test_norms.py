@@ -58,11 +58,12 @@ def test_scales_and_offsets_train_and_statistics_stay(tmp_path):
         fitted(loaded)
         assert difference(statistics(loaded), start) == 0
         keras_lora.save_adapter(loaded, tmp_path / "again.safetensors")
-        assert difference(outputs(keras_lora.remove_lora(loaded), X), before) == 0
+        assert difference(outputs(keras_lora.remove_lora(loaded), X), before) < 1e-6
     assert "moving" not in str(keras_lora.files.tensor_file.read(tmp_path / "again.safetensors")[1].keys())
 
 
-def test_switching_keeps_the_statistics(tmp_path):
+@pytest.mark.torch_first
+def test_switching_keeps_the_statistics():
     model = keras_lora.apply_lora(net(), rank=2, train="norms", name="a")
     seen, start = fitted(model), statistics(model)
     keras_lora.apply_lora(model, rank=2, name="b", train="batch")

@@ -58,7 +58,7 @@ MAKE = {
 }
 
 
-@pytest.mark.parametrize("name", covering(MAKE, ["adamw", "schedule"]))
+@pytest.mark.parametrize("name", covering(MAKE, ["adamw"]))
 def test_it_equals_an_optimizer_for_each_role(name):
     expected = fitted(net(), in_several(MAKE[name]))
     found = fitted(net(), ScaledUpdates(MAKE[name](), FACTORS))
@@ -76,7 +76,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", covering(OPTIONS, ["accumulation", "ema_overwrite"]))
+@pytest.mark.parametrize("name", covering(OPTIONS, ["ema_overwrite"]))
 def test_the_options_of_the_inner_optimizer_keep_their_meaning(name):
     own = OPTIONS[name]
     if name == "loss_scale":  # `MultiOptimizer` takes this one itself
@@ -114,6 +114,7 @@ def test_a_constraint_is_for_the_scaled_value():
     assert difference(constrained(ScaledUpdates(optimizers.SGD(5.0), {"head": 0.1})), expected) < 1e-6
 
 
+@pytest.mark.torch_first
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_lora_plus_is_a_larger_alpha(optimizer):
     """With Adam `alpha · λ`, with SGD `alpha · sqrt(λ)`, if B starts at zero."""
@@ -133,13 +134,11 @@ def test_lora_plus_is_a_larger_alpha(optimizer):
     assert np.abs(trained(2, {"lora_b": 1}) - plus).max() / np.abs(plus).max() > 0.3
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_a_saved_model_resumes(jit_compile, tmp_path):
     if jit_compile and keras.backend.backend() == "torch":
         pytest.skip("torch.compile of a whole step takes minutes here")
     optimizer = ScaledUpdates(optimizers.Adam(1e-2, use_ema=True), {re.compile(".*/lora_b"): 16, "head": 0.25})
-    expected = fitted(net(), optimizer, epochs=2)
     model = net()
     model.compile(ScaledUpdates.from_config(optimizer.get_config()), "mse", jit_compile=jit_compile)
     for epoch in range(2):
@@ -157,10 +156,10 @@ def test_a_saved_model_resumes(jit_compile, tmp_path):
     for _ in range(2):
         twice.fit(X, Y, batch_size=8, epochs=1, shuffle=False, verbose=0)
     assert difference([value(v) for v in model.trainable_variables], [value(v) for v in twice.trainable_variables]) < 1e-6
-    assert difference(expected, [value(v) for v in net().trainable_variables]) > 1e-3
 
 
 @pytest.mark.full
+@pytest.mark.torch_first
 def test_backup_and_restore_goes_on(tmp_path):
     def fit(model, epochs, stop=None):
         model.compile(ScaledUpdates(optimizers.Adam(1e-2), FACTORS), "mse")
@@ -178,6 +177,7 @@ def test_backup_and_restore_goes_on(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.torch_first
 def test_dynamic_loss_scaling_is_outside():
     optimizer = optimizers.LossScaleOptimizer(ScaledUpdates(optimizers.Adam(1e-3), FACTORS), initial_scale=2.0**10)
     expected = fitted(net(), in_several(MAKE["adam"]))
