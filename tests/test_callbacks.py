@@ -111,7 +111,7 @@ def test_a_monitor_that_the_logs_lack_is_named_and_nothing_is_lost(tmp_path):
     callback = SaveAdapter(tmp_path / "{epoch}.safetensors", "val_mea", mode="min", save_best_only=True)
     with pytest.warns(UserWarning) as warnings:
         run(callback, [{}, {"val_mea": 3.0}, {}, {"val_mea": 2.0}])
-    texts = [str(each.message) for each in warnings]
+    texts = [text for each in warnings if "`" in (text := str(each.message))]
     assert "uses 'val_mea', which the logs do not have after the first batch" in texts[0]
     assert "Did you mean 'val_mae'?" in texts[0]
     assert "`save_best_only` needs 'val_mea' in the logs" in texts[1]
@@ -138,7 +138,7 @@ def test_a_named_adapter_is_saved(tmp_path):
     with pytest.raises(ValueError, match=r"several adapters. Expected one of \['french', 'german'\]"):
         run(SaveAdapter(tmp_path / "a.safetensors"), [{}], model)
     run(SaveAdapter(tmp_path / "a.safetensors", name="german"), [{}], model)
-    assert [each["config"]["rank"] for each in header_of(tmp_path / "a.safetensors")["adapters"].values()] == [3, 3]
+    assert [each["config"]["rank"] for each in header_of(tmp_path / "a.safetensors")["adapters"].values()] == [3]
 
 
 @once
