@@ -111,11 +111,7 @@ def warn_of_losses(model: Any) -> None:
     """Warn once if a resumed run of a compiled model would draw other random numbers: torch has them, not the model."""
     if keras.backend.backend() != "torch" or not getattr(model, "compiled", False) or vars(model).get(_WARNED):
         return
-    unseeded = [
-        place.path
-        for place in walk(model)
-        if any(each.get_config()["seed"] is None for each in keras_internals.seed_generators(place.layer))
-    ]
+    unseeded = [place.path for place in walk(model) if _drops_without_seed(place.layer)]
     if unseeded:
         vars(model)[_WARNED] = True
         checks.warn(
@@ -124,6 +120,12 @@ def warn_of_losses(model: Any) -> None:
             "uninterrupted one. If both must be equal, give `seed` to these layers and adapters, or save and restore "
             "`torch.get_rng_state()` yourself."
         )
+
+
+def _drops_without_seed(layer: Any) -> bool:
+    rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
+    seeds = [each.get_config()["seed"] for each in keras_internals.seed_generators(layer)]
+    return None in seeds and any(rate for rate in rates if checks.is_number(rate))
 
 
 def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
