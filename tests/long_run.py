@@ -1,6 +1,6 @@
 """A training that can be killed and continued: for `test_resume.py`, which also starts it as a process.
 
-    python tests/long_run.py FOLDER STEP     # kills itself at this step
+python tests/long_run.py FOLDER STEP     # kills itself at this step
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class Losses(keras.callbacks.Callback):
 
 def run(model: keras.Model, callbacks: list[keras.callbacks.Callback], first: int = 0, **options: int) -> list[float]:
     """Train from the batch `first` of an epoch on. Returns the losses of the epochs."""
-    losses = next((each for each in callbacks if isinstance(each, Losses)), Losses())
+    if (losses := next((each for each in callbacks if isinstance(each, Losses)), None)) is None:
+        callbacks = [*callbacks, losses := Losses()]
     data = X[first * BATCH :], Y[first * BATCH :]
-    model.fit(*data, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[*callbacks, losses], **{"epochs": EPOCHS, **options})
+    model.fit(*data, batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks, **{"epochs": EPOCHS, **options})
     return losses.losses
 
 

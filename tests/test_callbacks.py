@@ -37,7 +37,14 @@ def test_each_file_has_the_values_of_its_moment(tmp_path):
             seen.append(values_of(self.model))
 
     seen, model = [], net()
-    model.fit(X, Y, batch_size=4, epochs=2, verbose=0, callbacks=[SaveAdapter(tmp_path / "{epoch:02d}_{loss:.3f}.safetensors"), Look()])
+    model.fit(
+        X,
+        Y,
+        batch_size=4,
+        epochs=2,
+        verbose=0,
+        callbacks=[SaveAdapter(tmp_path / "{epoch:02d}_{loss:.3f}.safetensors"), Look()],
+    )
     files = sorted(tmp_path.iterdir())
     assert [each.name[:3] for each in files] == ["01_", "02_"]
     for file, expected in zip(files, seen, strict=True):
