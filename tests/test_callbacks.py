@@ -108,7 +108,7 @@ def test_the_direction_of_a_metric_is_known(tmp_path):
 
 @once
 def test_a_metric_of_unknown_direction_is_refused_after_the_first_batch(tmp_path):
-    with pytest.raises(ValueError, match="not known whether 'val_score' is better.*Pass `mode='max'`"):
+    with pytest.raises(ValueError, match=r"not known whether 'val_score' is better.*Pass `mode='max'`"):
         run(SaveAdapter(tmp_path / "a.safetensors", "val_score", save_best_only=True), [{}])
     assert not list(tmp_path.iterdir())
 
@@ -130,7 +130,7 @@ def test_a_monitor_that_the_logs_lack_is_named_and_nothing_is_lost(tmp_path):
 def test_an_older_best_file_is_not_replaced_without_a_word(tmp_path):
     path = tmp_path / "best.safetensors"
     run(SaveAdapter(path, save_best_only=True), [{"val_loss": 1.0}])
-    with pytest.warns(UserWarning, match="the first epoch replaces it.*`initial_value_threshold`"):
+    with pytest.warns(UserWarning, match=r"the first epoch replaces it.*`initial_value_threshold`"):
         run(SaveAdapter(path, save_best_only=True), [])
     before = path.read_bytes()
     run(SaveAdapter(path, save_best_only=True, initial_value_threshold=1.0), [{"val_loss": 2.0}])
@@ -173,13 +173,13 @@ def test_a_folder_without_permission_is_refused_before_training(tmp_path, monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere
-    with pytest.raises(PermissionError, match="Permission denied, so `SaveAdapter` cannot write.*a.safetensors"):
+    with pytest.raises(PermissionError, match=r"Permission denied, so `SaveAdapter` cannot write.*a.safetensors"):
         run(SaveAdapter(tmp_path / "a.safetensors"), [])
 
 
 @once
 def test_a_plain_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`SaveAdapter.*found no adapter"):
+    with pytest.raises(ValueError, match=r"`SaveAdapter.*found no adapter"):
         run(SaveAdapter(tmp_path / "a.safetensors"), [], keras.Sequential([keras.Input((8,)), layers.Dense(2)]))
 
 
@@ -206,7 +206,7 @@ def test_wrong_arguments_are_refused(arguments, text):
 @once
 def test_a_name_that_the_path_cannot_get_is_named(tmp_path):
     with (
-        pytest.warns(UserWarning, match="uses 'val_los'"),
+        pytest.warns(UserWarning, match=r"uses 'val_los'"),
         pytest.raises(ValueError, match=r"cannot fill in its `filepath`.*Expected names out of \['epoch', 'val_loss'\]"),
     ):
         run(SaveAdapter(tmp_path / "{val_los:.2f}.safetensors"), [{"val_loss": 1.0}])

@@ -200,7 +200,7 @@ def test_a_file_without_random_states_loads_and_leaves_them(tmp_path, monkeypatc
 def test_random_states_that_do_not_fit_are_named_and_change_nothing(stored):
     model = trained(adam(), epochs=0)
     before = state_of(model)
-    with pytest.warns(UserWarning, match="random states in this file do not fit"):
+    with pytest.warns(UserWarning, match=r"random states in this file do not fit"):
         rest = training_state.load_from(model, {"other": 1, training_state._STORED: stored})
     assert rest == {"other": 1}
     assert all(map(np.array_equal, state_of(model), before))
@@ -209,7 +209,7 @@ def test_random_states_that_do_not_fit_are_named_and_change_nothing(stored):
 @once
 def test_dropout_without_a_seed_is_named_once_on_torch(tmp_path):
     model = trained(adam(), epochs=0, seed=None)
-    with pytest.warns(UserWarning, match="random state of 2 layers without a seed, such as 'a/lora'.*torch's own"):
+    with pytest.warns(UserWarning, match=r"random state of 2 layers without a seed, such as 'a/lora'.*torch's own"):
         model.save(tmp_path / "m.keras")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -229,7 +229,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, name):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(OSError, match=r"disk is full"):
         save(tmp_path / name)
     assert [each.name for each in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes() == old
@@ -245,30 +245,30 @@ def test_a_state_that_lacks_variables_is_refused_and_a_head_in_it_stays(tmp_path
         tree["non_trainable_variables"][f"{key}0"] = tree["non_trainable_variables"].pop(key)
     keras.utils.clear_session()  # the names of a new process
     other = trained(adam(), epochs=0)
-    with pytest.warns(UserWarning, match="random states of 2 layers"):
+    with pytest.warns(UserWarning, match=r"random states of 2 layers"):
         other.set_state_tree(tree)
     keras_lora.save_adapter(other, tmp_path / "a.safetensors")  # which shows and stores what trains beside the adapter
     expected = [value(v) for v in model.trainable_variables]
     assert all(map(np.array_equal, [value(v) for v in other.trainable_variables], expected))
     del tree["trainable_variables"]["net"]["head"]
-    with pytest.raises(ValueError, match="lacks 2 of its variables.*head/bias.*`load_weights`"):
+    with pytest.raises(ValueError, match=r"lacks 2 of its variables.*head/bias.*`load_weights`"):
         other.set_state_tree(tree)
 
 
 @pytest.mark.nightly
 def test_an_orbax_checkpoint_restores_a_training(tmp_path, uninterrupted):
     pytest.importorskip("orbax.checkpoint")
-    checkpoints = keras.callbacks.OrbaxCheckpoint(tmp_path / "orbax", save_on_background=False)
+    checkpoints = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "orbax"), save_on_background=False)
     keras.utils.clear_session()
     with pytest.raises(KeyboardInterrupt):
         run(made(), [checkpoints, Stop(2 * STEPS + 3)])
     keras.utils.clear_session()  # the names of a new process
     model = made()
-    model.load_weights(tmp_path / "orbax")
+    model.load_weights(str(tmp_path / "orbax"))
     assert run(model, [], initial_epoch=2) == uninterrupted[0][2:]
     assert adapter_bytes(model, tmp_path) == uninterrupted[1]
-    with pytest.raises(ValueError, match="lacks .* of its variables.*'b/kernel'.*and call `load_weights`"):
-        keras.saving.load_model(tmp_path / "orbax")  # plain Keras leaves the inner model at its start
+    with pytest.raises(ValueError, match=r"lacks .* of its variables.*'b/kernel'.*and call `load_weights`"):
+        keras.saving.load_model(str(tmp_path / "orbax"))  # plain Keras leaves the inner model at its start
 
 
 @pytest.mark.nightly
