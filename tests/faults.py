@@ -573,7 +573,7 @@ FAULTS = [
     Fault(
         "a state tree leaves the head that an adapter trains",
         "swap/training_state.py",
-        "        beside.store(self)  # type: ignore[arg-type]  # a tree has the values that are shown, and no others",
+        "        beside.store(self)  # a tree has the values that are shown, and no others",
         "        pass",
         "test_resume",
     ),

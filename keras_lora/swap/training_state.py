@@ -29,17 +29,17 @@ class SavedTraining:
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         self.get_config()  # type: ignore[attr-defined]  # raises what is to be refused before anything is written
         warn_of_losses(self)
-        beside.store(self)  # type: ignore[arg-type]
+        beside.store(self)
         whole_files.save(super().save, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         warn_of_losses(self)
-        beside.store(self)  # type: ignore[arg-type]
+        beside.store(self)
         whole_files.save(super().save_weights, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         super().load_weights(*args, **kwargs)  # type: ignore[misc]
-        beside.loaded(self)  # type: ignore[arg-type]
+        beside.loaded(self)
 
     def set_state_tree(self, state_tree: Mapping[str, Any]) -> None:
         optimizer = getattr(self, "optimizer", None)
@@ -47,15 +47,15 @@ class SavedTraining:
             optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]  # or Keras skips most of its state
         check_state_tree(self, state_tree)
         super().set_state_tree(state_tree)  # type: ignore[misc]
-        beside.store(self)  # type: ignore[arg-type]  # a tree has the values that are shown, and no others
+        beside.store(self)  # a tree has the values that are shown, and no others
 
     def get_compile_config(self) -> dict[str, Any]:
         found = super().get_compile_config()  # type: ignore[misc]
-        found = found and {**found, **training_internals.compiled_besides(self)}  # type: ignore[arg-type]
+        found = found and {**found, **training_internals.compiled_besides(self)}
         return training_internals.with_portable_names(found)  # type: ignore[no-any-return]
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        if not training_internals.overrides_compile(self):  # type: ignore[arg-type]
+        if not training_internals.overrides_compile(self):
             super().compile_from_config(config)  # type: ignore[misc]
             return
         # KerasHub tasks: Keras would only warn here, and resumed training would lose its optimizer.
@@ -151,8 +151,8 @@ def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
         )
     if random:
         checks.warn(
-            f"The random states of {len(random)} layers of '{model.name}' are not restored: their paths have other numbers in "
-            f"the checkpoint. Dropout draws other numbers than in an uninterrupted run. {cure}"
+            f"The random states of {len(random)} layers of '{model.name}' are not restored: their paths have other numbers "
+            f"in the checkpoint. Dropout draws other numbers than in an uninterrupted run. {cure}"
         )
 
 
