@@ -410,6 +410,29 @@ def test_a_task_of_keras_hub_keeps_its_sampler():
     assert training_internals.compiled_besides(task)["sampler"]["class_name"] == "GreedySampler"
 
 
+def test_the_optimizer_in_a_loss_scale_optimizer_is_found(dense):
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    model.compile("adam", "mse")
+    assert training_internals.compiled_besides(model) == {}
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "mse")
+    assert training_internals.compiled_besides(model)["optimizer"]["class_name"] == "LossScaleOptimizer"
+
+
+def test_the_seed_generators_of_a_layer_are_its_own():
+    dropout = layers.Dropout(0.5, seed=3)
+    assert internals.seed_generators(dropout) == [dropout.seed_generator]
+    assert internals.seed_generators(keras.Sequential([dropout])) == []
+
+
+def test_direction_of_a_metric():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    model.compile("adam", "mse", metrics=["accuracy"])
+    model.fit(np.ones((2, 2)), np.ones((2, 2)), verbose=0)
+    assert [training_internals.direction_of(model, name) for name in ("val_accuracy", "val_loss")] == ["max", "min"]
+    with pytest.raises(ValueError, match="not known whether 'score' is better"):
+        training_internals.direction_of(model, "score")
+
+
 def test_whether_a_layer_was_made_in_a_remat_scope(dense):
     with keras.RematScope("full"):
         inside = layers.Dense(2)

@@ -73,8 +73,8 @@ class SaveAdapter(keras.callbacks.Callback):
         super().__init__()
         if huggingface.is_address(filepath):
             raise ValueError(
-                f"`SaveAdapter` saves to a local path; a lost connection would end the training. Received: {filepath!r}. Save "
-                "to the Hub after `fit`, with `keras_lora.save_adapter`."
+                f"`SaveAdapter` saves to a local path; a lost connection would end the training. Received: {filepath!r}. "
+                "Save to the Hub after `fit`, with `keras_lora.save_adapter`."
             )
         if mode not in ("auto", "min", "max"):
             raise ValueError(f"`mode` must be one of ('auto', 'min', 'max'). Received: mode={mode!r}.")
@@ -139,7 +139,8 @@ class SaveAdapter(keras.callbacks.Callback):
             if name.removeprefix("val_") not in logs:
                 near = difflib.get_close_matches(name, [*logs, *(f"val_{each}" for each in logs)], n=1)
                 checks.warn(
-                    f"`SaveAdapter` uses '{name}', which the logs do not have after the first batch. They have {sorted(logs)}."
+                    f"`SaveAdapter` uses '{name}', which the logs do not have after the first batch. They have "
+                    f"{sorted(logs)}."
                     f"{f' Did you mean {near[0]!r}?' if near else ''} Training goes on, because a callback may add it."
                 )
 
@@ -163,8 +164,8 @@ class SaveAdapter(keras.callbacks.Callback):
         if self.monitor not in logs:
             if not self._seen:
                 checks.warn(
-                    f"`save_best_only` needs '{self.monitor}' in the logs, which have {sorted(logs)}. The adapter is saved, best "
-                    "or not, until they have it. Names that start with 'val_' need `validation_data` in `fit`."
+                    f"`save_best_only` needs '{self.monitor}' in the logs, which have {sorted(logs)}. The adapter is saved, "
+                    "best or not, until they have it. Names that start with 'val_' need `validation_data` in `fit`."
                 )
             return not self._seen
         now, first = float(logs[self.monitor]), self.best is None

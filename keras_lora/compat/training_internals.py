@@ -31,8 +31,9 @@ def compiled_besides(model: keras.Model) -> dict[str, Any]:
     inner one, and loading wraps it again only if the process or the config of the model has the policy `mixed_float16`.
     """
     sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
-    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    forgotten = {"sampler": sampler, "optimizer": model.optimizer if scaled else None}
+    optimizer = getattr(model, "optimizer", None)
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    forgotten = {"sampler": sampler, "optimizer": optimizer if scaled else None}
     return {key: keras.saving.serialize_keras_object(each) for key, each in forgotten.items() if each is not None}
 
 

@@ -207,6 +207,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         with whole_files.replacing(path) as aside:
             aside.write_bytes(data)
     except OSError as error:
+        if error.errno is None:
+            raise
         # The error names the file, not the temporary one.
         raise OSError(error.errno, f"{error.strerror}, so it cannot be written", str(path)) from error
 

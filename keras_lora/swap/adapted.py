@@ -20,9 +20,9 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals, quantization, training_internals
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import beside, flags, rebuilding, refusals, slots, training_state, whole_files
+from keras_lora.swap import beside, flags, rebuilding, refusals, slots, training_state
 from keras_lora.swap.addresses import by_address, walk
 from keras_lora.swap.kernel_property import ChangedKernel
 
@@ -85,37 +85,8 @@ class AdaptedContainer:
         return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
 
 
-class AdaptedModel(AdaptedContainer):
-    """A container that is a model: its compile arguments are saved and restored, including the optimizer."""
-
-    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        self.get_config()  # raises what is to be refused before anything is written
-        training_state.warn_of_losses(self)
-        beside.store(self)
-        whole_files.save(super().save, filepath, *args, **kwargs)  # type: ignore[misc]
-
-    def load_weights(self, *args: Any, **kwargs: Any) -> None:
-        super().load_weights(*args, **kwargs)  # type: ignore[misc]
-        beside.loaded(self)
-
-    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        training_state.warn_of_losses(self)
-        beside.store(self)
-        whole_files.save(super().save_weights, filepath, *args, **kwargs)  # type: ignore[misc]
-
-    def get_compile_config(self) -> dict[str, Any]:
-        found = super().get_compile_config()  # type: ignore[misc]
-        found = found and {**found, **training_internals.compiled_besides(self)}  # type: ignore[arg-type]
-        return training_internals.with_portable_names(found)  # type: ignore[no-any-return]
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        if not training_internals.overrides_compile(self):
-            super().compile_from_config(config)  # type: ignore[misc]
-            return
-        # KerasHub tasks: Keras would only warn here, and resumed training would lose its optimizer.
-        self.compile(**keras.saving.deserialize_keras_object(config))  # type: ignore[attr-defined]
-        if self.built:  # type: ignore[attr-defined]
-            self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
+class AdaptedModel(training_state.SavedTraining, AdaptedContainer):
+    """A container that is a model: its files have what training needs, including the optimizer."""
 
 
 class AdaptedLayer(AdaptedContainer):

@@ -43,7 +43,9 @@ def take_left_over(path: Path, ending: str = "") -> None:
 
 def save(write: Callable[..., None], filepath: Any, overwrite: bool = True, *args: Any, **kwargs: Any) -> None:
     """Call `write`, the `save` or `save_weights` of a Keras model, so that it replaces a local file only when complete."""
-    path = Path(os.path.realpath(filepath)) if isinstance(filepath, (str, os.PathLike)) and "://" not in str(filepath) else None
+    path = (
+        Path(os.path.realpath(filepath)) if isinstance(filepath, (str, os.PathLike)) and "://" not in str(filepath) else None
+    )
     ending = next((each for each in _ENDINGS if str(filepath).endswith(each)), None)
     new_or_file = path is not None and (path.is_file() if path.exists() else True)
     asked = path is not None and path.exists() and not overwrite  # Keras asks before it overwrites
