@@ -1,9 +1,11 @@
 """Starting points: what they start from, that the outputs stay, and that the base does not move."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
-from helpers import difference, outputs, perturb, value, values
+from helpers import difference, gradients, outputs, perturb, value, values
 from keras import layers, ops
 
 import keras_lora
@@ -148,16 +150,13 @@ def test_eva_moves_ranks_to_layers_with_more_directions_and_keeps_the_sum():
     inputs = keras.Input((64,)), keras.Input((64,))
     wide, narrow = layers.Dense(32, name="wide")(inputs[0]), layers.Dense(32, name="narrow")(inputs[1])
     model = keras.Model(inputs, layers.Dense(2)(layers.add([wide, narrow])))
-    adapted(model=model, alpha=8)
+    adapted(2, model=model, alpha=4)
     x = [np.random.default_rng(0).normal(size=(256, 64)).astype("float32") for _ in range(2)]
     x[0], x[1] = planted(256), planted(256, rank=1)
     keras_lora.start_from(model, keras_lora.EVA(rho=2.0), x)
     found = {row.layer.split("/")[-1]: row for row in keras_lora.list_adapters(model)}
-    assert {name: row.rank for name, row in found.items()} == {"wide": 4, "narrow": 4} or sum(
-        row.rank for row in found.values()
-    ) == 8
+    assert {name: row.rank for name, row in found.items()} == {"wide": 3, "narrow": 1}
     assert {adapter.scale for adapter in parts(model)} == {2.0}
-    assert found["wide"].rank >= found["narrow"].rank
 
 
 def kinds():
@@ -171,7 +170,7 @@ def kinds():
     yield "experts", layers.EinsumDense("ebd,edh->ebh", (None, 7)), x
     yield "depthwise", layers.DepthwiseConv1D(3, **last), x
     yield "lstm", layers.LSTM(5), x
-    yield "embedding", layers.Embedding(11, 6), rng.integers(0, 11, size=(8, 5))
+    yield "embedding", layers.Embedding(11, 6), rng.integers(0, 11, size=(8, 5)).astype("int32")
 
 
 KINDS = {name: (type(layer), layer.get_config(), x) for name, layer, x in kinds()}
@@ -210,9 +209,7 @@ def test_the_sketch_of_the_gradients_is_that_of_the_kernel():
     """A kernel whose rank is small is found whole; the gradient is that of a plain model at inference."""
     model = base()
     model.compile("sgd", "mse")
-    from helpers import gradients
-
-    whole = gradients(lambda: ops.mean(ops.square(model(X, training=False) - Y)), [model.layers[0].kernel])[0]
+    whole = gradients(lambda: ops.mean(ops.square(ops.subtract(model(X, training=False), Y))), [model.layers[0].kernel])[0]
     adapted(model=model)
     keras_lora.start_from(model, keras_lora.LoRAGA(gamma=4), (X, Y), loss="mse", batch_size=64)
     adapter = parts(model)[0]
@@ -274,7 +271,9 @@ def test_a_compiled_model_that_is_refused_is_as_it_was():
             start(model, which)
     with pytest.raises(ValueError, match="is zero or not finite"):
         start(model, "lora_ga", data=(X, np.full_like(Y, np.nan)), overwrite=True)
-    assert all(np.array_equal(each, state[path]) for path, each in values(model.variables + model.optimizer.variables).items())
+    assert all(
+        np.array_equal(each, state[path]) for path, each in values(model.variables + model.optimizer.variables).items()
+    )
     assert difference(outputs(model, X), before) == 0
     model.fit(X, Y, verbose=0)
 
@@ -358,7 +357,7 @@ def test_loftq_reduces_the_error_of_a_quantised_base(mode):
     lost = value(floats.layers[0].kernel) - value(next(iter(named_adapters(model)["default"].values()))[0].matrix)
     best = np.linalg.norm(np.linalg.svd(lost, compute_uv=False)[8:])
     assert error() < before
-    assert error() == pytest.approx(best, rel=1e-3)
+    assert error() == pytest.approx(best, rel=5e-3)
 
 
 def test_the_randomised_svd_is_the_svd():
@@ -370,16 +369,28 @@ def test_the_randomised_svd_is_the_svd():
     assert np.linalg.norm(matrix - u * s @ v) == pytest.approx(np.linalg.norm(exact[8:]), rel=1e-3)
 
 
-@EVERYWHERE
-def test_the_first_step_of_the_kernel_is_of_one_size_for_all_ranks():
-    """With alpha / rank and Adam the step of each column of the factors is of one size, and there are `rank` of them."""
-    sizes = {}
-    for rank in (4, 16, 64):
+def test_the_first_step_along_the_gradient_is_of_one_size_for_all_ranks():
+    """With `alpha / rank` and Adam: each column of the factors adds a step of one size, and the scale is their mean."""
+    rng = np.random.default_rng(0)
+    x, y = 100 * rng.normal(size=(2, 1024, 256)).astype("float32")  # so that the gradients are large beside Adam's epsilon
+    sizes = dict.fromkeys((4, 16, 64, 128), 0.0)
+    for rank, seed in itertools.product(sizes, range(2)):
         keras.utils.set_random_seed(7)
-        model = keras.Sequential([keras.Input((256,)), layers.Dense(192), layers.Dense(2)])
-        keras_lora.apply_lora(model, keras_lora.LoRA(rank=rank, seed=rank))
+        model = keras.Sequential([keras.Input((256,)), layers.Dense(256, use_bias=False)])
+        keras_lora.apply_lora(model, keras_lora.LoRA(rank=rank, seed=seed), head=None)
+        gradient = x.T.astype("float64") @ (outputs(model, x)[0] - y)
         model.compile(keras.optimizers.Adam(1e-3), "mse")
-        x = np.random.default_rng(0).normal(size=(64, 256)).astype("float32")
-        model.fit(x, x[:, :2], epochs=1, batch_size=64, verbose=0)
-        sizes[rank] = np.linalg.norm(value(parts(model)[0].delta_kernel(None)))
+        model.fit(x, y, epochs=1, batch_size=1024, verbose=0)
+        sizes[rank] -= np.sum(value(parts(model)[0].delta_kernel(None)) * gradient) / np.linalg.norm(gradient) / 2
     assert max(sizes.values()) / min(sizes.values()) < 1.05, sizes
+
+
+def test_ranks_are_shared_out_by_what_they_explain():
+    values = {
+        "a": np.array([0.5, 0.3, 0.1, 0.05]),
+        "b": np.array([0.9, 0.01, 0.0, 0.0]),
+        "c": np.array([0.2, 0.2, 0.2, 0.2]),
+    }
+    assert sketches.shared_out(values, 6, dict.fromkeys(values, 4)) == {"a": 2, "b": 1, "c": 3}
+    assert sketches.shared_out(values, 6, dict.fromkeys(values, 2)) == {"a": 2, "b": 2, "c": 2}
+    assert sketches.shared_out(values, 3, dict.fromkeys(values, 4)) == {"a": 1, "b": 1, "c": 1}

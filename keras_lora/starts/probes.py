@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -110,7 +111,10 @@ def measure(
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, tuple) else (data, None, None)
         given = {"y": y, "sample_weight": weight, "batch_size": batch_size}
         given = {key: value for key, value in given.items() if value is not None}
-        whole.fit(x, **given, steps_per_epoch=batches, shuffle=False, verbose=0)
+        with warnings.catch_warnings():
+            if batches is None:  # the end of a generator is what is wanted
+                warnings.filterwarnings("ignore", "Your input ran out of data")
+            whole.fit(x, **given, steps_per_epoch=batches, shuffle=False, verbose=0)
         return {
             address: {
                 v.name: np.asarray(ops.convert_to_numpy(optimizer.sums[id(v)].value)) for v in probe.trainable_variables
