@@ -43,7 +43,7 @@ def dense(**arguments):
     return layer
 
 
-@pytest.mark.every_backend
+@pytest.mark.torch_first
 def test_it_is_the_masked_product_of_three_factors():
     layer = dense()
     layer.adapter.rank_mask.assign([1.0, 0.0, 1.0, 1.0])
@@ -141,6 +141,7 @@ def test_a_short_fit_and_wrong_arguments_are_told():
         fit(keras_lora.apply_lora(net(), rank=2), 1, [AdaLoRABudget(rank=2, begin=1, end=2)])
 
 
+@pytest.mark.torch_first
 def test_restarts_keep_what_was_learned_and_leave_the_base(tmp_path):
     model = keras_lora.apply_lora(net(), keras_lora.LoRA(rank=1, kept=4, seed=5))
     base = [value(layer.linear_map.matrix) for layer in model.layers if hasattr(layer, "linear_map")]

@@ -40,6 +40,7 @@ def trained_names(model):
 NAMES = {"batch/gamma", "batch/beta", "layer/gamma", "layer/beta", "rms/scale"}
 
 
+@pytest.mark.torch_first
 def test_scales_and_offsets_train_and_statistics_stay(tmp_path):
     model = keras_lora.apply_lora(net(), rank=2, train="norms")
     before, start, found = outputs(model, X), statistics(model), [value(v) for v in model.trainable_variables]

@@ -63,7 +63,8 @@ def test_it_equals_an_optimizer_for_each_role(name):
     expected = fitted(net(), in_several(MAKE[name]))
     found = fitted(net(), ScaledUpdates(MAKE[name](), FACTORS))
     assert difference(found, expected) < 2e-6
-    assert difference(fitted(net(), MAKE[name]()), expected) > 1e-4
+    if keras.backend.backend() == "torch":
+        assert difference(fitted(net(), MAKE[name]()), expected) > 1e-4
 
 
 OPTIONS = {
@@ -76,7 +77,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", covering(OPTIONS, ["ema_overwrite"]))
+@pytest.mark.parametrize("name", covering(OPTIONS, []))
 def test_the_options_of_the_inner_optimizer_keep_their_meaning(name):
     own = OPTIONS[name]
     if name == "loss_scale":  # `MultiOptimizer` takes this one itself
@@ -134,6 +135,7 @@ def test_lora_plus_is_a_larger_alpha(optimizer):
     assert np.abs(trained(2, {"lora_b": 1}) - plus).max() / np.abs(plus).max() > 0.3
 
 
+@pytest.mark.torch_first
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_a_saved_model_resumes(jit_compile, tmp_path):
     if jit_compile and keras.backend.backend() == "torch":
