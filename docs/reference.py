@@ -92,7 +92,7 @@ GROUPS = [
         "Methods",
         'Pass a method to `apply_lora` by name (for example `"lora"` or `"dora"`), as an instance, or as a config. To write '
         "one, subclass `Adapter`, or `LowRank` if the change is a product of two thin factors, and register the class.",
-        of("keras_lora", "LoRA", "DoRA", "TrainableTokens", "Adapter", "LowRank", "register_adapter"),
+        of("keras_lora", "LoRA", "DoRA", "AdaLoRA", "TrainableTokens", "Adapter", "LowRank", "register_adapter"),
         {"how_it_works.md": "How it works"},
         ("your-own-methods",),
     ),
@@ -124,6 +124,18 @@ GROUPS = [
         "`keras.saving.load_model`, as you would any Keras model.",
         of("keras_lora", "save_adapter", "load_adapter"),
         {"adapter_file.md": "The adapter file"},
+    ),
+    Group(
+        "Callbacks",
+        "Pass these to `fit`.",
+        ["keras_lora.callbacks", *of("keras_lora.callbacks", "SaveAdapter", "AdaLoRABudget", "ReLoRA", "PruneRank")],
+        {"long_runs.md": "Long runs", "rates.md": "Rates and schedules"},
+    ),
+    Group(
+        "Optimizers",
+        "How fast each part trains.",
+        ["keras_lora.optimizers", "keras_lora.optimizers.ScaledUpdates"],
+        {"rates.md": "Rates and schedules"},
     ),
     Group(
         "Layers",
@@ -179,7 +191,7 @@ def short(name: str) -> str:
 
 def is_module(name: str) -> bool:
     """Whether this public name is a module."""
-    return name in ("keras_lora.interop", "keras_lora.layers", "keras_lora.plots", "keras_lora.testing")
+    return name.removeprefix("keras_lora.") in ("callbacks", "interop", "layers", "optimizers", "plots", "testing")
 
 
 def summary(name: str) -> str:

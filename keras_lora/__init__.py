@@ -3,8 +3,8 @@
 import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
-    from keras_lora import interop, layers, memory, plots, testing
-    from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
+    from keras_lora import callbacks, interop, layers, memory, optimizers, plots, testing
+    from keras_lora.adapters import AdaLoRA, Adapter, DoRA, LoRA, LowRank, TrainableTokens
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
     from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
@@ -26,6 +26,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterList",
     "AdapterRow",
@@ -45,6 +46,7 @@ __all__ = [
     "activate_adapters",
     "active_adapters",
     "apply_lora",
+    "callbacks",
     "combine_adapters",
     "compress_adapter",
     "delete_adapter",
@@ -56,6 +58,7 @@ __all__ = [
     "load_adapter",
     "memory",
     "merge_lora",
+    "optimizers",
     "plan",
     "plots",
     "reduced_base",

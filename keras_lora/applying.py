@@ -27,7 +27,7 @@ from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.swap.other_models import sharing, warn_of_shared
 from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
-from keras_lora.targets.target_list import ALREADY
+from keras_lora.targets.target_list import NAMED, NORM
 
 
 @checks.helpful
@@ -78,7 +78,8 @@ def apply_lora(
             `keras_lora.targets.heads.find_head`), patterns name it, `None` leaves nothing out.
         train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head. `"head"`
             also means the output head that was found, whatever its name; in a KerasHub task that is every layer outside the
-            backbone.
+            backbone. `"norms"` means the scales and offsets of every normalization; the statistics of a
+            `BatchNormalization` stay as they are, unless you name the layer itself.
         bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
         rank_pattern, alpha_pattern: Other ranks and alphas by pattern; if several match, the first wins.
         adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`.
@@ -147,7 +148,8 @@ def apply_lora(
         for row in rows.of("adapt")
         if (linear := row.linear)
     ]
-    inject(model, started, name, trained=[row.layer for row in rows.of("train") if row.why != ALREADY], bias=bias)
+    new = {why: [row.layer for row in rows.of("train") if row.why == why] for why in (NAMED, NORM)}
+    inject(model, started, name, trained=new[NAMED], norms=new[NORM], bias=bias)
     if base_dtype is not None and base_dtype not in quantization.MODES:
         for linear, _ in started:
             reducing.store(linear, base_dtype)
@@ -186,14 +188,15 @@ def remove_lora(model: AnyLayer) -> AnyLayer:
 
 def inject(
     model: keras.layers.Layer,
-    adapted: Iterable[tuple[LinearMap, adapters.Adapter]],
+    new_adapters: Iterable[tuple[LinearMap, adapters.Adapter]],
     name: str,
     trained: Iterable[keras.layers.Layer] = (),
+    norms: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
 ) -> None:
     """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
     devices.check(model)
-    pairs = list(adapted)
+    pairs = list(new_adapters)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
     if not others:
         warn_of_shared(model)
@@ -206,7 +209,8 @@ def inject(
     new = [layer for _, adapter in pairs for layer in adapters.with_sublayers(adapter)]
     old = [layer for adapter in others for layer in adapters.with_sublayers(adapter)]
     old += [place.layer for place in walk(model) if beside.owners(place.layer)]
-    flags.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
+    adapted = [linear.layer for linear, _ in pairs]
+    flags.freeze(walk(model), adapted, [*trained, *new], norms, bias, stopped=old)
     own_beside(model, name)
     set_containers(model)
 
@@ -217,7 +221,8 @@ def own_beside(model: keras.layers.Layer, name: str) -> None:
         if not isinstance(place.layer, adapters.Adapter):
             planned = {id(v) for v in flags.planned_variables(place.layer)}
             of_layer = keras_internals.own_trainable_variables(place.layer)
-            beside.start(place.layer, name, [id(v) in planned for v in of_layer])
+            trains = [id(v) in planned for v in of_layer]
+            beside.start(place.layer, name, trains, statistics=flags.moves_statistics(place.layer))
 
 
 def take_out(model: keras.layers.Layer, merged: bool = False) -> None:

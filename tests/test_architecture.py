@@ -20,7 +20,7 @@ ORDER = [
     ["__main__"],
     ["cli"],
     ["__init__"],
-    ["interop", "memory", "plots", "serving", "starts", "testing"],
+    ["callbacks", "interop", "memory", "optimizers", "plots", "serving", "starts", "testing"],
     ["combining", "files", "inspecting", "loading", "merging"],
     ["switching"],
     ["applying"],
@@ -184,7 +184,8 @@ def test_one_file_names_a_quantisation_mode():
 def test_the_public_names_are_sorted_and_complete():
     assert keras_lora.__all__ == sorted(keras_lora.__all__)
     public = {name for name, each in vars(keras_lora).items() if not name.startswith("_") and not inspect.ismodule(each)}
-    assert public | {"interop", "layers", "memory", "plots", "testing"} == set(keras_lora.__all__)
+    modules = {"callbacks", "interop", "layers", "memory", "optimizers", "plots", "testing"}
+    assert public | modules == set(keras_lora.__all__)
     assert set(dir(keras_lora)) == {*keras_lora.__all__, "__version__"}
 
 

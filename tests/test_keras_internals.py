@@ -410,6 +410,29 @@ def test_a_task_of_keras_hub_keeps_its_sampler():
     assert training_internals.compiled_besides(task)["sampler"]["class_name"] == "GreedySampler"
 
 
+def test_the_optimizer_in_a_loss_scale_optimizer_is_found(dense):
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    model.compile("adam", "mse")
+    assert training_internals.compiled_besides(model) == {}
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "mse")
+    assert training_internals.compiled_besides(model)["optimizer"]["class_name"] == "LossScaleOptimizer"
+
+
+def test_the_seed_generators_of_a_layer_are_its_own():
+    dropout = layers.Dropout(0.5, seed=3)
+    assert internals.seed_generators(dropout) == [dropout.seed_generator]
+    assert internals.seed_generators(keras.Sequential([dropout])) == []
+
+
+def test_direction_of_a_metric():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    model.compile("adam", "mse", metrics=["accuracy"])
+    model.fit(np.ones((2, 2)), np.ones((2, 2)), verbose=0)
+    assert [training_internals.direction_of(model, name) for name in ("val_accuracy", "val_loss")] == ["max", "min"]
+    with pytest.raises(ValueError, match="not known whether 'score' is better"):
+        training_internals.direction_of(model, "score")
+
+
 def test_whether_a_layer_was_made_in_a_remat_scope(dense):
     with keras.RematScope("full"):
         inside = layers.Dense(2)
@@ -490,6 +513,8 @@ def test_whole_leaves_what_one_process_has_as_it_is(dense):
     with training_internals.whole(model):
         assert np.array_equal(value(dense.kernel), before)
     assert np.array_equal(value(dense.kernel), before)
+
+
 def test_a_call_context_can_be_opened_again(dense):
     seen = []
 
@@ -542,3 +567,10 @@ def test_variables_without_values():
     other = layers.Dense(2)
     other.build((1, 3))
     assert training_internals.has_value(other.kernel)
+
+
+@pytest.mark.torch_first
+def test_the_moving_averages_of_an_optimizer():
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True)
+    optimizer.build([keras.Variable(np.ones(3, "float32"), name="w")])
+    assert [tuple(v.shape) for v in training_internals.averages_of(optimizer)] == [(3,)]

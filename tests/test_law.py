@@ -25,6 +25,7 @@ from keras_lora.swap.adapted import adapted_class, adapted_maps, maps_by_address
 
 NUMBERS = np.random.default_rng(0)
 METHODS = {
+    "adalora": lambda: keras_lora.AdaLoRA(rank=2),
     "dora": lambda: keras_lora.DoRA(rank=2),
     "dora_fa": lambda: keras_lora.DoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
     "lora": lambda: keras_lora.LoRA(rank=2),
@@ -266,7 +267,7 @@ CASES = {name: Case(type(layer), layer.get_config(), x, *more) for f in FAMILIES
 #: Methods that change rows of an embedding, and nothing else.
 OF_ROWS = {"trainable_tokens"}
 #: Methods with a saved weight that does not train, and the layers that they are tried on.
-FROZEN = {"dora_fa", "lora_fa", "lora_kept"}
+FROZEN = {"adalora", "dora_fa", "lora_fa", "lora_kept"}
 WITH_FROZEN = ["dense", "einsum_query", "conv2d_grouped", "depthwise2d", "lstm_masked"]
 PAIRS = [
     (name, method)

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_lora import checks
+from keras_lora.adapters.adalora import AdaLoRA
 from keras_lora.adapters.adapter import (
     INIT_ARGUMENTS,
     Adapter,
@@ -27,6 +28,7 @@ from keras_lora.adapters.sum import Sum
 from keras_lora.adapters.trainable_tokens import TrainableTokens
 
 TABLE: dict[str, type[Adapter]] = {
+    "adalora": AdaLoRA,
     "dora": DoRA,
     "lora": LoRA,
     "trainable_tokens": TrainableTokens,
@@ -96,6 +98,7 @@ def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
 __all__ = [
     "INIT_ARGUMENTS",
     "TABLE",
+    "AdaLoRA",
     "Adapter",
     "DoRA",
     "LoRA",

@@ -111,6 +111,11 @@ def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [v for v in own_variables(layer) if id(v) in created]
 
 
+def seed_generators(layer: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
+    """Return the random generators of `layer` itself; `layer.variables` has their states among those of all sublayers."""
+    return list(layer._seed_generators)
+
+
 def set_own_trainable(layer: keras.layers.Layer, value: bool) -> None:
     """Set the flag of one layer; the public setter also sets every layer and variable below it."""
     layer._trainable = value

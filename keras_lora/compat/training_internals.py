@@ -27,9 +27,16 @@ def with_portable_names(config: Any) -> Any:
 
 
 def compiled_besides(model: keras.Model) -> dict[str, Any]:
-    """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
+    """Return the compile arguments that the config of Keras, or of a KerasHub task, forgets.
+
+    These are the sampler of a task, and the optimizer in a `LossScaleOptimizer` that Keras made itself: the config has the
+    inner one, and loading wraps it again only if the process or the config of the model has the policy `mixed_float16`.
+    """
     sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
-    return {} if sampler is None else {"sampler": keras.saving.serialize_keras_object(sampler)}
+    optimizer = getattr(model, "optimizer", None)
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    forgotten = {"sampler": sampler, "optimizer": optimizer if scaled else None}
+    return {key: keras.saving.serialize_keras_object(each) for key, each in forgotten.items() if each is not None}
 
 
 def overrides_compile(model: keras.Model) -> bool:
@@ -134,3 +141,28 @@ def unallocated() -> Iterator[None]:
 def has_value(variable: keras.Variable) -> bool:
     """Whether a variable has a value (its public `value` makes one)."""
     return variable._value is not None
+
+
+def averages_of(optimizer: Any) -> list[Any]:
+    """Return the moving averages of an optimizer with `use_ema`. `SwapEMAWeights` reads them by the same private name."""
+    found: list[Any] = optimizer._model_variables_moving_average
+    return found
+
+
+def direction_of(model: keras.Model, monitor: str) -> str:
+    """Return "min" or "max", which of them is better for a metric; Keras knows it for its callbacks alone.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    from keras.src.callbacks.monitor_callback import MonitorCallback
+
+    callback = MonitorCallback(monitor, "auto")
+    callback.set_model(model)
+    try:
+        callback._set_monitor_op()
+    except ValueError as error:
+        raise ValueError(
+            f"It is not known whether '{monitor}' is better when it is larger or smaller. Pass `mode='max'` or `mode='min'`."
+        ) from error
+    return "max" if callback.monitor_op is keras.ops.greater else "min"

@@ -20,9 +20,9 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import devices, keras_internals, quantization, training_internals
+from keras_lora.compat import devices, keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import beside, flags, kernels, rebuilding, refusals, slots
+from keras_lora.swap import beside, flags, kernels, rebuilding, refusals, slots, training_state
 from keras_lora.swap.addresses import by_address, walk
 from keras_lora.swap.kernel_property import ChangedKernel
 
@@ -77,50 +77,22 @@ class AdaptedContainer:
 
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)  # type: ignore[misc]
-        beside.save_into(self, store)
+        training_state.save_into(self, store)
 
     def load_own_variables(self, store: Any) -> None:
-        super().load_own_variables(beside.load_from(self, store))  # type: ignore[misc]
+        super().load_own_variables(training_state.load_from(self, store))  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keras pickles a bound method of the class, and this class has no name to import it by.
         return keras_internals.model_from_bytes, (keras_internals.model_to_bytes(self),)
 
 
-class AdaptedModel(AdaptedContainer):
-    """A container that is a model: its compile arguments are saved and restored, including the optimizer."""
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        self.get_config()  # raises what is to be refused before Keras has emptied the old file
-        beside.store(self)
-        with training_internals.whole(self):
-            super().save(*args, **kwargs)  # type: ignore[misc]
-
-    def load_weights(self, *args: Any, **kwargs: Any) -> None:
-        super().load_weights(*args, **kwargs)  # type: ignore[misc]
-        beside.loaded(self)
-
-    def save_weights(self, *args: Any, **kwargs: Any) -> None:
-        beside.store(self)
-        with training_internals.whole(self):
-            super().save_weights(*args, **kwargs)  # type: ignore[misc]
+class AdaptedModel(training_state.SavedTraining, AdaptedContainer):
+    """A container that is a model: its files have what training needs, including the optimizer."""
 
     def make_train_function(self, *args: Any, **kwargs: Any) -> Any:
         devices.check_training(self)
         return super().make_train_function(*args, **kwargs)  # type: ignore[misc]
-
-    def get_compile_config(self) -> dict[str, Any]:
-        found: dict[str, Any] = training_internals.with_portable_names(super().get_compile_config())  # type: ignore[misc]
-        return found and {**found, **training_internals.compiled_besides(self)}
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        if not training_internals.overrides_compile(self):
-            super().compile_from_config(config)  # type: ignore[misc]
-            return
-        # KerasHub tasks: Keras would only warn here, and resumed training would lose its optimizer.
-        self.compile(**keras.saving.deserialize_keras_object(config))  # type: ignore[attr-defined]
-        if self.built:  # type: ignore[attr-defined]
-            self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
 
 
 class AdaptedLayer(AdaptedContainer):
@@ -176,11 +148,12 @@ class AdaptedLayer(AdaptedContainer):
 
     def save_own_variables(self, store: Any) -> None:
         kernels.save_into(self, maps_of(self), store)
-        beside.save_into(self, store)
+        training_state.save_into(self, store)
         store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        kernels.load_from(self, maps_of(self), {k: each for k, each in beside.load_from(self, store).items() if k != KEY})
+        rest = {key: each for key, each in training_state.load_from(self, store).items() if key != KEY}
+        kernels.load_from(self, maps_of(self), rest)
         for linear, adapter in self.adapted_maps():
             if adapter.built:
                 adapter.base_changed(linear)
@@ -358,6 +331,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "quantized": {},
         "training": flags.marks_of(owner),
         "beside": beside.describe(owner),
+        "fixed_statistics": beside.describe_fixed(owner),
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
@@ -403,7 +377,8 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             _when_built(holder, functools.partial(flags.mark, place.layer, **description["training"][place.address]))
     for address, names in description.get("beside", {}).items():
         for name, trains in names.items():
-            _when_built(layers[address], beside.start, layers[address], name, trains)
+            statistics = name not in description.get("fixed_statistics", {}).get(address, [])
+            _when_built(layers[address], beside.start, layers[address], name, trains, statistics)
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
             _when_built(layer, layer._freeze_base)
