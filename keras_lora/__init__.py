@@ -4,7 +4,7 @@ import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
     from keras_lora import interop, layers, plots, testing
-    from keras_lora.adapters import Adapter, DoRA, LoRA, LowRank, TrainableTokens
+    from keras_lora.adapters import IA3, OFT, Adapter, DoRA, LoHa, LoKr, LoRA, LowRank, MiSS, TrainableTokens, VeRA
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
     from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
@@ -21,19 +21,25 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
+    "OFT",
     "Adapter",
     "AdapterList",
     "AdapterRow",
     "CombinationReport",
     "CombinedKernel",
     "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRADense",
     "LowRank",
+    "MiSS",
     "MultiAdapterModel",
     "Target",
     "TargetList",
     "TrainableTokens",
+    "VeRA",
     "activate_adapters",
     "active_adapters",
     "apply_lora",

@@ -27,9 +27,16 @@ NUMBERS = np.random.default_rng(0)
 METHODS = {
     "dora": lambda: keras_lora.DoRA(rank=2),
     "dora_fa": lambda: keras_lora.DoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
+    "ia3": lambda: keras_lora.IA3(),
+    "ia3_inputs": lambda: keras_lora.IA3(side="inputs"),
+    "loha": lambda: keras_lora.LoHa(rank=2),
+    "lokr": lambda: keras_lora.LoKr(rank=2, factor=2),
     "lora": lambda: keras_lora.LoRA(rank=2),
     "lora_fa": lambda: keras_lora.LoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
+    "miss": lambda: keras_lora.MiSS(rank=2),
+    "oft": lambda: keras_lora.OFT(block_size=4),
     "trainable_tokens": lambda: keras_lora.TrainableTokens([1, 4]),
+    "vera": lambda: keras_lora.VeRA(rank=5, d_initial=0.5),
 }
 
 
@@ -273,6 +280,7 @@ PAIRS = [
     for method in METHODS
     if method not in OF_ROWS or (issubclass(case.cls, layers.Embedding) and not (case.unused and case.call))
     if method not in FROZEN or name in WITH_FROZEN
+    if method != "oft" or not issubclass(case.cls, layers.Embedding) or (case.unused and case.call)
 ]
 #: The layers with a fast path. The others run their own code with W + ΔW, which is the definition.
 FAST = [(n, m) for n, m in PAIRS if (cls := adapted_class(CASES[n].cls)) and not issubclass(cls, ChangedKernelLayer)]

@@ -67,6 +67,10 @@ class LowRank(Adapter):
         """
         raise TypeError(f"{type(self).__name__} does not define `pair(weights, matrix_shape)`, its factors.")
 
+    def product_rank(self, matrix_shape: tuple[int, ...]) -> int:
+        """Return the number of columns of `A`, for a matrix of this shape."""
+        return self.rank
+
     def factors_of(
         self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None
     ) -> tuple[np.ndarray, np.ndarray] | None:
