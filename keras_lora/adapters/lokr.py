@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_lora import checks
 from keras_lora.adapters.low_rank import LowRank
+from keras_lora.compat import backend
 
 if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap
@@ -94,20 +95,15 @@ class LoKr(LowRank):
         if not (linear.is_matmul or linear.picks_rows) or (self.seed_generator is not None and training):
             return super().adapted_output(x, y, linear, training)
         y = linear.base_output(x) if y is None else y
+        if linear.is_matmul:
+            rows = linear.as_rows(ops.cast(x, y.dtype))
+            return backend.kronecker_sum(rows, self.lokr_c, self.lokr_a, self.lokr_b, self.scale, self.strength, y)
         c, a = (ops.cast(factor, y.dtype) for factor in (self.lokr_c, self.lokr_a))
         b = ops.cast(ops.multiply(ops.multiply(self.scale, self.strength), self.lokr_b), y.dtype)
-        (m, l), (p, r) = c.shape, a.shape
-        if linear.picks_rows:
-            x = ops.cast(x, "int32")
-            h = ops.matmul(ops.take(a, x % p, axis=0), b)
-            h = ops.multiply(ops.expand_dims(ops.take(c, x // p, axis=0), -1), ops.expand_dims(h, -2))
-            return ops.add(y, ops.reshape(h, ops.shape(y)))
-        # Rows of m parts: each part times A, then the parts mixed by C, then each of the l results times B.
-        rows = ops.reshape(linear.as_rows(ops.cast(x, y.dtype)), (-1, p))
-        h = ops.reshape(ops.matmul(rows, a), (-1, m * r))
-        h = ops.matmul(h, _kronecker(c, ops.eye(r, dtype=c.dtype)))
-        h = ops.matmul(ops.reshape(h, (-1, r)), b)
-        return ops.add(y, linear.from_rows(ops.reshape(h, (-1, l * b.shape[-1])), x))
+        x, p = ops.cast(x, "int32"), a.shape[0]
+        h = ops.expand_dims(ops.matmul(ops.take(a, x % p, axis=0), b), -2)
+        h = ops.multiply(ops.expand_dims(ops.take(c, x // p, axis=0), -1), h)
+        return ops.add(y, ops.reshape(h, ops.shape(y)))
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return sum(math.prod(shape) for shape in self._shapes(matrix_shape).values())

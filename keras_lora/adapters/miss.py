@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ class MiSS(LowRank):
         if matrix_shape is None:
             raise ValueError("the fixed factor of a MiSS follows from the shape of the kernel")
         *groups, in_dim, _ = matrix_shape
-        a = ops.one_hot(ops.arange(in_dim) % self.rank, self.rank, dtype="float32")
+        a = ops.convert_to_tensor(_groups(in_dim, self.rank))
         return ops.broadcast_to(a, (*groups, in_dim, self.rank)) if groups else a, weights["miss_d"]
 
     def factors_of(
@@ -69,8 +70,22 @@ class MiSS(LowRank):
     def current_pair(self) -> tuple[Any, Any]:
         return self.pair({"miss_d": self.miss_d}, self.matrix_shape)
 
+    def adapted_output(self, x: Any, y: Any, linear: LinearMap, training: bool | None = None) -> Any:
+        if not linear.picks_rows:
+            return super().adapted_output(x, y, linear, training)
+        y = linear.base_output(x) if y is None else y
+        rows = linear.contract(x % self.rank, ops.multiply(self.strength, self.miss_d))
+        return ops.add(y, ops.cast(rows, y.dtype))
+
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return math.prod(matrix_shape[:-2]) * self.rank * matrix_shape[-1]
 
     def get_config(self) -> dict[str, Any]:
         return {key: each for key, each in super().get_config().items() if key not in ("alpha", "rank_stabilized")}
+
+
+@functools.lru_cache(maxsize=32)
+def _groups(in_dim: int, rank: int) -> np.ndarray:
+    """The fixed factor: a one for each input in the column of its group."""
+    found: np.ndarray = np.equal(np.arange(in_dim)[:, None] % rank, np.arange(rank)).astype("float32")
+    return found
