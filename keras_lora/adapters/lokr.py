@@ -65,13 +65,14 @@ class LoKr(LowRank):
         super().__init__(rank, alpha, dropout, rank_stabilized, seed, **kwargs)
         self.factor = factor if factor == -1 else checks.positive_integer("factor", factor)
 
-    def _shapes(self, matrix_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def shapes(self, matrix_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the weights by key."""
         *groups, in_dim, out_dim = matrix_shape
         (m, p), (l, q) = split(in_dim, self.factor), split(out_dim, self.factor)
         return {"lokr_c": (*groups, m, l), "lokr_a": (*groups, p, self.rank), "lokr_b": (*groups, self.rank, q)}
 
     def build_for(self, linear: LinearMap) -> None:
-        shapes = self._shapes(linear.matrix_shape)
+        shapes = self.shapes(linear.matrix_shape)
         bounds = {"lokr_a": shapes["lokr_a"][-2] ** -0.5, "lokr_b": self.rank**-0.5}
         starts = {key: keras.initializers.RandomUniform(-each, each, seed=self.seed) for key, each in bounds.items()}
         self.lokr_c = self.add_factor("lokr_c", shapes["lokr_c"], "zeros")
@@ -85,7 +86,7 @@ class LoKr(LowRank):
         return _kronecker(ops.broadcast_to(eye, (*c.shape[:-2], *eye.shape)), a), _kronecker(c, b)
 
     def product_rank(self, matrix_shape: tuple[int, ...]) -> int:
-        return self._shapes(matrix_shape)["lokr_c"][-2] * self.rank
+        return self.shapes(matrix_shape)["lokr_c"][-2] * self.rank
 
     def delta_kernel(self, matrix: Any) -> Any:
         # Yeh et al., section 3.2: ΔW = scale · C ⊗ (A B).
@@ -106,7 +107,7 @@ class LoKr(LowRank):
         return ops.add(y, ops.reshape(h, ops.shape(y)))
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
-        return sum(math.prod(shape) for shape in self._shapes(matrix_shape).values())
+        return sum(math.prod(shape) for shape in self.shapes(matrix_shape).values())
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "factor": self.factor}

@@ -15,6 +15,9 @@ from keras_lora.adapters.adapter import Adapter
 if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap
 
+#: The most terms of a series; a file may ask for any number.
+_MOST_TERMS = 50
+
 
 @keras.saving.register_keras_serializable("keras_lora")
 class OFT(Adapter):
@@ -27,8 +30,7 @@ class OFT(Adapter):
 
     Args:
         block_size: Integer of at least 2. Each layer has blocks of the largest divisor of its inputs that is not larger.
-        terms: Instead of the inverse, this many terms of its Neumann series, from 3 on. It is fast, and orthogonal only
-            while `Q` is small. PEFT's default is 5.
+        terms: Instead of the inverse, this many terms of its Neumann series, from 4 on; orthogonal only while `Q` is small. PEFT's default is 5.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Raises:
@@ -53,8 +55,11 @@ class OFT(Adapter):
         super().__init__(**kwargs)
         self.block_size = checks.positive_integer("block_size", block_size)
         self.terms = None if terms is None else checks.positive_integer("terms", terms)
-        if self.block_size < 2 or (self.terms or 3) < 3:
-            raise ValueError(f"`block_size` must be at least 2 and `terms` at least 3. Received: {block_size=}, {terms=}.")
+        if self.block_size < 2 or not 4 <= (self.terms or 4) <= _MOST_TERMS:
+            raise ValueError(
+                f"`block_size` must be at least 2, and `terms` None or an integer from 4 to {_MOST_TERMS}. Received: "
+                f"{block_size=}, {terms=}."
+            )
 
     def problem_with(self, linear: LinearMap) -> str | None:
         if linear.picks_rows:
