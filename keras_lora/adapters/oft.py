@@ -53,13 +53,10 @@ class OFT(Adapter):
 
     def __init__(self, block_size: int = 32, terms: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.block_size = checks.positive_integer("block_size", block_size)
-        self.terms = None if terms is None else checks.positive_integer("terms", terms)
-        if self.block_size < 2 or not 4 <= (self.terms or 4) <= _MOST_TERMS:
-            raise ValueError(
-                f"`block_size` must be at least 2, and `terms` None or an integer from 4 to {_MOST_TERMS}. Received: "
-                f"{block_size=}, {terms=}."
-            )
+        self.block_size = checks.positive_integer("block_size", block_size, least=2)
+        self.terms = None if terms is None else checks.positive_integer("terms", terms, least=4)
+        if terms is not None and terms > _MOST_TERMS:
+            raise ValueError(f"`terms` must be at most {_MOST_TERMS}. Received: terms={terms}.")
 
     def problem_with(self, linear: LinearMap) -> str | None:
         if linear.picks_rows:

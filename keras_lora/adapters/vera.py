@@ -66,9 +66,7 @@ class VeRA(LowRank):
         **kwargs: Any,
     ):
         super().__init__(rank, dropout=dropout, seed=seed, **kwargs)
-        self.projection_seed = projection_seed if projection_seed == 0 else checks.positive_integer(
-            "projection_seed", projection_seed
-        )
+        self.projection_seed = checks.positive_integer("projection_seed", projection_seed, least=0)
         self.d_initial = checks.positive_number("d_initial", d_initial)
 
     def problem_with(self, linear: LinearMap) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 
 from keras_lora import adapters
@@ -105,7 +106,7 @@ def _bias_problem(adapter: adapters.Adapter, linear: LinearMap) -> str | None:
     if not isinstance(adapter, adapters.IA3) or adapter.side != "outputs":
         return None
     bias = getattr(linear.layer, "bias", None)
-    if bias is None or not np.any(np.asarray(bias)):
+    if bias is None or not np.any(keras.ops.convert_to_numpy(bias)):
         return None
     return "PEFT multiplies the bias by the gains too, and here they act before it; adapt the inputs or a layer without bias"
 
