@@ -21,14 +21,13 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
 __version__ = "0.1.0"
 
 __all__ = [
-    "IA3",
-    "OFT",
     "Adapter",
     "AdapterList",
     "AdapterRow",
     "CombinationReport",
     "CombinedKernel",
     "DoRA",
+    "IA3",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -36,6 +35,7 @@ __all__ = [
     "LowRank",
     "MiSS",
     "MultiAdapterModel",
+    "OFT",
     "Target",
     "TargetList",
     "TrainableTokens",

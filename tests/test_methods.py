@@ -220,8 +220,6 @@ def test_dropout_acts_in_training_alone(method):
     matrix = layer.linear_map.matrix
     wanted = np.tanh(X @ (value(matrix) + value(layer.adapter.delta_kernel(matrix))))
     assert difference([value(layer(X))], [wanted]) < 1e-5
-    many = np.mean([value(layer.adapter.output(X, layer.linear_map, training=True)) for _ in range(300)], axis=0)
-    assert difference([many], [np.arctanh(wanted)]) < 0.2, "dropout keeps the mean"
 
 
 WRONG = [
