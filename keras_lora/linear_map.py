@@ -181,7 +181,8 @@ class LinearMap:
 
     def changed_kernel(self, adapter: Any) -> Any:
         """`W + ΔW` in the kernel's own shape, for a layer whose own code uses the kernel."""
-        matrix = self.matrix
+        with keras_internals.without_autocast():  # so that the sum is rounded to the compute dtype, and not W before it
+            matrix = self.matrix
         if keras.backend.standardize_dtype(matrix.dtype) != "float64":
             matrix = ops.cast(matrix, "float32")
         return self.as_kernel(ops.add(matrix, ops.cast(adapter.change(matrix), matrix.dtype)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ from keras import layers
 from zoo import ZOO
 
 import keras_lora
+from keras_lora.adapters import initial
 
 BACKEND = keras.backend.backend()
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="XLA's counters are read through JAX")
@@ -346,19 +348,39 @@ def test_loading_draws_nothing_random(tmp_path, monkeypatch):
     keras_lora.save_adapter(keras_lora.apply_lora(stack(16), rank=2, head=None), tmp_path / "a.safetensors")
     fresh = stack(16)
     drawn = []
-    plain = keras.initializers.RandomUniform.__call__
-    monkeypatch.setattr(
-        keras.initializers.RandomUniform,
-        "__call__",
-        lambda self, *args, **kwargs: drawn.append(self) or plain(self, *args, **kwargs),
-    )
-    another = stack(16)
-    drawn.clear()
-    keras_lora.apply_lora(another, rank=2, head=None)
+    uniform = initial.uniform
+
+    def counted(limit, seed):
+        draw = uniform(limit, seed)
+        return lambda *args, **kwargs: drawn.append(limit) or draw(*args, **kwargs)
+
+    monkeypatch.setattr(initial, "uniform", counted)
+    keras_lora.apply_lora(stack(16), rank=2, head=None)
     assert drawn
     drawn.clear()
     keras_lora.load_adapter(fresh, tmp_path / "a.safetensors")
     assert not drawn
+
+
+@only_jax
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapting_and_saving_compile_nothing_but_copies(method, tmp_path, caplog):
+    import jax
+
+    jax.clear_caches()
+    model = keras.Sequential(
+        [keras.Input((53,)), layers.Dense(59), layers.Embedding(61, 3), layers.Dense(67), layers.Dense(2)]
+    )
+    rebuilt = keras.models.clone_model(model)
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        keras_lora.apply_lora(model, method, rank=3, targets=[layers.Dense, layers.Embedding])
+        model.save(tmp_path / "adapted.keras")
+        keras_lora.save_adapter(model, tmp_path / "adapter.safetensors")
+        keras_lora.load_adapter(rebuilt, tmp_path / "adapter.safetensors")
+    compiled = {found for record in caplog.records if (found := re.search(r"Compiling jit\((\w+)\)", record.getMessage()))}
+    names = {found[1] for found in compiled}
+    of_norms = {"square", "_reduce_sum", "sqrt"} if method == "dora" else set()
+    assert names - {"_reduce_any"} == {"stage"} | of_norms  # whether the head's bias is zero
 
 
 def test_apply_asks_of_each_layer_equally_often():

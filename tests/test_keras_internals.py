@@ -415,3 +415,17 @@ def test_whether_a_layer_was_made_in_a_remat_scope(dense):
         inside = layers.Dense(2)
     assert internals.is_rematerialized(inside)
     assert not internals.is_rematerialized(dense)
+
+
+def test_without_autocast():
+    seen = []
+
+    class Reads(layers.Dense):
+        def call(self, inputs):
+            with internals.without_autocast():
+                seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
+            seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
+            return super().call(inputs)
+
+    Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
+    assert seen[-2:] == ["float32", "bfloat16"]

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora import checks
+from keras_lora.adapters import initial
 from keras_lora.compat import keras_internals
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Adapter(keras.layers.Layer):
         It is a variable, so switching and rescaling also affect functions that are already compiled.
         """
         self.strength = self.add_weight(
-            shape=(), initializer="ones", name="strength", dtype="float32", trainable=False, autocast=False
+            shape=(), initializer=initial.ones, name="strength", dtype="float32", trainable=False, autocast=False
         )
 
     def build_for(self, linear: LinearMap) -> None:
@@ -175,7 +176,7 @@ class Adapter(keras.layers.Layer):
             initializer = "zeros"
         return self.add_weight(
             shape=shape,
-            initializer=initializer,
+            initializer=initial.NAMED.get(initializer, initializer) if isinstance(initializer, str) else initializer,
             name=name,
             dtype="float32",
             trainable=trainable,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
+from keras_lora.adapters import initial
 from keras_lora.adapters.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class LoHa(LowRank):
     def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         seeds = [None if self.seed is None else self.seed + n for n in range(3)]  # A₁ and A₂ must differ
-        of_a = [keras.initializers.RandomUniform(-(in_dim**-0.5), in_dim**-0.5, seed=seed) for seed in seeds[:2]]
-        of_b = keras.initializers.RandomUniform(-(self.rank**-0.5), self.rank**-0.5, seed=seeds[2])
+        of_a = [initial.uniform(in_dim**-0.5, seed) for seed in seeds[:2]]
+        of_b = initial.uniform(self.rank**-0.5, seeds[2])
         self.loha_a1 = self.add_factor("loha_a1", (*groups, in_dim, self.rank), of_a[0])
         self.loha_b1 = self.add_factor("loha_b1", (*groups, self.rank, out_dim), of_b)
         self.loha_a2 = self.add_factor("loha_a2", (*groups, in_dim, self.rank), of_a[1])

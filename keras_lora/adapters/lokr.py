@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_lora import checks
+from keras_lora.adapters import initial
 from keras_lora.adapters.low_rank import LowRank
 from keras_lora.compat import backend
 
@@ -73,11 +74,10 @@ class LoKr(LowRank):
 
     def build_for(self, linear: LinearMap) -> None:
         shapes = self.shapes(linear.matrix_shape)
-        bounds = {"lokr_a": shapes["lokr_a"][-2] ** -0.5, "lokr_b": self.rank**-0.5}
-        starts = {key: keras.initializers.RandomUniform(-each, each, seed=self.seed) for key, each in bounds.items()}
-        self.lokr_c = self.add_factor("lokr_c", shapes["lokr_c"], "zeros")
-        self.lokr_a = self.add_factor("lokr_a", shapes["lokr_a"], starts["lokr_a"])
-        self.lokr_b = self.add_factor("lokr_b", shapes["lokr_b"], starts["lokr_b"])
+        of_a, of_b = initial.uniform(shapes["lokr_a"][-2] ** -0.5, self.seed), initial.uniform(self.rank**-0.5, self.seed)
+        self.lokr_c = self.add_factor("lokr_c", shapes["lokr_c"], initial.zeros)
+        self.lokr_a = self.add_factor("lokr_a", shapes["lokr_a"], of_a)
+        self.lokr_b = self.add_factor("lokr_b", shapes["lokr_b"], of_b)
 
     def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
         # C ⊗ (A B) = (I ⊗ A) (C ⊗ B), an exact product of thin factors.

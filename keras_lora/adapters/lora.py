@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_lora import checks
+from keras_lora.adapters import initial
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.low_rank import LowRank
 
@@ -77,10 +78,9 @@ class LoRA(LowRank):
 
     def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
-        a_default = keras.initializers.RandomUniform(-1 / math.sqrt(in_dim), 1 / math.sqrt(in_dim), seed=self.seed)
-        b_default: Any = "zeros"
+        a_default, b_default = initial.uniform(1 / math.sqrt(in_dim), self.seed), initial.zeros
         if linear.picks_rows:
-            a_default, b_default = "zeros", keras.initializers.RandomNormal(stddev=1.0, seed=self.seed)
+            a_default, b_default = initial.zeros, initial.normal(1.0, self.seed)
         self.lora_a = self.add_factor(
             "lora_a", (*groups, in_dim, self.rank), self.a_initializer or a_default, not self.freeze_a
         )

@@ -174,6 +174,13 @@ def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_ap
     return found
 
 
+def without_autocast() -> Any:
+    """Read variables in the dtype in which they are stored, inside a call too (the public scope is a layer's policy)."""
+    from keras.src.backend.common.variables import AutocastScope
+
+    return AutocastScope(None)
+
+
 def is_rematerialized(layer: keras.layers.Layer) -> bool:
     """Whether `layer` was made in a `keras.RematScope`, so that its call runs a second time for the gradient."""
     return getattr(layer, "_remat_mode", None) is not None

@@ -24,6 +24,7 @@ from keras_lora.compat import keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap import beside, flags, rebuilding, refusals, slots
 from keras_lora.swap.addresses import by_address, walk
+from keras_lora.swap.kernel_property import ChangedKernel
 
 #: The extra key in a config, and in the weights of an adapted layer.
 KEY = "keras_lora"
@@ -178,6 +179,10 @@ class AdaptedLayer(AdaptedContainer):
             if adapter.built:
                 adapter.base_changed(linear)
 
+    def __dir__(self) -> list[str]:
+        # Keras's saving and loading read every attribute: a changed kernel would be computed for nothing.
+        return [name for name in super().__dir__() if not isinstance(getattr(type(self), name, None), ChangedKernel)]
+
     def __repr__(self) -> str:
         methods = ", ".join(type(adapter).__name__ for adapter in slots.adapters_in(self))
         return f"<LoRA{self.base_class.__name__} name={self.name}, adapter={methods}>"  # type: ignore[attr-defined]
@@ -198,22 +203,9 @@ def enter_layer(cls: type[AdaptedLayer]) -> type[AdaptedLayer]:
     ADAPTED_CLASSES[base] = cls
     for map_class in cls.linear_maps:
         if isinstance(getattr(base, map_class.kernel_name, None), property):
-            setattr(cls, map_class.kernel_name, _changed_kernel(map_class))
+            setattr(cls, map_class.kernel_name, ChangedKernel(map_class))
     found: type[AdaptedLayer] = _named_after(cls, base)
     return found
-
-
-def _changed_kernel(map_class: type[LinearMap]) -> property:
-    """A `layer.kernel` property that is `W + ΔW`, as with Keras's LoRA, for code that reads it without calling the layer."""
-
-    def kernel(self: Any) -> Any:
-        linear = map_class(self)
-        change, plain = slots.change_in_call(linear), getattr(linear.plain, linear.kernel_name)
-        if change is None or not change.built or quantization.mode_of(self) is not None:
-            return plain  # a quantised layer returns stored integers, to which no change can be added
-        return keras.ops.cast(linear.changed_kernel(change), keras.ops.convert_to_tensor(plain).dtype)
-
-    return property(kernel)
 
 
 def adapted_class(base: type) -> type[AdaptedLayer] | None:
