@@ -87,7 +87,9 @@ def hub(quick: bool) -> Iterator[Record]:
 
 def methods(quick: bool) -> Iterator[Record]:
     """A training step of every method, beside LoRA and full fine-tuning."""
-    case = cases.dense(name="methods", **({"d": 32, "tokens": 8, "rank": 2} if quick else {"d": 512, "tokens": 256, "rank": 8}))
+    case = cases.dense(
+        name="methods", **({"d": 32, "tokens": 8, "rank": 2} if quick else {"d": 512, "tokens": 256, "rank": 8})
+    )
     names = ("full", "keras_lora", "keras_lora DoRA", *(f"keras_lora {each}" for each in METHODS))
     models = {name: prepare(name, case) for name in names}
     calls = {name: functools.partial(model.train_on_batch, case.x, case.y) for name, model in models.items()}

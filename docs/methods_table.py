@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=torch python docs/methods_table.py
 
-`tests/test_methods_page.py` compares the page with what this script writes. Nothing in the table is entered by hand: each cell
+`tests/test_methods_page.py` compares the page with what this script writes. No cell is entered by hand: each
 asks a method, or runs it on a small layer.
 """
 
@@ -34,7 +34,16 @@ METHODS: dict[str, Any] = {
     "VeRA": keras_lora.VeRA,
     "TrainableTokens": lambda **given: keras_lora.TrainableTokens([1], **given),
 }
-HEADER = ["method", "trains for 512 × 512", "merges", "dropout", "one for each example", "PEFT", "int8, int4, bfloat16", "layers"]
+HEADER = [
+    "method",
+    "trains for 512 × 512",
+    "merges",
+    "dropout",
+    "one for each example",
+    "PEFT",
+    "int8, int4, bfloat16",
+    "layers",
+]
 #: A layer of each kind, with an input.
 KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "Dense": (lambda: layers.Dense(6), (2, 8)),

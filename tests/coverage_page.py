@@ -36,8 +36,8 @@ An adapted layer must compute the same as a plain Keras layer with the kernel `W
 each layer type, in several cases: strides, padding, dilation, groups, data formats, masks, states, directions and dtypes, as
 far as the layer has them. Each number is the largest difference over the cases and over {backends}. It is relative to the
 largest output if that is greater than one. A dash means that the method does not apply: trainable
-tokens need an embedding, and OFT needs rows of numbers. Every case was measured of LoRA, DoRA and trainable tokens; the other
-methods were measured on every case with PyTorch, and on the first case of each row with the other backends.
+tokens need an embedding, and OFT does not rotate ids. LoRA, DoRA and trainable tokens were measured on every case; the
+other methods on every case with PyTorch, and on the first case of each row with the other backends.
 
 {table}
 

@@ -184,7 +184,7 @@ def test_a_thin_product_is_served_for_each_example_and_compressed_exactly(method
     assert difference(outputs(model, X), wanted) < 1e-5
     if method != "miss":
         small = keras_lora.MultiAdapterModel(stack(), rank=3, head=None)
-        with pytest.raises(ValueError, match="takes ranks up to 3, and this has rank [45]"):
+        with pytest.raises(ValueError, match=r"takes ranks up to 3, and this has rank [45]"):
             small.load(tmp_path / "a.safetensors", "own")
 
 
@@ -193,7 +193,7 @@ def test_another_change_is_refused_there_and_compressed_with_its_error(method, t
     model = adapted(method)
     keras_lora.save_adapter(model, tmp_path / "a.safetensors")
     served = keras_lora.MultiAdapterModel(stack(), head=None)
-    with pytest.raises(ValueError, match="`keras_lora.compress_adapter` turns it into a LoRA"):
+    with pytest.raises(ValueError, match=r"`keras_lora\.compress_adapter` turns it into a LoRA"):
         served.load(tmp_path / "a.safetensors", "own")
     wanted = outputs(model, X)
     assert 0 < keras_lora.compress_adapter(model, rank=4).error < 1
@@ -350,7 +350,9 @@ def test_another_projection_does_not_fit_and_another_start_does(tmp_path):
     with pytest.raises(ValueError, match="projection_seed=1"):
         keras_lora.load_adapter(other, tmp_path / "a.safetensors")
     same = keras_lora.apply_lora(stack(), keras_lora.VeRA(5, d_initial=0.5), head=None)
-    assert difference(outputs(keras_lora.load_adapter(same, tmp_path / "a.safetensors"), X), outputs(adapted("vera"), X)) < 1e-6
+    assert (
+        difference(outputs(keras_lora.load_adapter(same, tmp_path / "a.safetensors"), X), outputs(adapted("vera"), X)) < 1e-6
+    )
 
 
 def test_a_rank_that_would_draw_too_many_numbers_is_refused():

@@ -92,7 +92,9 @@ def test_from_peft_and_back(kind, tmp_path):
     to_peft(model, tmp_path / "ours", names=NAMES)
     assert np.abs(in_peft(tmp_path / "ours") - wanted).max() < 1e-5
     if "factored" not in kind:
-        found, same = (safetensors.numpy.load_file(tmp_path / each / "adapter_model.safetensors") for each in ("ours", "theirs"))
+        found, same = (
+            safetensors.numpy.load_file(tmp_path / each / "adapter_model.safetensors") for each in ("ours", "theirs")
+        )
         assert found.keys() == same.keys()
         assert all(found[key].tobytes() == same[key].tobytes() for key in found)
     merged = keras_lora.merge_lora(model)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class LoKr(LowRank):
     """Low-rank Kronecker product: `W' = W + scale · C ⊗ (A B)`.
 
-    `in_dim = m · p` and `out_dim = l · q`, with `m` and `l` the divisors nearest to `factor`; `C` is `(m, l)`, `A` is
+    `in_dim = m · p` and `out_dim = n · q`, with `m` and `n` the divisors nearest to `factor`; `C` is `(m, n)`, `A` is
     `(p, rank)` and `B` is `(rank, q)`. All blocks of the kernel change alike, up to a number for each block. So it has
     about `factor` times fewer parameters than a LoRA of this rank, and the change has a rank of up to `m · rank`. The
     Kronecker product is never formed in training or inference if the layer is a product of rows and a matrix; in other
@@ -69,8 +69,8 @@ class LoKr(LowRank):
     def shapes(self, matrix_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the weights by key."""
         *groups, in_dim, out_dim = matrix_shape
-        (m, p), (l, q) = split(in_dim, self.factor), split(out_dim, self.factor)
-        return {"lokr_c": (*groups, m, l), "lokr_a": (*groups, p, self.rank), "lokr_b": (*groups, self.rank, q)}
+        (m, p), (n, q) = split(in_dim, self.factor), split(out_dim, self.factor)
+        return {"lokr_c": (*groups, m, n), "lokr_a": (*groups, p, self.rank), "lokr_b": (*groups, self.rank, q)}
 
     def build_for(self, linear: LinearMap) -> None:
         shapes = self.shapes(linear.matrix_shape)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @keras.saving.register_keras_serializable("keras_lora")
 class MiSS(LowRank):
-    """Matrix shard sharing: `W' = W + F D`, with `D (rank, out_dim)` trained and `F (in_dim, rank)` fixed, of zeros and ones.
+    """Matrix shard sharing: `W' = W + F D`, with a trained `D (rank, out_dim)` and a fixed `F (in_dim, rank)`.
 
-    `x F` sums the inputs in `rank` groups: input `i` is in group `i % rank`. There is no `A` to train, so a step keeps
+    `F` has zeros and ones: `x F` sums the inputs in `rank` groups: input `i` is in group `i % rank`. There is no `A` to train, so a step keeps
     `tokens · rank` numbers for the backward pass instead of the layer's input, and the method has half of LoRA's parameters.
     With Adam, a step moves the kernel's entries about as far as one of full fine-tuning: start at a tenth to a third of
     LoRA's learning rate.
@@ -47,7 +47,7 @@ class MiSS(LowRank):
         [Kang and Yin, 2024](https://arxiv.org/abs/2409.15371)
     """
 
-    scale = 1.0  # type: ignore[assignment]
+    scale = 1.0
 
     def __init__(self, rank: int = 16, dropout: float = 0.0, seed: int | None = None, **kwargs: Any):
         super().__init__(rank, dropout=dropout, seed=seed, **kwargs)

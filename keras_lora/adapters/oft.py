@@ -30,7 +30,8 @@ class OFT(Adapter):
 
     Args:
         block_size: Integer of at least 2. Each layer has blocks of the largest divisor of its inputs that is not larger.
-        terms: Instead of the inverse, this many terms of its Neumann series, from 4 on; orthogonal only while `Q` is small. PEFT's default is 5.
+        terms: Instead of the inverse, this many terms of its Neumann series, from 4 on; orthogonal only while `Q` is small.
+            PEFT's default is 5.
         **kwargs: `name`, `dtype` and `trainable` of a Keras layer.
 
     Raises:

@@ -53,7 +53,7 @@ class VeRA(LowRank):
         [Kopiczko et al., 2023](https://arxiv.org/abs/2310.11454)
     """
 
-    scale = 1.0  # type: ignore[assignment]
+    scale = 1.0
     derived = ("vera_frozen_a", "vera_frozen_b")
 
     def __init__(
@@ -79,7 +79,7 @@ class VeRA(LowRank):
         return super().problem_with(linear)
 
     def build_for(self, linear: LinearMap) -> None:
-        *groups, in_dim, out_dim = linear.matrix_shape
+        *groups, _, out_dim = linear.matrix_shape
         self.vera_d = self.add_factor("vera_d", (*groups, self.rank), keras.initializers.Constant(self.d_initial))
         self.vera_b = self.add_factor("vera_b", (*groups, out_dim), "zeros")
         self.vera_frozen_a, self.vera_frozen_b = (

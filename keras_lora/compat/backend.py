@@ -171,13 +171,14 @@ def kronecker_sum(x: Any, c: Any, a: Any, b: Any, scale: float, strength: Any, y
     operations around such small arrays take as long as the arithmetic.
 
     Args:
-        x: `(n, m · p)`, in the compute dtype.
-        c, a, b: `(m, l)`, `(p, rank)` and `(rank, q)`, in their stored dtype.
+        x: `(rows, m · p)`, in the compute dtype.
+        c, a, b: `(m, n)`, `(p, rank)` and `(rank, q)`, in their stored dtype.
         scale: A number.
         strength: A scalar tensor, which does not train.
-        y: `n · l · q` numbers, in any shape.
+        y: `rows · n · q` numbers, in any shape.
     """
-    m, p, r, q = c.shape[0], *a.shape, b.shape[-1]
+    m, q = c.shape[0], b.shape[-1]
+    p, r = a.shape
     c, a, b = (ops.cast(factor, x.dtype) for factor in (c, a, b))
     if keras.backend.backend() == "torch":
         import torch

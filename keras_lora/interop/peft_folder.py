@@ -198,9 +198,9 @@ def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
 
     kind = said.get("peft_type")
     if isinstance(kind, str) and kind in peft_methods.FORMATS:
-        found = Config(8, 8, False, False, 0.0, {}, {}, None, method=said)
+        config = Config(8, 8, False, False, 0.0, {}, {}, None, method=said)
         fits = all(_are_patterns(said.get(key) or {}, number) for key in ("rank_pattern", "alpha_pattern"))
-        return found, peft_methods.problems_of(said) + ([] if fits else ["its patterns of ranks or alphas are not numbers"])
+        return config, peft_methods.problems_of(said) + ([] if fits else ["its patterns of ranks or alphas are not numbers"])
     problems = [f"its `{key}` is {said[key]!r}" for key, plain in _PLAIN.items() if said.get(key, plain[0]) not in plain]
     if "peft_type" not in said:
         problems.append("its config has no `peft_type`")

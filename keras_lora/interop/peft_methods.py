@@ -221,10 +221,10 @@ def _write_ia3(parts: Sequence[Part]) -> Tensors:
     if source.kind != "convolution":
         return {"ia3_l": gains.reshape((-1, 1) if side == "outputs" else (1, -1))}
     if side == "inputs":
-        gains = gains.reshape(source.shape[1], -1)
-        if (gains != gains[:, :1]).any():
+        by_channel = gains.reshape(source.shape[1], -1)
+        if (by_channel != by_channel[:, :1]).any():
             raise ValueError("has a gain for each position of the window, and PEFT has one for each channel")
-        gains = gains[:, 0]
+        gains = np.asarray(by_channel[:, 0])
     return {"ia3_l": gains.reshape(1, -1, *(1 for _ in source.shape[2:]))}
 
 
@@ -237,7 +237,7 @@ def _ia3_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
     return {"feedforward_modules": of_inputs, "fan_in_fan_out": transposed, "init_ia3_weights": True}
 
 
-# LoKr: `kron(lokr_w1, lokr_w2)` with `lokr_w1 (l, m)` and `lokr_w2 (q, p)`, which is `lokr_w2_a @ lokr_w2_b` if that is small.
+# LoKr: `kron(lokr_w1, lokr_w2)` with `lokr_w1 (n, m)` and `lokr_w2 (q, p)`, or `lokr_w2_a @ lokr_w2_b` if that is smaller.
 
 
 def _read_lokr(said: Mapping[str, Any], module: str, tensors: Tensors, source: Source) -> tuple[adapters.Adapter, Tensors]:
@@ -247,11 +247,11 @@ def _read_lokr(said: Mapping[str, Any], module: str, tensors: Tensors, source: S
     factor = said.get("decompose_factor", -1)
     if type(factor) is not int or not (factor > 0 or factor == -1):
         raise ValueError(f"has the `decompose_factor` {factor!r}")
-    (l, q), (m, p) = split(source.out_dim, factor), split(source.in_dim, factor)
+    (n, q), (m, p) = split(source.out_dim, factor), split(source.in_dim, factor)
     if "lokr_w1" in tensors:
-        one = _tensor(tensors, "lokr_w1", l, m)
+        one = _tensor(tensors, "lokr_w1", n, m)
     else:
-        left = _tensor(tensors, "lokr_w1_a", l)
+        left = _tensor(tensors, "lokr_w1_a", n)
         one = left @ _tensor(tensors, "lokr_w1_b", left.shape[1], m)
     said_rank, alpha = _rank_and_alpha(said, module)
     if "lokr_w2" in tensors:  # not factored: one of our factors is the identity
@@ -308,7 +308,7 @@ def _read_loha(said: Mapping[str, Any], module: str, tensors: Tensors, source: S
     if {"hada_t1", "hada_t2"} & tensors.keys():
         raise ValueError("has the form of a convolution with a core tensor (`use_effective_conv2d`)")
     rank, alpha = _rank_and_alpha(said, module)
-    weights = {}
+    weights: Tensors = {}
     for n in (1, 2):
         out = _tensor(tensors, f"hada_w{n}_a", source.out_dim, rank)
         into = _tensor(tensors, f"hada_w{n}_b", rank, source.in_dim)
@@ -317,7 +317,8 @@ def _read_loha(said: Mapping[str, Any], module: str, tensors: Tensors, source: S
 
 
 def _write_loha(parts: Sequence[Part]) -> Tensors:
-    part, found = _whole(parts), {}
+    part = _whole(parts)
+    found: Tensors = {}
     for n in (1, 2):
         a, b = part.values[f"loha_a{n}"], part.values[f"loha_b{n}"]
         into, out = np.empty_like(a.T), np.empty_like(b.T)
@@ -330,8 +331,8 @@ def _loha_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
     return {**_ranks_and_alphas(parts), "use_effective_conv2d": False}
 
 
-# OFT: `oft_R.weight (blocks, size (size - 1) / 2)`, the entries above the diagonal. PEFT's series is that of Q, and its inverse
-# is that of -Q.
+# OFT: `oft_R.weight (blocks, size (size - 1) / 2)`, the entries above the diagonal. PEFT's series is that of Q, and its
+# inverse is that of -Q.
 
 
 def _read_oft(said: Mapping[str, Any], module: str, tensors: Tensors, source: Source) -> tuple[adapters.Adapter, Tensors]:
@@ -358,7 +359,15 @@ def _oft_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
     size = _one({m: part.adapter.block_of(tuple(part.linear.matrix_shape)) for m, part in parts.items()}, "block_size")
     terms = _one({module: part.adapter.terms or 0 for module, part in parts.items()}, "terms")
     series = {"use_cayley_neumann": bool(terms), "num_cayley_neumann_terms": terms or 5}
-    return {"r": 0, "oft_block_size": size, "coft": False, "block_share": False, "init_weights": True, **series, "bias": "none"}
+    return {
+        "r": 0,
+        "oft_block_size": size,
+        "coft": False,
+        "block_share": False,
+        "init_weights": True,
+        **series,
+        "bias": "none",
+    }
 
 
 _LINEAR = ("linear",)
