@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class MiSS(LowRank):
     """Matrix shard sharing: `W' = W + F D`, with a trained `D (rank, out_dim)` and a fixed `F (in_dim, rank)`.
 
-    `F` has zeros and ones: `x F` sums the inputs in `rank` groups: input `i` is in group `i % rank`. There is no `A` to train, so a step keeps
-    `tokens · rank` numbers for the backward pass instead of the layer's input, and the method has half of LoRA's parameters.
-    With Adam, a step moves the kernel's entries about as far as one of full fine-tuning: start at a tenth to a third of
-    LoRA's learning rate.
+    `F` has zeros and ones: `x F` sums the inputs in `rank` groups, and input `i` is in group `i % rank`. There is no `A` to
+    train, so a step keeps `tokens · rank` numbers for the backward pass instead of the layer's input, and the method has
+    half of LoRA's parameters. With Adam, a step moves the kernel's entries about as far as one of full fine-tuning: start
+    at a tenth to a third of LoRA's learning rate.
 
     Args:
         rank: Positive integer, the number of groups. At equal parameters, it is about twice LoRA's.
