@@ -82,6 +82,7 @@ GROUPS = [
             "keras_lora",
             *("apply_lora", "remove_lora", "merge_lora", "unmerge_lora"),
             *("list_targets", "TargetList", "Target", "list_adapters", "AdapterList", "AdapterRow", "register_layer"),
+            "reduced_base",
         ),
         {"index.md": "Quickstart", "how_it_works.md": "How it works"},
         ("applying", "inspecting", "merging", "your-own-layers"),

@@ -12,6 +12,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.inspecting import AdapterList, AdapterRow, list_adapters
     from keras_lora.layers import LoRADense
     from keras_lora.layers.registering import register_layer
+    from keras_lora.loading import reduced_base
     from keras_lora.merging import merge_lora, unmerge_lora
     from keras_lora.serving import MultiAdapterModel
     from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
@@ -54,6 +55,7 @@ __all__ = [
     "load_adapter",
     "merge_lora",
     "plots",
+    "reduced_base",
     "register_adapter",
     "register_layer",
     "remove_lora",

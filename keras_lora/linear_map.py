@@ -31,9 +31,7 @@ import keras
 from keras import ops
 
 from keras_lora.compat import backend, keras_internals, quantization
-
-#: On a layer, the original dtypes of the kernels that `LinearMap.store_kernel` stores in another dtype.
-_STORED = "_keras_lora_stored"
+from keras_lora.compat.stored_kernel import StoredKernel
 
 
 def view_of(layer: keras.layers.Layer, cls: type, /, **attributes: Any) -> Any:
@@ -47,7 +45,7 @@ def view_of(layer: keras.layers.Layer, cls: type, /, **attributes: Any) -> Any:
     return view
 
 
-class LinearMap:
+class LinearMap(StoredKernel):
     """One kernel of a built layer, seen as a linear map. Each layer type has a subclass in `keras_lora/layers/`.
 
     A subclass sets `layer_class` and overrides whatever differs from a layer that computes `x @ kernel` on the last axis.
@@ -103,7 +101,8 @@ class LinearMap:
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """Shape of the float kernel."""
-        return tuple(getattr(self.plain, self.kernel_name).shape)
+        stored = self.stored
+        return tuple(getattr(self.plain, self.kernel_name).shape) if stored is None else stored.shape
 
     @property
     def kernel_axes(self) -> str:
@@ -122,6 +121,8 @@ class LinearMap:
     @property
     def kernel(self) -> Any:
         """The float kernel, in the layer's own shape, dequantised if need be."""
+        if self.base_dtype == "nf4":
+            return self.unpacked(keras.backend.standardize_dtype(self.layer.compute_dtype))
         return quantization.float_kernel(self.plain, self.kernel_name)
 
     @property
@@ -133,22 +134,6 @@ class LinearMap:
     def kernel_attribute(self) -> str:
         """The attribute from which the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
         return keras_internals.stored_under(self.layer, self.kernel_name)
-
-    @property
-    def base_dtype(self) -> str | None:
-        """The dtype in which `store_kernel` has stored the kernel, or `None` if the kernel has its original dtype."""
-        stored = vars(self.layer).get(_STORED, {}).get(self.kernel_name)
-        return None if stored is None else keras.backend.standardize_dtype(self.kernel_variable.dtype)
-
-    def store_kernel(self, dtype: str | None) -> None:
-        """Store the kernel in `dtype`, or in its original dtype if `None`. The base product is computed in that dtype."""
-        own = vars(self.layer).get(_STORED, {}).get(self.kernel_name, self.kernel_variable.dtype)
-        if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
-            return
-        others = {name: each for name, each in vars(self.layer).get(_STORED, {}).items() if name != self.kernel_name}
-        keep_own = dtype is None or dtype == own
-        vars(self.layer)[_STORED] = others if keep_own else {**others, self.kernel_name: own}
-        keras_internals.store_variable(self.kernel_variable, own if keep_own else str(dtype), autocast=keep_own)
 
     @property
     def constraint(self) -> Any:
@@ -197,7 +182,8 @@ class LinearMap:
         """
         known = type(self).transposed is not LinearMap.transposed
         quantized = known and quantization.mode_of(self.layer) is not None
-        if self.picks_rows or not (quantized or (self.base_dtype is not None and backend.widens_bfloat16())):
+        widened = self.base_dtype == "nf4" or (self.base_dtype is not None and backend.widens_bfloat16())
+        if self.picks_rows or not (quantized or widened):
             return self.own_output(x)
         stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
         stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}
@@ -230,8 +216,8 @@ class LinearMap:
         raise NotImplementedError(f"{type(self).__name__} does not say how to compute the gradient of its input.")
 
     def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:
-        """`product(x)` in the dtype in which the kernel is stored. This copies `x` but never the kernel."""
-        return ops.cast(product(ops.cast(x, self.base_dtype)), self.layer.compute_dtype)
+        """`product(x)` in the dtype in which the kernel is stored, if there are products of it. This copies `x`."""
+        return ops.cast(product(ops.cast(x, self.product_dtype)), self.layer.compute_dtype)
 
     def apply(self, x: Any, matrix: Any) -> Any:
         """The layer's linear part with `matrix` instead of its kernel, in the layout of the layer's output."""
@@ -344,6 +330,6 @@ class LinearMap:
 
     def call_with(self, x: Any, kernel: Any) -> Any:
         """The layer's own `call` with another float `kernel` and nothing after the sum."""
-        policy = keras.DTypePolicy(self.base_dtype or keras.backend.standardize_dtype(self.layer.compute_dtype))
+        policy = keras.DTypePolicy(self.product_dtype)
         attributes = {**self.held_out, self.kernel_attribute: kernel, **keras_internals.with_policy(policy)}
         return view_of(self.layer, self.layer_class, **attributes).call(x)

@@ -160,9 +160,9 @@ FAULTS = [
     ),
     Fault(
         "a stored kernel does not remember its own dtype",
-        "linear_map.py",
-        "others if keep_own else {**others, self.kernel_name: own}",
-        "others if keep_own else {**others, self.kernel_name: str(dtype)}",
+        "compat/stored_kernel.py",
+        "{self.kernel_name: Stored(dtype, own, shape, trainable, found)}",
+        "{self.kernel_name: Stored(dtype, dtype, shape, trainable, found)}",
         "test_precision",
     ),
     Fault(
@@ -310,7 +310,7 @@ FAULTS = [
     Fault(
         "a base in bfloat16 comes back from `.keras` in float32",
         "swap/adapted.py",
-        "        _when_built(maps[address].layer, maps[address].store_kernel, dtype)",
+        "        _when_built(maps[address].layer, store_reduced, maps[address], dtype)",
         "        pass",
         "test_precision",
     ),
@@ -352,8 +352,8 @@ FAULTS = [
     Fault(
         "the last adapter that goes leaves the kernel in bfloat16",
         "swap/slots.py",
-        "        linear.store_kernel(None)\n",
-        "        pass\n",
+        "        kernels.restore_found([linear])",
+        "        pass",
         "test_precision",
     ),
     Fault(
@@ -467,8 +467,8 @@ FAULTS = [
     Fault(
         "unmerging restores the merged kernels",
         "merging.py",
-        "kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)",
-        "kept.kernels[address] = merged",
+        "        for variable, array in zip(maps[address].stored_variables, arrays, strict=True):\n            variable.assign(array)\n",
+        "",
         "test_merging",
     ),
     Fault(

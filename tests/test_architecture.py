@@ -21,7 +21,7 @@ ORDER = [
     ["cli"],
     ["__init__"],
     ["interop", "plots", "serving", "testing"],
-    ["combining", "files", "inspecting", "merging"],
+    ["combining", "files", "inspecting", "loading", "merging"],
     ["switching"],
     ["applying"],
     ["targets"],

@@ -417,6 +417,43 @@ def test_whether_a_layer_was_made_in_a_remat_scope(dense):
     assert not internals.is_rematerialized(dense)
 
 
+def test_forget_variable_and_without_variables_leave_the_others():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    with internals.unlocked(layer):
+        layer.more = layer.add_weight(name="more", trainable=False)
+    assert internals.without_variables(layer, ["more"]) == {"_non_trainable_variables": []}
+    internals.forget_variable(layer, "more")
+    assert [v.name for v in layer.weights] == ["kernel", "bias"]
+    assert not hasattr(layer, "more")
+
+
+def test_with_floats_only_leaves_out_integers():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    assert internals.with_floats_only(layer) == {}
+    layer.kernel.trainable = False
+    internals.store_variable(layer.kernel, "uint8", value=keras.ops.zeros((5,)))
+    assert tuple(layer.kernel.shape) == (5,)
+    [floats] = internals.with_floats_only(layer).values()
+    assert [v.name for v in floats] == ["bias"]
+
+
+def test_when_any_is_built_runs_after_each_build_and_only_inside():
+    built = []
+    with internals.when_any_is_built(built.append):
+        layer = keras.layers.Dense(2)
+        layer.build((None, 3))
+    keras.layers.Dense(2).build((None, 3))
+    assert built == [layer]
+
+
+def test_with_mask_gives_a_mask():
+    tensor = keras.ops.ones((2, 3))
+    mask = keras.ops.ones((2, 3), "bool")
+    assert internals.copy_mask(internals.with_mask(tensor, mask), keras.ops.ones((2, 3))) is not None
+
+
 def test_without_autocast():
     seen = []
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -72,7 +73,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
     """Return `product(x, *stored)`, linear in `x`, of a kernel that is formed from what is stored of it.
 
     `gradient(dy, *stored)` gives the gradient of `x`, and forms the kernel again; if it is `None`, the product is
-    differentiated (on JAX). What is stored has no gradient, and nothing else is kept.
+    differentiated. What is stored has no gradient, and nothing else is kept.
 
     XLA would form the kernels of all layers before anything else, and keep them for the gradients: a float copy of the
     whole model. So here what is stored depends on `x`, or on `dy`, in a way that changes nothing.
@@ -80,8 +81,11 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
     if keras.backend.backend() == "torch":
         import torch
 
-        if gradient is None or not torch.is_grad_enabled() or not x.requires_grad or _torch_transforms(x):
+        if not torch.is_grad_enabled() or not x.requires_grad or _torch_transforms(x):
             return product(x, *stored)
+        if gradient is None:
+            shape, dtype = x.shape, x.dtype
+            gradient = lambda dy, *stored: _transposed(product, shape, dtype, dy, stored)  # noqa: E731
         return _torch_frozen_product().apply(product, gradient, x, *stored)
 
     if keras.backend.backend() == "tensorflow":
@@ -104,10 +108,36 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
 
 
 def _transposed(product: Callable[..., Any], shape: Any, dtype: Any, dy: Any, stored: Sequence[Any]) -> Any:
-    """The gradient of an input of this shape, on JAX."""
+    """The gradient of an input of this shape. The product is linear in it, so the gradient is the same everywhere."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        with torch.enable_grad():
+            x = torch.zeros(shape, dtype=dtype, device=dy.device, requires_grad=True)
+            return torch.autograd.grad(product(x, *stored), x, dy)[0]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.zeros(shape, dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = product(x, *stored)
+        return tape.gradient(y, x, dy)
     import jax
 
     return jax.vjp(lambda x: product(x, *stored), ops.zeros(shape, dtype))[1](dy)[0]
+
+
+def look_up(table: np.ndarray, index: Any) -> Any:
+    """Return the rows of a table of float32, one or two numbers each, at an array of bytes."""
+    if keras.backend.backend() != "torch":
+        return ops.take(ops.convert_to_tensor(table), ops.cast(index, "int32"), axis=0)
+    import torch
+
+    # `ops.take` makes indices of 64 bits, which takes longer than all the rest. Two numbers are moved as one of 64 bits.
+    words = torch.from_numpy(table.view("int64" if table.ndim == 2 else "float32").reshape(-1)).to(index.device)
+    found = torch.index_select(words, 0, index.reshape(-1).to(torch.int32))
+    return found.view(torch.float32).reshape(*index.shape, *table.shape[1:])
 
 
 def _not_before(x: Any, arrays: Iterable[Any]) -> list[Any]:

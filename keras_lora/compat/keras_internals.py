@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -202,23 +203,75 @@ def drawn_seed(generator: keras.random.SeedGenerator, drawn: Any) -> keras.rando
     return _DrawnSeed(generator, drawn)
 
 
-def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True) -> None:
+def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True, value: Any = None) -> None:
     """Store `variable` in another dtype, in place: a new variable would change the order of the layer's weights.
 
-    Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype.
+    Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype. A `value` may have
+    another shape.
     """
-    value = keras.ops.cast(keras.ops.stop_gradient(keras.ops.convert_to_tensor(variable)), dtype)
+    value = keras.ops.convert_to_tensor(variable) if value is None else value
+    value = keras.ops.cast(keras.ops.stop_gradient(value), dtype)
     variable._dtype, variable._autocast = dtype, autocast
     variable._initialize(value)
+    variable._shape, variable._ndim = tuple(value.shape), len(value.shape)
+
+
+def forget_variable(layer: Any, name: str) -> None:
+    """Delete the variable `name`. Keras's own deletion runs the garbage collector each time: seconds for a large model."""
+    layer._untrack_variable(vars(layer)[name])
+    super(keras.layers.Layer, layer).__delattr__(name)
+
+
+def without_variables(layer: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the attribute for a view of `layer` that Keras saves and loads without these non-trainable variables."""
+    left_out = {id(vars(layer)[name]) for name in names}
+    return {"_non_trainable_variables": [v for v in layer._non_trainable_variables if id(v) not in left_out]}
+
+
+def with_floats_only(layer: Any) -> dict[str, Any]:
+    """Return the attribute for a view of `layer` whose setter of `trainable` leaves out integers, which torch refuses.
+
+    It is empty if there are none.
+    """
+    floats = [v for v in layer._trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+    return {} if len(floats) == len(layer._trainable_variables) else {"_trainable_variables": floats}
+
+
+@contextlib.contextmanager
+def when_any_is_built(then: Callable[[keras.layers.Layer], None]) -> Iterator[None]:
+    """Inside, run `then(layer)` after the `build` of each layer that this thread builds (Keras has no hook for it)."""
+    own, thread = vars(keras.layers.Layer).get("_post_build"), threading.get_ident()
+    before = keras.layers.Layer._post_build
+
+    def post_build(self: Any) -> None:
+        before(self)
+        if threading.get_ident() == thread:
+            then(self)
+
+    keras.layers.Layer._post_build = post_build
+    try:
+        yield
+    finally:
+        if own is None:
+            del keras.layers.Layer._post_build
+        else:
+            keras.layers.Layer._post_build = own
 
 
 def copy_mask(source: Any, to: Any) -> Any:
     """Give the tensor `to` the Keras mask of `source`, and return it (there is no public way to set one)."""
-    from keras.src.backend import get_keras_mask, set_keras_mask
+    from keras.src.backend import get_keras_mask
 
-    if (mask := get_keras_mask(source)) is not None:
-        set_keras_mask(to, mask)
-    return to
+    mask = get_keras_mask(source)
+    return to if mask is None else with_mask(to, mask)
+
+
+def with_mask(tensor: Any, mask: Any) -> Any:
+    """Give a tensor a Keras mask, and return it."""
+    from keras.src.backend import set_keras_mask
+
+    set_keras_mask(tensor, mask)
+    return tensor
 
 
 def conv_lstm_cell() -> type[keras.layers.Layer]:
@@ -322,13 +375,9 @@ def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
 
 
 def forget_enabled_lora(layer: Any) -> None:
-    """Undo `layer.enable_lora`: its two variables are removed, and its kernel is the base again (Keras cannot undo it).
-
-    Keras's deletion of a variable runs the garbage collector each time, which takes seconds for a large model.
-    """
+    """Undo `layer.enable_lora`: its two variables are removed, and its kernel is the base again (Keras cannot undo it)."""
     for name in [name for name in vars(layer) if name.startswith("lora_") and isinstance(vars(layer)[name], keras.Variable)]:
-        layer._untrack_variable(vars(layer)[name])
-        super(keras.layers.Layer, layer).__delattr__(name)
+        forget_variable(layer, name)
     layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat.stored_kernel import float_shapes
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of
 from keras_lora.swap.addresses import walk
@@ -31,7 +32,7 @@ def structure(model: keras.layers.Layer) -> str:
 def _shapes(layer: keras.layers.Layer) -> list[list[int]]:
     variables = keras_internals.own_variables(layer)
     if quantization.mode_of(layer) is None:
-        return sorted(list(v.shape) for v in variables)
+        return sorted(list(shape) for shape in float_shapes(layer))
     kernels = {linear.kernel_name: list(linear.kernel_shape) for linear in maps_of(layer)}
     floats = [v for v in variables if v.name not in kernels and not v.name.endswith(("_scale", "_zero", "g_idx"))]
     return sorted([*kernels.values(), *(list(v.shape) for v in floats)])
