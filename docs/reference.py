@@ -29,7 +29,7 @@ MEMBERS = {
     ],
     "keras_lora.AdapterList": ["total", "adapters", "data", "table"],
     "keras_lora.CombinationReport": ["error"],
-    "keras_lora.LowRank": ["pair", "scale"],
+    "keras_lora.LowRank": ["pair", "scale", "product_rank"],
     "keras_lora.MemoryPlan": ["peak", "data", "table"],
     "keras_lora.MultiAdapterModel": ["load", "delete", "index_of", "generate"],
     "keras_lora.TargetList": ["of", "total", "table"],
@@ -92,8 +92,12 @@ GROUPS = [
         "Methods",
         'Pass a method to `apply_lora` by name (for example `"lora"` or `"dora"`), as an instance, or as a config. To write '
         "one, subclass `Adapter`, or `LowRank` if the change is a product of two thin factors, and register the class.",
-        of("keras_lora", "LoRA", "DoRA", "AdaLoRA", "TrainableTokens", "Adapter", "LowRank", "register_adapter"),
-        {"how_it_works.md": "How it works"},
+        of(
+            "keras_lora",
+            *("LoRA", "DoRA", "AdaLoRA", "MiSS", "IA3", "LoKr", "OFT", "LoHa", "VeRA", "TrainableTokens"),
+            *("Adapter", "LowRank", "register_adapter"),
+        ),
+        {"methods.md": "Methods", "how_it_works.md": "How it works"},
         ("your-own-methods",),
     ),
     Group(

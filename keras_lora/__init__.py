@@ -4,7 +4,20 @@ import sys
 
 if "keras_lora_command" not in sys.modules:  # see there: it imports only what a command needs
     from keras_lora import callbacks, interop, layers, memory, optimizers, plots, testing
-    from keras_lora.adapters import AdaLoRA, Adapter, DoRA, LoRA, LowRank, TrainableTokens
+    from keras_lora.adapters import (
+        IA3,
+        OFT,
+        AdaLoRA,
+        Adapter,
+        DoRA,
+        LoHa,
+        LoKr,
+        LoRA,
+        LowRank,
+        MiSS,
+        TrainableTokens,
+        VeRA,
+    )
     from keras_lora.adapters.registering import register_adapter
     from keras_lora.applying import apply_lora, remove_lora
     from keras_lora.combining import CombinationReport, CombinedKernel, combine_adapters, compress_adapter
@@ -34,15 +47,21 @@ __all__ = [
     "CombinedKernel",
     "DoRA",
     "EVA",
+    "IA3",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRADense",
     "LoRAGA",
     "LowRank",
     "MemoryPlan",
+    "MiSS",
     "MultiAdapterModel",
+    "OFT",
     "Target",
     "TargetList",
     "TrainableTokens",
+    "VeRA",
     "activate_adapters",
     "active_adapters",
     "apply_lora",

@@ -1202,4 +1202,33 @@ FAULTS = [
         "fixed = False",
         "test_norms",
     ),
+    # Methods.
+    Fault(
+        "the parts of a row are mixed by the transposed C in a LoKr",
+        "compat/backend.py",
+        "h = torch.matmul(c.t(), torch.mm(",
+        "h = torch.matmul(c, torch.mm(",
+        "test_methods",
+    ),
+    Fault(
+        "OFT rotates the other way below the diagonal",
+        "adapters/oft.py",
+        "sign[above], sign.T[above] = 1, -1",
+        "sign[above], sign.T[above] = 1, 1",
+        "test_methods",
+    ),
+    Fault(
+        "VeRA draws its frozen factors by the distributions of NumPy",
+        "adapters/vera.py",
+        "(words >> np.uint64(40))",
+        "(words >> np.uint64(41))",
+        "test_methods",
+    ),
+    Fault(
+        "the gains of inputs are written for PEFT as those of outputs",
+        "interop/peft_methods.py",
+        'gains.reshape((-1, 1) if side == "outputs" else (1, -1))',
+        "gains.reshape(-1, 1)",
+        "test_peft_methods",
+    ),
 ]

@@ -254,7 +254,7 @@ def strength_of(adapter: Adapter) -> float:
 
 
 #: Arguments that do not affect trained values: the initial values, and the arguments of every Keras layer.
-INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed", "d_initial")
 
 
 def method_of(adapter: Adapter) -> dict[str, Any]:

@@ -97,8 +97,7 @@ class LoRA(LowRank):
             self.kept_a = self.add_factor("kept_a", (*groups, in_dim, self.kept), "zeros", trainable=False, axes="gir")
             self.kept_b = self.add_factor("kept_b", (*groups, self.kept, out_dim), "zeros", trainable=False, axes="gro")
 
-    @property
-    def product_rank(self) -> int:
+    def product_rank(self, matrix_shape: tuple[int, ...]) -> int:
         return self.rank + self.kept
 
     def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
@@ -149,7 +148,7 @@ class LoRA(LowRank):
 
     def size(self, matrix_shape: tuple[int, ...]) -> int:
         *groups, in_dim, out_dim = matrix_shape
-        return math.prod(groups) * self.product_rank * (in_dim + out_dim)
+        return math.prod(groups) * (self.rank + self.kept) * (in_dim + out_dim)
 
     def misfit_with(self, other: Adapter) -> str | None:
         """Return `None` if `other` is a LoRA of equal or smaller ranks, with any scale."""

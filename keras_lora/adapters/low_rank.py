@@ -58,11 +58,6 @@ class LowRank(Adapter):
         """The factor that multiplies `A B`."""
         return factors.scale(self.rank, self.alpha, self.rank_stabilized)
 
-    @property
-    def product_rank(self) -> int:
-        """The rank of the product that `pair` returns."""
-        return self.rank
-
     def pair(self, weights: Mapping[str, Any], matrix_shape: tuple[int, ...] | None) -> tuple[Any, Any]:
         """Return the factors `A (*groups, in_dim, k)` and `B (*groups, k, out_dim)` made from `weights`, without the scale.
 
@@ -71,6 +66,10 @@ class LowRank(Adapter):
             matrix_shape: The shape of the kernel as a matrix; `None` for a file that is read without its base.
         """
         raise TypeError(f"{type(self).__name__} does not define `pair(weights, matrix_shape)`, its factors.")
+
+    def product_rank(self, matrix_shape: tuple[int, ...]) -> int:
+        """Return the number of columns of `A`, for a matrix of this shape."""
+        return self.rank
 
     def factors_of(
         self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None

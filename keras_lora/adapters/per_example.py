@@ -98,7 +98,7 @@ class PerExample(Adapter):
                 f"a place takes only a LoRA, and this is a {type(other).__name__}; "
                 "`keras_lora.compress_adapter` turns it into a LoRA"
             )
-        rank = other.product_rank
+        rank = other.product_rank(self.matrix_shape)
         return f"a place takes ranks up to {self.rank}, and this has rank {rank}" if rank > self.rank else None
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:

@@ -334,6 +334,33 @@ def low_rank_sum(
     return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(b, x.dtype)))
 
 
+def kronecker_sum(x: Any, c: Any, a: Any, b: Any, scale: float, strength: Any, y: Any) -> Any:
+    """Return `y + strength · scale · x (c ⊗ (a b))`, without the Kronecker product.
+
+    A row has parts: each part times `a`, then the parts mixed by `c`, then each of the results times `b`. On torch, Keras's
+    operations around such small arrays take as long as the arithmetic.
+
+    Args:
+        x: `(rows, m · p)`, in the compute dtype.
+        c, a, b: `(m, n)`, `(p, rank)` and `(rank, q)`, in their stored dtype.
+        scale: A number.
+        strength: A scalar tensor, which does not train.
+        y: `rows · n · q` numbers, in any shape.
+    """
+    m, q = c.shape[0], b.shape[-1]
+    p, r = a.shape
+    c, a, b = (ops.cast(factor, x.dtype) for factor in (c, a, b))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        h = torch.matmul(c.t(), torch.mm(x.reshape(-1, p), a).reshape(-1, m, r)).reshape(-1, r)
+        b = b * (scale * ops.convert_to_tensor(strength)).to(b.dtype)
+        return torch.addmm(y.reshape(-1, q), h, b).reshape(y.shape)
+    h = ops.matmul(ops.transpose(c), ops.reshape(ops.matmul(ops.reshape(x, (-1, p)), a), (-1, m, r)))
+    b = ops.multiply(b, ops.cast(ops.multiply(scale, strength), b.dtype))
+    return ops.add(y, ops.reshape(ops.matmul(ops.reshape(h, (-1, r)), b), ops.shape(y)))
+
+
 def _torch_low_rank_sum(
     x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any, c: Any = None, d: Any = None
 ) -> Any:
