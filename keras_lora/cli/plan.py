@@ -55,7 +55,8 @@ def run(given: argparse.Namespace) -> int:
     if given.json:
         show(json.dumps([each.data() for each in plans], indent=2))
     else:
-        show(*(part for each in plans for part in (each.table(160), *each.lines())))
+        for each in plans:
+            show(each.table(160), *each.lines())
     return 0
 
 

@@ -324,7 +324,8 @@ def _in_words(model: keras.Model, optimizer: Any, batch_size: int, x: Any, axes:
 def bytes_of(tensor: Any) -> int:
     """The bytes of a variable or a symbol."""
     bits = re.search(r"\d+", keras.backend.standardize_dtype(tensor.dtype))
-    return math.prod(tensor.shape) * (max(int(bits.group()) // 8, 1) if bits else 1)
+    size: int = math.prod(tensor.shape) * (max(int(bits.group()) // 8, 1) if bits else 1)
+    return size
 
 
 def _count(variables: Iterable[Any]) -> int:
@@ -347,7 +348,7 @@ def mesh_axes(mesh: Any) -> dict[str, int]:
 
 def shards(layout_map: Any, axes: Mapping[str, int]) -> Callable[[Any], int]:
     """A function from a variable to the number of parts in which its bytes lie on different devices."""
-    rules = {key: getattr(each, "axes", each) for key, each in dict(layout_map or {}).items()}
+    rules: dict[str, Any] = {key: getattr(each, "axes", each) for key, each in dict(layout_map or {}).items()}
     unknown = sorted({str(a) for each in rules.values() for a in each if a is not None} - axes.keys())
     if unknown:
         raise ValueError(f"`layout_map` names axes {unknown} that `mesh` does not have. Received: mesh={dict(axes)}.")

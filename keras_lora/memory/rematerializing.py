@@ -164,8 +164,8 @@ class _Run:
         keras_internals.forget_losses(self.layer, scope.losses)
         self.losses = len(scope.losses)
         found = [each for each in keras.tree.flatten(self.outputs) if ops.is_tensor(each)]
-        masks = [mask for each in found if (mask := keras_internals.mask_of(each)) is not None]
-        return [*found, *masks, *scope.losses, *(after[id(v)] for v in self.written)]
+        found_masks = [mask for each in found if (mask := keras_internals.mask_of(each)) is not None]
+        return [*found, *found_masks, *scope.losses, *(after[id(v)] for v in self.written)]
 
     def finish(self, tensors: list[Any]) -> Any:
         """The outputs of the call, after its losses and what it wrote are where a plain call puts them."""
