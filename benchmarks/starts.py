@@ -104,7 +104,7 @@ def planted_loss(start: str, rank: int, rate: float, seed: int, steps: int) -> f
     before = float(np.mean((x @ kernel - y) ** 2))
     keras_lora.apply_lora(model, keras_lora.LoRA(rank=rank, seed=seed), head=None)
     if start != "none":
-        needs: dict[str, Any] = {"eva": {"data": x}, "lora_ga": {"data": (x, y), "loss": "mse"}}.get(start, {})
+        needs: Any = {"eva": {"data": x}, "lora_ga": {"data": (x, y), "loss": "mse"}}.get(start, {})
         keras_lora.start_from(model, start, **needs)
     model.compile(keras.optimizers.Adam(rate), "mse")
     model.fit(x, y, batch_size=512, epochs=steps, verbose=0)
