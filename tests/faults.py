@@ -282,15 +282,15 @@ FAULTS = [
     Fault(
         "BatchNormalization is thawed",
         "swap/flags.py",
-        "plan = Flags(in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables)",
-        "plan = Flags(True, variables)",
+        "return Flags((any(variables) and not fixed) or bool(keras_internals.sublayers(layer)), variables)",
+        "return Flags(True, variables)",
         "test_training",
     ),
     Fault(
         "biases train unasked",
         "swap/flags.py",
-        'in_full or was or (with_bias and v.name == "bias")',
-        'in_full or was or v.name == "bias"',
+        'in_full or is_norm or was or (with_bias and v.name == "bias")',
+        'in_full or is_norm or was or v.name == "bias"',
         "test_apply",
     ),
     Fault(

@@ -76,7 +76,7 @@ def freeze(
         variables = [
             in_full or is_norm or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)
         ]
-        plan = _plan(layer, variables, statistics=not is_norm)
+        plan = Flags(True, variables) if in_full else _plan(layer, variables, statistics=not is_norm)
         # Variables that were planned to train but have been switched off since stay off.
         now = [v.trainable or not was for v, was in zip(own, stays, strict=True)]
         now = [planned and (in_full or on) for planned, on in zip(variables, now, strict=True)]
