@@ -109,3 +109,12 @@ def test_norms_of_keras_hub():
     keras_lora.apply_lora(gemma, rank=1, train="norms")
     assert {name.split("/")[-1] for name in trained_names(gemma)} == {"scale"}
     assert len(trained_names(gemma)) == 3
+
+
+def test_a_normalization_without_scale_and_offset_in_train_updates_its_statistics():
+    norm = layers.BatchNormalization(center=False, scale=False, name="batch")
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(6), norm, layers.Dense(3, name="out")])
+    keras_lora.apply_lora(model, rank=2, train="batch")
+    before = statistics(model)
+    fitted(model)
+    assert difference(statistics(model), before) > 0.01
