@@ -95,3 +95,40 @@ def test_a_kill_of_the_whole_save_leaves_an_adapter_that_loads(tmp_path):
     keras_lora.load_adapter(model, path)
     numbers = {float(number) for v in model.trainable_variables for number in np.unique(keras.ops.convert_to_numpy(v))}
     assert len(numbers) == 1
+
+
+MODEL_SAVER = """
+import itertools, os, signal, sys, time
+import keras, keras_lora
+from keras_lora.compat import keras_internals
+model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(100), keras.layers.Dense(2)])
+keras_lora.apply_lora(model, rank=50)
+with keras_internals.without_tensorflow():
+    for seconds in [0.0, *map(float, sys.argv[3:])]:
+        if not (writer := os.fork()):
+            for number in itertools.count():
+                for variable in model.trainable_variables:
+                    variable.assign(keras.ops.full(variable.shape, number % 1000))
+                model.save(sys.argv[1])
+                model.save_weights(sys.argv[2])
+                if not seconds:
+                    os._exit(0)
+        time.sleep(seconds)
+        if seconds:
+            os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        model.load_weights(sys.argv[2])
+        loaded = keras.saving.load_model(sys.argv[1])
+        for each in (model, loaded):
+            assert len({float(v[0, 0]) for v in each.trainable_variables}) == 1
+    print("whole")
+"""
+
+
+@pytest.mark.full
+def test_a_kill_while_a_whole_model_is_saved_leaves_a_file_that_loads(tmp_path):
+    rng = random.Random(1)
+    seconds = [f"{rng.uniform(0.01, 0.1):.3f}" for _ in range(12)]
+    command = [sys.executable, "-c", MODEL_SAVER, tmp_path / "m.keras", tmp_path / "m.weights.h5", *seconds]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines() == ["whole"]
+    assert [each for each in tmp_path.iterdir() if ".unfinished" in each.name]  # or no kill came while a file was written

@@ -35,7 +35,9 @@ def test_the_reference_is_what_the_script_writes():
     assert f"{reference.BEGIN}  - Reference:" in config
 
 
-@pytest.mark.parametrize("module", [keras_lora, keras_lora.interop, keras_lora.layers, keras_lora.plots, keras_lora.testing])
+@pytest.mark.parametrize(
+    "module", [keras_lora, keras_lora.callbacks, keras_lora.interop, keras_lora.layers, keras_lora.plots, keras_lora.testing]
+)
 def test_every_public_name_has_a_page(module):
     names = getattr(module, "__all__", None) or ["check_layer", "check_adapter"]
     pages = {name for group in reference.GROUPS for name in group.names} | set(reference.ALIASES.values())

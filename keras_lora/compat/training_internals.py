@@ -6,7 +6,9 @@ each by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -25,14 +27,36 @@ def with_portable_names(config: Any) -> Any:
 
 
 def compiled_besides(model: keras.Model) -> dict[str, Any]:
-    """Return what the `compile` of a KerasHub task takes besides Keras's arguments, and forgets in its own config."""
+    """Return the compile arguments that the config of Keras, or of a KerasHub task, forgets.
+
+    These are the sampler of a task, and the optimizer in a `LossScaleOptimizer` that Keras made itself: the config has the
+    inner one, and loading wraps it again only if the process or the config of the model has the policy `mixed_float16`.
+    """
     sampler = getattr(model, "sampler", None) if overrides_compile(model) else None
-    return {} if sampler is None else {"sampler": keras.saving.serialize_keras_object(sampler)}
+    optimizer = getattr(model, "optimizer", None)
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    forgotten = {"sampler": sampler, "optimizer": optimizer if scaled else None}
+    return {key: keras.saving.serialize_keras_object(each) for key, each in forgotten.items() if each is not None}
 
 
 def overrides_compile(model: keras.Model) -> bool:
     """Whether the class of `model` overrides `compile`; Keras then does not compile it again on loading."""
     return type(model).compile is not keras.Model.compile
+
+
+@contextlib.contextmanager
+def whole(model: keras.Model) -> Iterator[None]:
+    """Hold each variable that JAX split over processes as a whole array, which Keras can save. Each process must do it."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer is not None else ())]
+    split = [(v, v._value) for v in variables if not getattr(v._value, "is_fully_addressable", True)]
+    try:
+        for variable, value in split:
+            variable._value = backend.to_numpy(value)
+        yield
+    finally:
+        for variable, value in split:
+            variable._value = value
 
 
 def in_a_trace() -> bool:
@@ -125,3 +149,54 @@ def share_of_replica(loss: Any) -> Any:
 def ask_for_compile(name: str, *args: Any) -> None:
     """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Context manager in which new variables have a shape and an initializer, but no value, for good.
+
+    Keras defers values inside a `StatelessScope`, but no optimizer can be made there, and a later scope fills the variables.
+    """
+    before = vars(keras.Variable).get("_initialize_with_initializer")
+
+    def defer(variable: Any, initializer: Any) -> None:
+        variable._value, variable._initializer = None, initializer
+
+    keras.Variable._initialize_with_initializer = defer
+    try:
+        yield
+    finally:
+        if before is None:
+            del keras.Variable._initialize_with_initializer
+        else:
+            keras.Variable._initialize_with_initializer = before
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Whether a variable has a value (its public `value` makes one)."""
+    return variable._value is not None
+
+
+def averages_of(optimizer: Any) -> list[Any]:
+    """Return the moving averages of an optimizer with `use_ema`. `SwapEMAWeights` reads them by the same private name."""
+    found: list[Any] = optimizer._model_variables_moving_average
+    return found
+
+
+def direction_of(model: keras.Model, monitor: str) -> str:
+    """Return "min" or "max", which of them is better for a metric; Keras knows it for its callbacks alone.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    from keras.src.callbacks.monitor_callback import MonitorCallback
+
+    callback = MonitorCallback(monitor, "auto")
+    callback.set_model(model)
+    try:
+        callback._set_monitor_op()
+    except ValueError as error:
+        raise ValueError(
+            f"It is not known whether '{monitor}' is better when it is larger or smaller. Pass `mode='max'` or `mode='min'`."
+        ) from error
+    return "max" if callback.monitor_op is keras.ops.greater else "min"

@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import os
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from keras_lora import checks
+from keras_lora.swap import whole_files
 
 VERSION = 2
 #: The entry of the metadata that contains the header.
@@ -26,8 +23,6 @@ ENTRY = "keras_lora"
 #: In the key of a tensor, what is between the address of a layer and a variable of the base.
 BASE = ":base."
 _DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64"}
-#: The ending of a file while it is written, and the age in seconds after which the next save removes such a leftover.
-_UNFINISHED, _LEFT_OVER = ".unfinished", 3600
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
@@ -155,7 +150,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
     def plan(value: Any) -> bool:
         flags = isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)
-        return flags and value[0] is True and all(type(each) is bool for each in value[1]) and any(value[1])
+        return flags and type(value[0]) is bool and all(type(each) is bool for each in value[1]) and any(value[1])
 
     parts: dict[str, dict[str, Any]] = {
         "adapters": {
@@ -202,35 +197,20 @@ def write(path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray]) ->
     """Write an adapter file."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} into. Make it first.")
-    _take_left_over(path)
+    whole_files.take_left_over(path)
     write_bytes(path, safetensors.numpy.save(tensors, {ENTRY: json.dumps({"version": VERSION, **header}, sort_keys=True)}))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a temporary file next to `path` and rename it, so an interrupted save leaves the old file unchanged."""
+    """Write a file that replaces the old one only when complete, so an interrupted save leaves the old one unchanged."""
     try:
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+        with whole_files.replacing(path) as aside:
+            aside.write_bytes(data)
     except OSError as error:
+        if error.errno is None:
+            raise
         # The error names the file, not the temporary one.
         raise OSError(error.errno, f"{error.strerror}, so it cannot be written", str(path)) from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).chmod(0o666 & ~umask())
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-
-
-def _take_left_over(path: Path) -> None:
-    """Remove what a killed save to `path` left behind. No adapter file has this ending."""
-    for each in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
-        with contextlib.suppress(OSError):
-            if each.stat().st_mtime < time.time() - _LEFT_OVER:  # a newer one may belong to a running save
-                each.unlink()
 
 
 def umask() -> int:

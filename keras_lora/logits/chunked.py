@@ -149,7 +149,7 @@ class ChunkedSteps:
             total, *more = _summed(loss, y, logits, weight, mask)
             if metrics is not None:
                 logits = ops.stop_gradient(logits)
-                keras_internals.set_mask(logits, mask)
+                logits = logits if mask is None else keras_internals.with_mask(logits, mask)
                 numbers = metrics.stateless_update_state(numbers, y, logits, weight)
             state = [*(ops.add(count, each) for count, each in zip(counts, more, strict=True)), *numbers, *drawn]
             return total, [ops.stop_gradient(each) for each in state]

@@ -59,7 +59,8 @@ class Head:
         """The logits `(n, vocabulary)` of hidden states `(n, width)`, and their Keras mask."""
         extra = tuple(range(len(self.hidden.shape) - 2))  # an einsum needs all axes
         x = ops.expand_dims(rows, extra) if extra else rows
-        keras_internals.set_mask(x, None if mask is None else ops.expand_dims(mask, extra) if extra else mask)
+        if mask is not None:
+            x = keras_internals.with_mask(x, ops.expand_dims(mask, extra) if extra else mask)
         logits = self.logits(x, training=training)
         mask = keras_internals.mask_of(logits)
         return ops.reshape(logits, (-1, self.vocabulary)), None if mask is None else ops.reshape(mask, (-1,))
