@@ -132,9 +132,13 @@ def _winter_model() -> keras.Model:
     return keras.saving.load_model(path, compile=False)
 
 
+#: The mean error on the test flights before tuning, in minutes.
+BEFORE = 12.559
+
+
 def minutes(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """The mean error as a share of the mean time in the air, in per cent and negative, so that higher is better."""
-    return -100 * float(np.abs(predicted[:, 0] - truth).mean() / truth.mean())
+    """Minus the mean error, in per cent of that before tuning."""
+    return -100 * float(np.abs(predicted[:, 0] - truth).mean() / BEFORE)
 
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -145,7 +149,7 @@ TASKS = {
             "table",
             "a network of embeddings and dense layers that predicts the time of flights in winter; 500 flights of summer to "
             "train, 10,000 to test",
-            "minus the mean error, per cent of the mean time",
+            "minus the mean error, in per cent of the 12.6 minutes before tuning",
             "minutes",
             _winter_model,
             _flights,
@@ -153,8 +157,8 @@ TASKS = {
             minutes,
             10,
             {
-                "frozen": [1e-3, 3e-3, 1e-2, 3e-2],
-                "adapter": [2e-4, 5e-4, 1e-3, 2e-3, 5e-3],
+                "frozen": [1e-3, 3e-3, 1e-2, 3e-2, 0.1],
+                "adapter": [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3],
                 "full": [5e-5, 1e-4, 3e-4, 1e-3],
             },
             ["*_embedding", "hidden_*"],

@@ -380,7 +380,7 @@ def test_adapting_and_saving_compile_nothing_but_copies(method, tmp_path, caplog
     compiled = {found for record in caplog.records if (found := re.search(r"Compiling jit\((\w+)\)", record.getMessage()))}
     names = {found[1] for found in compiled}
     of_norms = {"square", "_reduce_sum", "sqrt"} if method == "dora" else set()
-    assert names == {"stage"} | of_norms
+    assert names - {"_reduce_any"} == {"stage"} | of_norms  # whether the head's bias is zero
 
 
 def test_apply_asks_of_each_layer_equally_often():

@@ -112,7 +112,7 @@ def generated_plain_adapted_and_merged(name, size):
 @pytest.mark.parametrize("name", covering(GENERATING, []))
 def test_generate_works_adapted_and_merged(name):
     (plain, _), (adapted, looped), (merged, _) = generated_plain_adapted_and_merged(
-        name, size=2.0
+        name, size=4.0
     )  # so far that other tokens come
     assert plain != adapted == looped == merged
 

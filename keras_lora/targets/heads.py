@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_lora.compat import keras_internals
 from keras_lora.swap.adapted import maps_of
@@ -66,7 +65,7 @@ def layers_to_train(model: keras.layers.Layer, heads: list[Place], places: list[
 def looks_new(layer: keras.layers.Layer) -> bool:
     """Whether a layer has the bias of an untrained layer: zeros."""
     bias = getattr(layer, "bias", None)
-    return bias is not None and not np.any(keras.ops.convert_to_numpy(bias.value))
+    return bias is not None and not bool(keras.ops.any(bias.value))
 
 
 def _outside_the_backbone(model: keras.layers.Layer, places: list[Place]) -> list[Place] | None:
