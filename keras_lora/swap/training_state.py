@@ -144,10 +144,10 @@ def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
     missing = [v.path for kind, paths in known.items() for v in kinds[kind] if v.path not in paths]
     random = [path for path in missing if path.endswith("/seed_generator_state")]
     cure = "Make the model with the code that made the saved one, in a new process, compile it, and call `load_weights`."
-    if len(missing) > len(random):
+    if others := sorted(set(missing) - set(random)):
         raise ValueError(
-            f"The state to load into '{model.name}' lacks {len(missing)} of its variables, which Keras would leave as they "
-            f"are: {sorted(set(missing) - set(random))[:10]}. Expected the paths that the variables have here. {cure}"
+            f"The state to load into '{model.name}' lacks {len(others)} of its variables, which Keras would leave as they "
+            f"are: {', '.join(map(repr, others[:10]))}. Expected the paths that the variables have here. {cure}"
         )
     if random:
         checks.warn(
