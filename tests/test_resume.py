@@ -256,6 +256,7 @@ def test_a_state_that_lacks_variables_is_refused_and_a_head_in_it_stays(tmp_path
 
 
 @pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # Orbax, whenever Keras restores
 def test_an_orbax_checkpoint_restores_a_training(tmp_path, uninterrupted):
     pytest.importorskip("orbax.checkpoint")
     checkpoints = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "orbax"), save_on_background=False)
