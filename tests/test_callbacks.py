@@ -53,7 +53,7 @@ def test_each_file_has_the_values_of_its_moment(tmp_path):
     assert not np.array_equal(seen[0][0], seen[1][0])
 
 
-@pytest.mark.every_backend
+@pytest.mark.torch_first
 def test_every_so_many_batches_across_epochs(tmp_path):
     model, states = net(), []
 

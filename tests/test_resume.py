@@ -88,7 +88,7 @@ def continued_from_keras_file(folder, whole):
     assert adapter_bytes(model, folder) == whole[1]
 
 
-@pytest.mark.every_backend
+@pytest.mark.nightly
 def test_a_stopped_run_ends_as_if_it_was_not(tmp_path, uninterrupted):
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "run.keras", save_freq=EVERY)
     saved_by([*savers(tmp_path), checkpoint], tmp_path, 2 * STEPS + 3)
@@ -138,7 +138,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.full) for name in list(OPTIMIZERS)[:-1]),
+        pytest.param("scaled_by_keras", marks=pytest.mark.every_backend),
+    ],
+)
 def test_a_keras_file_has_the_state_of_every_optimizer(tmp_path, name):
     if name == "ema" and keras.backend.backend() == "jax":
         pytest.skip("the `fit` of plain Keras fails on JAX with EMA after a first one")
