@@ -47,7 +47,6 @@ class SavedTraining:
             optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]  # or Keras skips most of its state
         check_state_tree(self, state_tree)
         super().set_state_tree(state_tree)  # type: ignore[misc]
-        beside.store(self)  # a tree has the values that are shown, and no others
 
     def get_compile_config(self) -> dict[str, Any]:
         found = super().get_compile_config()  # type: ignore[misc]
@@ -108,11 +107,15 @@ def _generators_of(container: keras.layers.Layer) -> list[keras.random.SeedGener
 
 
 def warn_of_losses(model: Any) -> None:
-    """Warn once if a resumed run of a compiled model would draw other random numbers: torch has them, not the model."""
+    """Warn once if some dropout of a compiled model has a seed and some has none: torch has the state of those.
+
+    Without any seed nobody asked for equal runs, and most models are saved when they are finished.
+    """
     if keras.backend.backend() != "torch" or not getattr(model, "compiled", False) or vars(model).get(_WARNED):
         return
-    unseeded = [place.path for place in walk(model) if _drops_without_seed(place.layer)]
-    if unseeded:
+    seeds = [(place.path, seed) for place in walk(model) for seed in _dropout_seeds(place.layer)]
+    unseeded = sorted({path for path, seed in seeds if seed is None})
+    if unseeded and any(seed is not None for _, seed in seeds):
         vars(model)[_WARNED] = True
         checks.warn(
             f"The file of '{model.name}' cannot have the random state of {len(unseeded)} layers without a seed, such as "
@@ -122,10 +125,10 @@ def warn_of_losses(model: Any) -> None:
         )
 
 
-def _drops_without_seed(layer: Any) -> bool:
+def _dropout_seeds(layer: Any) -> list[int | None]:
     rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
-    seeds = [each.get_config()["seed"] for each in keras_internals.seed_generators(layer)]
-    return None in seeds and any(rate for rate in rates if checks.is_number(rate))
+    drops = any(rate for rate in rates if checks.is_number(rate))
+    return [each.get_config()["seed"] for each in keras_internals.seed_generators(layer)] if drops else []
 
 
 def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
