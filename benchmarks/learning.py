@@ -134,9 +134,9 @@ def missing(task: Task, arms: list[str], fits: list[dict[str, Any]]) -> Iterator
                     yield arm, rate, seed, "validation"
     for seed in SEEDS:
         for arm in arms:
-            rate = best_rate(task, arm, fits)
-            if rate is not None and not done(arm, rate, seed, "test"):
-                yield arm, rate, seed, "test"
+            best = best_rate(task, arm, fits)
+            if best is not None and not done(arm, best, seed, "test"):
+                yield arm, best, seed, "test"
 
 
 def read(task: Task) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ VARIANTS = [
     *("PEFT", "PEFT DoRA", "loralib", f"{OURS} per example", "one by one", "PEFT mixed batch"),
 ]
 # The quantities with their own sections; the others are in the chapter "Other measurements".
-TIMES = ("step", "layers", "inference", "mixed batch")
+TIMES = ("step", "layers", "inference", "mixed batch", "method step", "trained by a method")
 SIZES = {
     "peak bytes": "Peak memory of a separate process, beyond its imports",
     "temp bytes": "Temporary bytes of the gradient, counted by XLA",
@@ -115,6 +115,7 @@ def at_most(*most: float) -> dict[str, tuple[float, float]]:
 
 LAYERS = {"d": 1024, "rank": 8}
 TRAINING = {**LAYERS, "tokens": 256}
+METHODS = {"d": 512, "rank": 8, "tokens": 256}
 BARS = [
     Bar("enable_lora", OURS, "dense", "step", TRAINING, at_least(1.5, 1.3, 1.4)),
     Bar(OURS, FULL, "dense", "step", TRAINING, at_most(0.66, 0.78, 0.70)),
@@ -122,6 +123,10 @@ BARS = [
     Bar(OURS, "PEFT", "layers", "layers", TRAINING, {"torch": (0.0, 1.00)}),
     Bar(OURS, "PEFT", "dense", "step", TRAINING, {"torch": (0.0, 1.03)}),
     Bar(f"{OURS} DoRA", OURS, "dense", "step", TRAINING, at_most(1.10, 1.15, 1.15)),
+    Bar(f"{OURS} MiSS", OURS, "methods", "method step", METHODS, at_most(1.0, 1.0, 1.0)),
+    Bar(f"{OURS} IA3", OURS, "methods", "method step", METHODS, at_most(1.0, 1.0, 1.0)),
+    Bar(f"{OURS} LoKr", OURS, "methods", "method step", METHODS, at_most(1.2, 1.2, 1.2)),
+    Bar(f"{OURS} OFT", FULL, "methods", "method step", METHODS, at_most(1.0, 1.0, 1.0)),
     Bar("enable_lora", OURS, "inference", "inference", {**LAYERS, "tokens": 1}, at_least(2.5, 2.5, 2.5)),
     Bar(f"{OURS} per example", BASE, "serving", "mixed batch", {**LAYERS, "tokens": 4}, at_most(1.3, 1.3, 1.3)),
     Bar("one by one", f"{OURS} per example", "serving", "mixed batch", {**LAYERS, "tokens": 4}, at_least(4, 4, 4)),
@@ -313,6 +318,21 @@ def serving_section(results: Results) -> str:
     return chapter("An adapter for each example", OF_SERVING, [table_of(compared(results, "mixed batch", BASE))])
 
 
+def methods_section(results: Results) -> str:
+    """A step of every method, as ratios to LoRA and to full fine-tuning."""
+    rows: dict[str, list[str]] = {}
+    header = ["method", "trainable parameters"]
+    for name, result in results.items():
+        for label_of, variants in groups(result, "method step").items():
+            trained = groups(result, "trained by a method")[label_of]
+            header += [f"{title(name, result)} / LoRA", f"{title(name, result)} / full"]
+            for variant in ordered(variants):
+                row = rows.setdefault(variant, [f"`{variant}`", f"{trained[variant]['median']:,.0f}"])
+                row += [str(ratio(variants, variant, under)) for under in (OURS, FULL)]
+    about = "A training step of four Dense layers of 512 units, 256 rows. Methods with a rank like LoRA's have rank 8."
+    return chapter("Methods", about, [table(header, list(rows.values()))] if rows else [])
+
+
 Rows = list[tuple[str, str, dict[str, str]]]  # a backend, a case with its setting, and the cells by variant
 
 
@@ -441,6 +461,7 @@ def text(results: Results) -> str:
     sections = [
         training_section,
         inference_section,
+        methods_section,
         serving_section,
         sizes_section,
         once_section,

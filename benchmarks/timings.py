@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import cases
+import numpy as np
 import peers
 from cases import Case
 from measuring import Budget, Record, interleaved, record
-from variants import ESSENTIAL, TRAINING, limit, prepare
+from variants import ESSENTIAL, METHODS, TRAINING, limit, prepare
 
 FEW = ("full", "keras_lora")  # in a quick run, where most of the time goes to compiling
 TINY = Budget(0, 2, 2)
@@ -82,6 +83,20 @@ def hub(quick: bool) -> Iterator[Record]:
     size = {"depth": 1, "width": 24, "batch": 2, "rank": 2} if quick else {}
     names = FEW if quick else (*ESSENTIAL, "keras_lora DoRA")
     yield from steps(cases.hub(**size), names, TINY if quick else Budget(10, at_least=3))
+
+
+def methods(quick: bool) -> Iterator[Record]:
+    """A training step of every method, beside LoRA and full fine-tuning."""
+    case = cases.dense(
+        name="methods", **({"d": 32, "tokens": 8, "rank": 2} if quick else {"d": 512, "tokens": 256, "rank": 8})
+    )
+    names = ("full", "keras_lora", "keras_lora DoRA", *(f"keras_lora {each}" for each in METHODS))
+    models = {name: prepare(name, case) for name in names}
+    calls = {name: functools.partial(model.train_on_batch, case.x, case.y) for name, model in models.items()}
+    yield from timed(case, "method step", calls, TINY if quick else Budget(20, 200, 20))
+    for name, model in models.items():
+        trained = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        yield record(case.name, case.setting, "trained by a method", "count", name, [trained])
 
 
 def inference(quick: bool) -> Iterator[Record]:

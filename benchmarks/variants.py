@@ -68,6 +68,16 @@ def merged(model: keras.Model, case: Case) -> None:
     keras_lora.merge_lora(model)
 
 
+#: The methods besides LoRA and DoRA, at their usual sizes; those with a rank like LoRA's have its rank.
+METHODS: dict[str, Callable[[int], keras_lora.Adapter]] = {
+    "MiSS": keras_lora.MiSS,
+    "IA3": lambda rank: keras_lora.IA3(),
+    "IA3 inputs": lambda rank: keras_lora.IA3(side="inputs"),
+    "LoKr": keras_lora.LoKr,
+    "OFT": lambda rank: keras_lora.OFT(),
+    "LoHa": lambda rank: keras_lora.LoHa(),
+    "VeRA": lambda rank: keras_lora.VeRA(),
+}
 #: By name. "base", "base again" and "keras_lora merged" are for inference; a base model that trains is "full".
 VARIANTS: dict[str, Callable[[keras.Model, Case], None]] = {
     "full": full,
@@ -77,6 +87,7 @@ VARIANTS: dict[str, Callable[[keras.Model, Case], None]] = {
     "keras_lora dropout": lora(lambda rank: keras_lora.LoRA(rank, dropout=0.1)),
     "keras_lora DoRA": lora(keras_lora.DoRA),
     "keras_lora merged": merged,
+    **{f"keras_lora {name}": lora(make) for name, make in METHODS.items()},
     "base": full,
     "base again": full,  # how much two copies of one model differ
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 import measuring
 
 GROUPS = (
-    *("dense", "layers", "inference", "block", "convolution", "embedding", "hub"),  # timings.py
+    *("dense", "layers", "inference", "block", "convolution", "embedding", "hub", "methods"),  # timings.py
     *("depth", "ranks", "adapters"),  # sweeps.py
     *("serving", "inactive"),  # serving.py
     *("bytes", "memory"),  # sizes.py
@@ -34,9 +34,9 @@ def measure(names: list[str], quick: bool) -> tuple[list[measuring.Record], list
     import timings
 
     functions = {
-        **{name: getattr(timings, name) for name in GROUPS[:7]},
-        **{name: getattr(sweeps, name) for name in GROUPS[7:10]},
-        **{name: getattr(serving, name) for name in GROUPS[10:12]},
+        **{name: getattr(timings, name) for name in GROUPS[:8]},
+        **{name: getattr(sweeps, name) for name in GROUPS[8:11]},
+        **{name: getattr(serving, name) for name in GROUPS[11:13]},
         "bytes": sizes.count,
         "memory": sizes.memory,
         "products": products.products,

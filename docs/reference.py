@@ -29,7 +29,8 @@ MEMBERS = {
     ],
     "keras_lora.AdapterList": ["total", "adapters", "data", "table"],
     "keras_lora.CombinationReport": ["error"],
-    "keras_lora.LowRank": ["pair", "scale"],
+    "keras_lora.LowRank": ["pair", "scale", "product_rank"],
+    "keras_lora.MemoryPlan": ["peak", "data", "table"],
     "keras_lora.MultiAdapterModel": ["load", "delete", "index_of", "generate"],
     "keras_lora.TargetList": ["of", "total", "table"],
 }
@@ -82,6 +83,7 @@ GROUPS = [
             "keras_lora",
             *("apply_lora", "remove_lora", "merge_lora", "unmerge_lora"),
             *("list_targets", "TargetList", "Target", "list_adapters", "AdapterList", "AdapterRow", "register_layer"),
+            "reduced_base",
         ),
         {"index.md": "Quickstart", "how_it_works.md": "How it works"},
         ("applying", "inspecting", "merging", "your-own-layers"),
@@ -90,9 +92,19 @@ GROUPS = [
         "Methods",
         'Pass a method to `apply_lora` by name (for example `"lora"` or `"dora"`), as an instance, or as a config. To write '
         "one, subclass `Adapter`, or `LowRank` if the change is a product of two thin factors, and register the class.",
-        of("keras_lora", "LoRA", "DoRA", "TrainableTokens", "Adapter", "LowRank", "register_adapter"),
-        {"how_it_works.md": "How it works"},
+        of(
+            "keras_lora",
+            *("LoRA", "DoRA", "AdaLoRA", "MiSS", "IA3", "LoKr", "OFT", "LoHa", "VeRA", "TrainableTokens"),
+            *("Adapter", "LowRank", "register_adapter"),
+        ),
+        {"methods.md": "Methods", "how_it_works.md": "How it works"},
         ("your-own-methods",),
+    ),
+    Group(
+        "Starting points",
+        "Other first values for LoRA: from the kernels, from data, from gradients, or from what quantising lost.",
+        of("keras_lora", "start_from", "EVA", "LoRAGA"),
+        {"starting_points.md": "Starting points"},
     ),
     Group(
         "Many adapters",
@@ -105,6 +117,12 @@ GROUPS = [
         {"many_adapters.md": "Many adapters"},
     ),
     Group(
+        "Memory",
+        "How much a training step needs, and how it needs less.",
+        of("keras_lora", "memory", "plan", "MemoryPlan", "rematerialize"),
+        {"memory.md": "Memory"},
+    ),
+    Group(
         "Files",
         "These two write and read the adapter alone. Save a whole model with `model.save` and load it with "
         "`keras.saving.load_model`, as you would any Keras model.",
@@ -114,8 +132,14 @@ GROUPS = [
     Group(
         "Callbacks",
         "Pass these to `fit`.",
-        ["keras_lora.callbacks", "keras_lora.callbacks.SaveAdapter"],
-        {"long_runs.md": "Long runs"},
+        ["keras_lora.callbacks", *of("keras_lora.callbacks", "SaveAdapter", "AdaLoRABudget", "ReLoRA", "PruneRank")],
+        {"long_runs.md": "Long runs", "rates.md": "Rates and schedules"},
+    ),
+    Group(
+        "Optimizers",
+        "How fast each part trains.",
+        ["keras_lora.optimizers", "keras_lora.optimizers.ScaledUpdates"],
+        {"rates.md": "Rates and schedules"},
     ),
     Group(
         "Layers",
@@ -171,7 +195,7 @@ def short(name: str) -> str:
 
 def is_module(name: str) -> bool:
     """Whether this public name is a module."""
-    return name.removeprefix("keras_lora.") in ("callbacks", "interop", "layers", "plots", "testing")
+    return name.removeprefix("keras_lora.") in ("callbacks", "interop", "layers", "optimizers", "plots", "testing")
 
 
 def summary(name: str) -> str:

@@ -10,19 +10,24 @@ import keras
 
 from keras_lora import adapters, checks
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import keras_internals, quantization, training_internals
+from keras_lora.compat import devices, keras_internals, quantization, training_internals
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import beside, flags, slots
-from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers, set_plain
+from keras_lora.swap import beside, flags, kernels, reducing, slots
+from keras_lora.swap.adapted import (
+    adapted_maps,
+    maps_by_address,
+    maps_of,
+    named_adapters,
+    set_adapter,
+    set_containers,
+    set_plain,
+)
 from keras_lora.swap.adapters_of_model import added_in, changing_strengths, new_name
 from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.swap.other_models import sharing, warn_of_shared
 from keras_lora.targets.choosing import list_targets, method_for
 from keras_lora.targets.patterns import Pattern, Patterns
-from keras_lora.targets.target_list import ALREADY, Target
-
-#: The allowed values of `base_dtype`. bfloat16 has the range of float32, so no kernel overflows.
-BASE_DTYPES = ("bfloat16",)
+from keras_lora.targets.target_list import NAMED, NORM
 
 
 @checks.helpful
@@ -73,7 +78,8 @@ def apply_lora(
             `keras_lora.targets.heads.find_head`), patterns name it, `None` leaves nothing out.
         train: Patterns of layers or blocks that train in full and are saved with the adapter, such as a new head. `"head"`
             also means the output head that was found, whatever its name; in a KerasHub task that is every layer outside the
-            backbone.
+            backbone. `"norms"` means the scales and offsets of every normalization; the statistics of a
+            `BatchNormalization` stay as they are, unless you name the layer itself.
         bias: `"none"`, `"all"`, or `"lora_only"` for the biases of the adapted layers.
         rank_pattern, alpha_pattern: Other ranks and alphas by pattern; if several match, the first wins.
         adapter_pattern: Other methods by pattern, such as `{"token_embedding": keras_lora.TrainableTokens([5, 7])}`.
@@ -82,10 +88,12 @@ def apply_lora(
             (`slice(-4, None)`, the last four) or of fractions of the depth (`slice(0.5, None)`, the upper half). Each series
             of blocks (an encoder, a decoder) is counted separately. In a model without repeated blocks, fractions count the
             adaptable layers in their order.
-        base_dtype: `"bfloat16"` stores the float kernels of the adapted layers in bfloat16, at half the memory of float32,
-            and computes their products in bfloat16; the adapters stay float32. By default kernels keep their dtype. During
-            a step, XLA on JAX and TensorFlow may widen the kernels again. `remove_lora` and `merge_lora` restore the dtype,
-            but the digits that were rounded away are lost.
+        base_dtype: How to store the kernels of the adapted layers; by default they keep their dtype. The adapters stay
+            float32. `"bfloat16"` takes half the memory of float32, and products are computed in it. `"nf4"` takes 4.13 bits
+            a parameter ([QLoRA](https://arxiv.org/abs/2305.14314)); products are computed in the compute dtype of the layer.
+            `remove_lora` and `merge_lora` then restore the float dtype, but the digits that were rounded away are lost.
+            `int8` and `int4` (in blocks of 64) quantise the layers with Keras's own modes first; they stay quantised
+            after `remove_lora`. See [Reduced bases](how_it_works.md#reduced-bases-during-a-step).
         input_shape: If the model is not built, it is built with this shape first.
         name: The adapter's name; `"default"` if the model has no adapter yet. It never appears in a file's keys.
 
@@ -108,8 +116,7 @@ def apply_lora(
         [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
     method = method_for(model, adapter, rank, alpha)
-    if base_dtype not in (None, *BASE_DTYPES):
-        raise ValueError(f"`base_dtype` must be None or one of {BASE_DTYPES}. Received: base_dtype={base_dtype!r}.")
+    reducing.check_name(base_dtype)
     name = new_name(model, name)
     if input_shape is not None and not model.built:
         model.build(input_shape)
@@ -127,20 +134,25 @@ def apply_lora(
         blocks=blocks,
         name=name,
     )
+    kernels_of = [(row.path, row.linear) for row in rows.of("adapt") if row.linear]
     if base_dtype is not None:
-        _refuse_quantized(rows.of("adapt"), base_dtype)
+        reducing.check(kernels_of, base_dtype)
+    if base_dtype in quantization.MODES:
+        reducing.quantize(kernels_of, str(base_dtype))
+    for row in rows.of("train"):
+        for each in maps_of(row.layer):
+            each.store_kernel(None)  # codes cannot train
     addresses = {(id(linear.layer), linear.part): address for address, linear in maps_by_address(model).items()}
     started = [
         (linear, _started(linear, addresses[id(linear.layer), linear.part], row.adapter))
         for row in rows.of("adapt")
         if (linear := row.linear)
     ]
-    inject(model, started, name, trained=[row.layer for row in rows.of("train") if row.why != ALREADY], bias=bias)
-    if base_dtype is not None:
+    new = {why: [row.layer for row in rows.of("train") if row.why == why] for why in (NAMED, NORM)}
+    inject(model, started, name, trained=new[NAMED], norms=new[NORM], bias=bias)
+    if base_dtype is not None and base_dtype not in quantization.MODES:
         for linear, _ in started:
-            linear.store_kernel(base_dtype)
-            for adapter in slots.adapters_of(linear):
-                adapter.base_changed(linear)
+            reducing.store(linear, base_dtype)
     reset_compilation(model)
     return model
 
@@ -176,13 +188,15 @@ def remove_lora(model: AnyLayer) -> AnyLayer:
 
 def inject(
     model: keras.layers.Layer,
-    adapted: Iterable[tuple[LinearMap, adapters.Adapter]],
+    new_adapters: Iterable[tuple[LinearMap, adapters.Adapter]],
     name: str,
     trained: Iterable[keras.layers.Layer] = (),
+    norms: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
 ) -> None:
     """Put adapters that have weights on kernels of a model. Only they are then active and trainable; the rest is frozen."""
-    pairs = list(adapted)
+    devices.check(model)
+    pairs = list(new_adapters)
     others = [adapter for found in named_adapters(model).values() for _, adapter in found.values()]
     if not others:
         warn_of_shared(model)
@@ -195,7 +209,8 @@ def inject(
     new = [layer for _, adapter in pairs for layer in adapters.with_sublayers(adapter)]
     old = [layer for adapter in others for layer in adapters.with_sublayers(adapter)]
     old += [place.layer for place in walk(model) if beside.owners(place.layer)]
-    flags.freeze(walk(model), [linear.layer for linear, _ in pairs], [*trained, *new], bias, stopped=old)
+    adapted = [linear.layer for linear, _ in pairs]
+    flags.freeze(walk(model), adapted, [*trained, *new], norms, bias, stopped=old)
     own_beside(model, name)
     set_containers(model)
 
@@ -206,7 +221,8 @@ def own_beside(model: keras.layers.Layer, name: str) -> None:
         if not isinstance(place.layer, adapters.Adapter):
             planned = {id(v) for v in flags.planned_variables(place.layer)}
             of_layer = keras_internals.own_trainable_variables(place.layer)
-            beside.start(place.layer, name, [id(v) in planned for v in of_layer])
+            trains = [id(v) in planned for v in of_layer]
+            beside.start(place.layer, name, trains, statistics=flags.moves_statistics(place.layer))
 
 
 def take_out(model: keras.layers.Layer, merged: bool = False) -> None:
@@ -215,6 +231,8 @@ def take_out(model: keras.layers.Layer, merged: bool = False) -> None:
         beside.store(model)
         beside.show(model, {})
     beside.forget(model)
+    for place in walk(model):
+        kernels.restore_found(maps_of(place.layer))  # before its flag: codes cannot train
     flags.restore_found(model)
     for place in walk(model):
         set_plain(place.layer)
@@ -232,15 +250,6 @@ def require_adapted(model: Any, function: str) -> dict[str, tuple[LinearMap, slo
             f"`{function}()` found no adapter in '{name}'. Expected a model that `keras_lora.apply_lora` adapted."
         )
     return found
-
-
-def _refuse_quantized(targets: Iterable[Target], base_dtype: str) -> None:
-    quantized = [target.path for target in targets if quantization.mode_of(target.layer) is not None]
-    if quantized:
-        raise ValueError(
-            f"`base_dtype` stores float kernels in another dtype. Expected float kernels, or base_dtype=None. Received: "
-            f"base_dtype={base_dtype!r} and quantised kernels at {quantized}, which are smaller already."
-        )
 
 
 def _started(linear: LinearMap, address: str, adapter: Any) -> adapters.Adapter:

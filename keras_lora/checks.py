@@ -100,8 +100,8 @@ def positive_integer(name: str, value: Any, least: int = 1) -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        kind = "positive" if least == 1 else f"at least {least}, an"
-        raise ValueError(f"`{name}` must be a {kind} integer. Received: {name}={_short(value)}.")
+        kind = {0: "a non-negative integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        raise ValueError(f"`{name}` must be {kind}. Received: {name}={_short(value)}.")
     return number
 
 

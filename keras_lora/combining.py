@@ -12,7 +12,7 @@ from rich.table import Table
 
 from keras_lora import adapters, checks, factors, reports
 from keras_lora.applying import inject, require_adapted, reset_compilation
-from keras_lora.compat import keras_internals
+from keras_lora.compat import backend, keras_internals
 from keras_lora.factors import Factors
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, slots
@@ -278,7 +278,7 @@ def _factors_of(adapter: adapters.Adapter) -> Factors:
 
 def _delta(linear: LinearMap, adapter: adapters.Adapter) -> np.ndarray:
     matrix = keras.ops.cast(linear.matrix, "float32")
-    return np.asarray(keras.ops.convert_to_numpy(adapter.delta_kernel(matrix)), "float64")
+    return np.asarray(backend.to_numpy(adapter.delta_kernel(matrix)), "float64")
 
 
 def _plain_lora(linear: LinearMap, found: Factors) -> adapters.LoRA:

@@ -24,6 +24,7 @@ the change (a recurrent cell, a depthwise convolution, a custom layer), that cod
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,7 @@ import keras
 from keras import ops
 
 from keras_lora.compat import backend, keras_internals, quantization
-
-#: On a layer, the original dtypes of the kernels that `LinearMap.store_kernel` stores in another dtype.
-_STORED = "_keras_lora_stored"
+from keras_lora.compat.stored_kernel import StoredKernel
 
 
 def view_of(layer: keras.layers.Layer, cls: type, /, **attributes: Any) -> Any:
@@ -47,7 +46,7 @@ def view_of(layer: keras.layers.Layer, cls: type, /, **attributes: Any) -> Any:
     return view
 
 
-class LinearMap:
+class LinearMap(StoredKernel):
     """One kernel of a built layer, seen as a linear map. Each layer type has a subclass in `keras_lora/layers/`.
 
     A subclass sets `layer_class` and overrides whatever differs from a layer that computes `x @ kernel` on the last axis.
@@ -103,7 +102,8 @@ class LinearMap:
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """Shape of the float kernel."""
-        return tuple(getattr(self.plain, self.kernel_name).shape)
+        stored = self.stored
+        return tuple(getattr(self.plain, self.kernel_name).shape) if stored is None else stored.shape
 
     @property
     def kernel_axes(self) -> str:
@@ -122,6 +122,8 @@ class LinearMap:
     @property
     def kernel(self) -> Any:
         """The float kernel, in the layer's own shape, dequantised if need be."""
+        if self.base_dtype == "nf4":
+            return self.unpacked(keras.backend.standardize_dtype(self.layer.compute_dtype))
         return quantization.float_kernel(self.plain, self.kernel_name)
 
     @property
@@ -130,25 +132,14 @@ class LinearMap:
         return getattr(self.plain, self.kernel_name)
 
     @property
+    def stored_kernel(self) -> Any:
+        """What the layer stores as its kernel, float or quantised: a variable."""
+        return getattr(self.plain, self.kernel_attribute)
+
+    @property
     def kernel_attribute(self) -> str:
         """The attribute from which the layer's code reads the kernel: `Dense.kernel` is a property over `_kernel`."""
         return keras_internals.stored_under(self.layer, self.kernel_name)
-
-    @property
-    def base_dtype(self) -> str | None:
-        """The dtype in which `store_kernel` has stored the kernel, or `None` if the kernel has its original dtype."""
-        stored = vars(self.layer).get(_STORED, {}).get(self.kernel_name)
-        return None if stored is None else keras.backend.standardize_dtype(self.kernel_variable.dtype)
-
-    def store_kernel(self, dtype: str | None) -> None:
-        """Store the kernel in `dtype`, or in its original dtype if `None`. The base product is computed in that dtype."""
-        own = vars(self.layer).get(_STORED, {}).get(self.kernel_name, self.kernel_variable.dtype)
-        if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
-            return
-        others = {name: each for name, each in vars(self.layer).get(_STORED, {}).items() if name != self.kernel_name}
-        keep_own = dtype is None or dtype == own
-        vars(self.layer)[_STORED] = others if keep_own else {**others, self.kernel_name: own}
-        keras_internals.store_variable(self.kernel_variable, own if keep_own else str(dtype), autocast=keep_own)
 
     @property
     def constraint(self) -> Any:
@@ -175,13 +166,31 @@ class LinearMap:
         kernel = ops.reshape(matrix, [sizes[axis] for axis in order])
         return kernel if order == sorted(order) else ops.transpose(kernel, [order.index(axis) for axis in range(len(order))])
 
+    def times_matrix(self, rows: Any) -> Any:
+        """`rows @ matrix` in the kernel's dtype, for `rows (*groups, k, in_dim)`.
+
+        On JAX the kernel keeps its own shape: to make a matrix of one that is split over devices along the second of two
+        merged axes, XLA would gather it.
+        """
+        apart = len(self.kernel_axes) > len(self.matrix_shape) and type(self).as_matrix is LinearMap.as_matrix
+        if not apart or keras.backend.backend() != "jax":
+            matrix = self.matrix
+            return ops.matmul(ops.cast(rows, matrix.dtype), matrix)
+        kernel, letters = self.kernel, string.ascii_lowercase[: len(self.kernel_axes)]
+        of = {role: [axis for axis, each in enumerate(self.kernel_axes) if each == role] for role in "gio"}
+        g, i, o = ("".join(letters[axis] for axis in of[role]) for role in "gio")
+        shape = [self.kernel_shape[axis] for axis in of["g"]], [self.kernel_shape[axis] for axis in of["i"]]
+        rows = ops.reshape(ops.cast(rows, kernel.dtype), (*shape[0], rows.shape[-2], *shape[1]))
+        product = ops.einsum(f"{g}z{i},{letters}->{g}z{o}", rows, kernel)
+        return ops.reshape(product, (*self.matrix_shape[:-2], -1, self.matrix_shape[-1]))
+
     @property
     def _matrix_order(self) -> list[int]:
         return [axis for role in "gio" for axis, each in enumerate(self.kernel_axes) if each == role]
 
     def changed_kernel(self, adapter: Any) -> Any:
         """`W + ΔW` in the kernel's own shape, for a layer whose own code uses the kernel."""
-        with keras_internals.without_autocast():  # so that the sum is rounded to the compute dtype, and not W before it
+        with keras_internals.as_stored():  # so that the sum is rounded to the compute dtype, and not W before it
             matrix = self.matrix
         if keras.backend.standardize_dtype(matrix.dtype) != "float64":
             matrix = ops.cast(matrix, "float32")
@@ -197,7 +206,8 @@ class LinearMap:
         """
         known = type(self).transposed is not LinearMap.transposed
         quantized = known and quantization.mode_of(self.layer) is not None
-        if self.picks_rows or not (quantized or (self.base_dtype is not None and backend.widens_bfloat16())):
+        widened = self.base_dtype == "nf4" or (self.base_dtype is not None and backend.widens_bfloat16())
+        if self.picks_rows or not (quantized or widened):
             return self.own_output(x)
         stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
         stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}
@@ -230,8 +240,8 @@ class LinearMap:
         raise NotImplementedError(f"{type(self).__name__} does not say how to compute the gradient of its input.")
 
     def in_base_dtype(self, x: Any, product: Callable[[Any], Any]) -> Any:
-        """`product(x)` in the dtype in which the kernel is stored. This copies `x` but never the kernel."""
-        return ops.cast(product(ops.cast(x, self.base_dtype)), self.layer.compute_dtype)
+        """`product(x)` in the dtype in which the kernel is stored, if there are products of it. This copies `x`."""
+        return ops.cast(product(ops.cast(x, self.product_dtype)), self.layer.compute_dtype)
 
     def apply(self, x: Any, matrix: Any) -> Any:
         """The layer's linear part with `matrix` instead of its kernel, in the layout of the layer's output."""
@@ -263,23 +273,29 @@ class LinearMap:
             return ops.matmul(ops.matmul(h, a), b)
         return backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
 
-    def low_rank_sum(self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None) -> Any:
+    def low_rank_sum(
+        self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None, kept: tuple[Any, Any] | None = None
+    ) -> Any:
         """`y + strength · scale · apply(x, a b)`, which is how a low-rank change runs. The factors keep their dtype.
 
-        If `y`, the base output, is not given, it is computed here, together with the change if that is faster.
+        If `y`, the base output, is not given, it is computed here, together with the change if that is faster. If `kept`,
+        frozen factors `c` and `d`, is given, `strength · apply(x, c d)` is added, and they get no gradient.
         """
         in_one = y is None and self._can_run_in_one
         if y is None and not in_one:
             y = self.base_output(x)
         if not self.is_matmul or backend.has_symbolic_sizes(x):
+            if kept is not None:
+                y = self.low_rank_sum(x, *kept, 1.0, strength, y)
             b = ops.multiply(ops.multiply(scale, strength), b)
             return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(b, y.dtype)))
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
         if len(x.shape) == 2 and self.kernel_axes == "io":
-            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel)
+            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel, kept=kept)
         rows_of_y = None if in_one else ops.reshape(y, (-1, self.matrix_shape[-1]))
-        return self.from_rows(backend.low_rank_sum(self.as_rows(x), a, b, scale, strength, y=rows_of_y, kernel=kernel), x)
+        rows = backend.low_rank_sum(self.as_rows(x), a, b, scale, strength, y=rows_of_y, kernel=kernel, kept=kept)
+        return self.from_rows(rows, x)
 
     # For methods that act on the input, such as block rotations and gains of input units.
 
@@ -344,6 +360,6 @@ class LinearMap:
 
     def call_with(self, x: Any, kernel: Any) -> Any:
         """The layer's own `call` with another float `kernel` and nothing after the sum."""
-        policy = keras.DTypePolicy(self.base_dtype or keras.backend.standardize_dtype(self.layer.compute_dtype))
+        policy = keras.DTypePolicy(self.product_dtype)
         attributes = {**self.held_out, self.kernel_attribute: kernel, **keras_internals.with_policy(policy)}
         return view_of(self.layer, self.layer_class, **attributes).call(x)

@@ -13,11 +13,11 @@ from keras import ops
 from keras_lora import adapters, checks, reports
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import quantization
+from keras_lora.compat import backend, quantization
 from keras_lora.linear_map import LinearMap
-from keras_lora.swap import beside, flags, slots
-from keras_lora.swap.adapted import adapted_maps, maps_by_address, named_adapters, set_adapter, set_containers
-from keras_lora.swap.addresses import by_address, walking_once
+from keras_lora.swap import beside, flags, kernels, slots
+from keras_lora.swap.adapted import adapted_maps, maps_by_address, maps_of, named_adapters, set_adapter, set_containers
+from keras_lora.swap.addresses import by_address, walk, walking_once
 
 _KEPT = "_keras_lora_kept"
 
@@ -27,7 +27,7 @@ class _Kept:
     """What `unmerge_lora` needs. It is not a list or dict, because Keras searches those for layers."""
 
     adapters: list[tuple[str, str, str | None, float, adapters.Adapter]]  # address, name, slot, strength
-    kernels: dict[str, np.ndarray]
+    kernels: dict[str, list[np.ndarray]]
     base_dtypes: dict[str, str | None]
     marks: dict[str, dict[str, Any]]
     beside: dict[str, beside.Values]
@@ -41,6 +41,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
     The sum is computed in float32 and rounded once to the kernel's dtype. The result has no adapter, takes no extra time
     to run, and its `.keras` file loads without `keras_lora` installed. If the model has several adapters, the weighted sum
     of the active ones is merged (see `keras_lora.activate_adapters`). An inactive one would be lost, so delete it first.
+    If the kernels are split over processes, every process must call it.
 
     Args:
         model: An adapted model, or an adapted part of one.
@@ -70,7 +71,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         not_finite = []
         for address, pair in adapted.items():
             step(f"checking {address}")
-            if not np.isfinite(_merged_kernel(*pair)).all():
+            if not backend.to_numpy(ops.all(ops.isfinite(_merged_kernel(*pair)))):
                 not_finite.append(address)
         if not_finite:
             raise ValueError(
@@ -81,16 +82,21 @@ def merge_lora(model: AnyLayer, *, keep: bool = False) -> AnyLayer:
         if keep:
             beside.store(model)
             kept = _Kept(_placed(adapted), {}, {}, flags.marks_of(model), deepcopy(beside.taken(model)))
+        were_built_so = [
+            linear for place in walk(model) for linear in maps_of(place.layer) if linear.stored and linear.stored.found
+        ]
         for address, (linear, change) in adapted.items():
             step(f"merging {address}")
-            variable = linear.kernel_variable
-            merged = _merged_kernel(linear, change)
             if kept is not None:
-                kept.kernels[address] = keras.ops.convert_to_numpy(variable.value)
-                kept.base_dtypes[address] = linear.base_dtype
+                kept.kernels[address] = [backend.to_numpy(each) for each in linear.stored_variables]
+                kept.base_dtypes[address] = kernels.describe(linear)
             linear.store_kernel(None)
-            variable.assign(merged)
+            linear.kernel_variable.assign(_merged_kernel(linear, change))
+        for linear in were_built_so:
+            linear.store_kernel(None)
     take_out(model, merged=True)
+    for linear in were_built_so:
+        linear.kernel_variable.trainable = True  # it was a frozen variable before `apply_lora`
     reset_compilation(model)
     if kept is not None:
         vars(model)[_KEPT] = kept
@@ -130,9 +136,10 @@ def unmerge_lora(model: AnyLayer) -> AnyLayer:
     for address, name, slot, strength, adapter in kept.adapters:
         set_adapter(maps[address], adapter, name, slot)
         adapter.strength.assign(strength)
-    for address, kernel in kept.kernels.items():
-        maps[address].store_kernel(kept.base_dtypes[address])
-        maps[address].kernel_variable.assign(kernel)
+    for address, arrays in kept.kernels.items():
+        kernels.store(maps[address], kept.base_dtypes[address])
+        for variable, array in zip(maps[address].stored_variables, arrays, strict=True):
+            variable.assign(array)
     layers = by_address(model)  # now with the adapters
     for address, mark in kept.marks.items():
         flags.mark(layers[address], **mark)
@@ -155,9 +162,9 @@ def _placed(
     ]
 
 
-def _merged_kernel(linear: LinearMap, change: slots.Change) -> np.ndarray:
-    found: np.ndarray = ops.convert_to_numpy(linear.changed_kernel(change))
-    return found
+def _merged_kernel(linear: LinearMap, change: slots.Change) -> Any:
+    """The new kernel, on the devices where the old one is."""
+    return ops.stop_gradient(linear.changed_kernel(change))
 
 
 def _refuse_to_drop(model: keras.layers.Layer) -> None:

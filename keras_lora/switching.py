@@ -169,7 +169,7 @@ def train_adapters(model: AnyLayer, names: str | Iterable[str]) -> AnyLayer:
             flags.plan_again(linear.layer, None)
     for place in walk(model):
         if (trains := beside.trains(place.layer, chosen)) is not None:
-            flags.plan_again(place.layer, trains)
+            flags.plan_again(place.layer, trains, beside.moves_statistics(place.layer, chosen))
     reset_compilation(model)
     return model
 
@@ -209,7 +209,8 @@ def delete_adapter(model: AnyLayer, name: str) -> AnyLayer:
             if (kept := beside.trains(place.layer, others)) is not None:
                 planned = {id(v) for v in flags.planned_variables(place.layer)}
                 own = keras_internals.own_trainable_variables(place.layer)
-                flags.plan_again(place.layer, [id(v) in planned and each for v, each in zip(own, kept, strict=True)])
+                trains = [id(v) in planned and each for v, each in zip(own, kept, strict=True)]
+                flags.plan_again(place.layer, trains, beside.moves_statistics(place.layer, others))
         for linear, adapter in named[name].values():
             slots.take(linear, adapter)
             layer: Any = linear.layer

@@ -49,6 +49,7 @@ NEEDS = {
     "test_pages.py": ("yaml",),
     "test_peft.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_experts.py": ("keras_hub", "peft", "torch", "transformers"),
+    "test_peft_methods.py": ("peft", "torch"),
     "test_peft_page.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_refusals.py": ("keras_hub",),
     "test_real_files.py": ("pip", "scipy"),

@@ -176,7 +176,7 @@ def test_an_unknown_method(file, model):
         return header
 
     rewritten(file, header=change)
-    refused(model, file, r"has the method 'magic'; known are \['dora', 'lora', 'train")
+    refused(model, file, r"has the method 'magic'; known are .*'dora'")
 
 
 def test_another_version(file, model):

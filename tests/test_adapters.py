@@ -204,7 +204,9 @@ def test_get_takes_a_name_an_instance_and_a_config():
 
 
 def test_get_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match=r"no adapter method called 'lorra'. Expected one of \['dora', 'lora', 'train"):
+    with pytest.raises(
+        ValueError, match=r"no adapter method called 'lorra'. Expected one of \['dora', 'ia3', 'loha', 'lokr"
+    ):
         adapters.get("lorra")
     with pytest.raises(TypeError, match="must be a name"):
         adapters.get(3)
@@ -218,12 +220,14 @@ def test_alpha_does_not_follow_the_rank():
 
 @pytest.mark.parametrize("method", sorted(adapters.TABLE))
 def test_the_parameter_count_is_what_gets_trained(method):
-    arguments = {"tokens": [3, 5]} if method == "trainable_tokens" else {"rank": 3}
+    arguments = {"trainable_tokens": {"tokens": [3, 5]}, "ia3": {}, "oft": {}}.get(method, {"rank": 3})
     table = layers.Embedding(9, 4)
     table.build()
-    made = [keras_lora.apply_lora(table, adapters.get(method, **arguments), targets=layers.Embedding)]
-    if "rank" in arguments:
-        made += [dense(method, rank=3), conv(method, rank=3)]
+    made = []
+    if method != "oft":
+        made += [keras_lora.apply_lora(table, adapters.get(method, **arguments), targets=layers.Embedding)]
+    if "tokens" not in arguments:
+        made += [dense(method, **arguments), conv(method, **arguments)]
     for layer in made:
         trained = sum(int(np.prod(v.shape)) for v in layer.trainable_variables)
         assert layer.adapter.parameter_count(layer.linear_map.matrix_shape) == trained

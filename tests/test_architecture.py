@@ -20,8 +20,8 @@ ORDER = [
     ["__main__"],
     ["cli"],
     ["__init__"],
-    ["callbacks", "interop", "plots", "serving", "testing"],
-    ["combining", "files", "inspecting", "merging"],
+    ["callbacks", "interop", "memory", "optimizers", "plots", "serving", "starts", "testing"],
+    ["combining", "files", "inspecting", "loading", "merging"],
     ["switching"],
     ["applying"],
     ["targets"],
@@ -154,6 +154,7 @@ OF_OTHERS = [
     "expected 2 variables",
     "Target modules",
     "Layer LoRA does",
+    "fully_shard doesn",
 ]
 OF_OTHERS += ["Unknown variable", "must be a list of tensors"]
 
@@ -183,7 +184,8 @@ def test_one_file_names_a_quantisation_mode():
 def test_the_public_names_are_sorted_and_complete():
     assert keras_lora.__all__ == sorted(keras_lora.__all__)
     public = {name for name, each in vars(keras_lora).items() if not name.startswith("_") and not inspect.ismodule(each)}
-    assert public | {"callbacks", "interop", "layers", "plots", "testing"} == set(keras_lora.__all__)
+    modules = {"callbacks", "interop", "layers", "memory", "optimizers", "plots", "testing"}
+    assert public | modules == set(keras_lora.__all__)
     assert set(dir(keras_lora)) == {*keras_lora.__all__, "__version__"}
 
 

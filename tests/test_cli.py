@@ -461,6 +461,15 @@ def test_help_names_every_argument(capsys):
         "compress": ["FILE", "OUT", "--rank N", "--energy E", "--force"],
         "convert": ["ADAPTER", "OUT", "--base BASE", "--causal-lm", "--prefix P", "--base-model NAME", "--bake-scaling"],
         "diff": ["A", "B"],
+        "plan": [
+            "MODEL",
+            "--batch-size N",
+            "--sequence-length N",
+            "--causal-lm",
+            "--rank N",
+            "--base-dtype DTYPE",
+            "--remat",
+        ],
     }
     assert len(words) == len(cli.COMMANDS)
     for command, arguments in words.items():

@@ -440,15 +440,137 @@ def test_whether_a_layer_was_made_in_a_remat_scope(dense):
     assert not internals.is_rematerialized(dense)
 
 
-def test_without_autocast():
+def test_forget_variable_and_without_variables_leave_the_others():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    with internals.unlocked(layer):
+        layer.more = layer.add_weight(name="more", trainable=False)
+    assert internals.without_variables(layer, ["more"]) == {"_non_trainable_variables": []}
+    internals.forget_variable(layer, "more")
+    assert [v.name for v in layer.weights] == ["kernel", "bias"]
+    assert not hasattr(layer, "more")
+
+
+def test_with_floats_only_leaves_out_integers():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    assert internals.with_floats_only(layer) == {}
+    layer.kernel.trainable = False
+    internals.store_variable(layer.kernel, "uint8", value=keras.ops.zeros((5,)))
+    assert tuple(layer.kernel.shape) == (5,)
+    [floats] = internals.with_floats_only(layer).values()
+    assert [v.name for v in floats] == ["bias"]
+
+
+def test_when_any_is_built_runs_after_each_build_and_only_inside():
+    built = []
+    with internals.when_any_is_built(built.append):
+        layer = keras.layers.Dense(2)
+        layer.build((None, 3))
+    keras.layers.Dense(2).build((None, 3))
+    assert built == [layer]
+
+
+def test_with_mask_gives_a_mask():
+    tensor = keras.ops.ones((2, 3))
+    mask = keras.ops.ones((2, 3), "bool")
+    assert internals.copy_mask(internals.with_mask(tensor, mask), keras.ops.ones((2, 3))) is not None
+
+
+def test_variables_are_read_as_stored():
     seen = []
 
     class Reads(layers.Dense):
         def call(self, inputs):
-            with internals.without_autocast():
+            with internals.as_stored():
                 seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
             seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
             return super().call(inputs)
 
     Reads(2, dtype="mixed_bfloat16")(np.ones((1, 3)))
     assert seen[-2:] == ["float32", "bfloat16"]
+
+
+def test_a_layout_can_be_read_and_set(dense):
+    variable = dense.kernel
+    assert internals.layout_of(variable) is None
+    assert internals.value_now(variable) is not None
+    if keras.backend.backend() == "jax":
+        mesh = keras.distribution.DeviceMesh((1,), ("model",), devices=["cpu:0"])
+        internals.set_layout(variable, keras.distribution.TensorLayout((None, "model"), mesh))
+        assert internals.layout_of(variable).axes == (None, "model")
+
+
+def test_with_all_sublayers_has_the_layer_and_every_depth(dense):
+    inner = keras.Sequential([dense])
+    model = keras.Sequential([inner])
+    assert {id(each) for each in (model, inner, dense)} <= {id(each) for each in internals.with_all_sublayers(model)}
+
+
+def test_whole_leaves_what_one_process_has_as_it_is(dense):
+    model = keras.Sequential([dense])
+    before = value(dense.kernel)
+    with training_internals.whole(model):
+        assert np.array_equal(value(dense.kernel), before)
+    assert np.array_equal(value(dense.kernel), before)
+
+
+def test_a_call_context_can_be_opened_again(dense):
+    seen = []
+
+    class Outer(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(internals.call_context())
+            return x
+
+    class Inner(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(training)
+            return x
+
+    x = keras.ops.ones((1, 2))
+    Outer()(x, training=True)
+    inner = Inner()
+    with seen[0]():
+        inner(x)
+    with internals.with_global_state({"current_call_ctx": None}):
+        inner(x)
+    assert seen[1:] == [True, None]
+
+
+def test_a_scope_shows_what_the_scope_around_it_shows():
+    outside, inside = (keras.Variable(0.0, name=name) for name in ("outside", "inside"))
+    one, two = (keras.ops.convert_to_tensor(each) for each in (1.0, 2.0))
+    with keras.StatelessScope([(outside, one)]), internals.as_stored(), internals.scope_within([(inside, two)]):
+        assert (float(outside.value), float(inside.value)) == (1.0, 2.0)
+    layer = layers.Layer()
+    with internals.scope_within([]) as scope:
+        layer.add_loss(keras.ops.convert_to_tensor(1.0))
+    assert len(scope.losses) == 1
+    internals.forget_losses(layer, scope.losses)
+    assert not layer._loss_ids
+
+
+def test_masks_are_read_and_set():
+    x = keras.ops.ones((1, 2))
+    assert internals.mask_of(x) is None
+    mask = keras.ops.ones((1,), "bool")
+    assert internals.mask_of(internals.with_mask(x, mask)) is mask
+
+
+def test_variables_without_values():
+    with training_internals.unallocated():
+        layer = layers.Dense(2)
+        layer.build((1, 3))
+    assert not training_internals.has_value(layer.kernel)
+    assert layer.kernel.shape == (3, 2)
+    other = layers.Dense(2)
+    other.build((1, 3))
+    assert training_internals.has_value(other.kernel)
+
+
+@pytest.mark.torch_first
+def test_the_moving_averages_of_an_optimizer():
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True)
+    optimizer.build([keras.Variable(np.ones(3, "float32"), name="w")])
+    assert [tuple(v.shape) for v in training_internals.averages_of(optimizer)] == [(3,)]

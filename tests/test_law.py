@@ -25,11 +25,20 @@ from keras_lora.swap.adapted import adapted_class, adapted_maps, maps_by_address
 
 NUMBERS = np.random.default_rng(0)
 METHODS = {
+    "adalora": lambda: keras_lora.AdaLoRA(rank=2),
     "dora": lambda: keras_lora.DoRA(rank=2),
     "dora_fa": lambda: keras_lora.DoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
+    "ia3": lambda: keras_lora.IA3(),
+    "ia3_inputs": lambda: keras_lora.IA3(side="inputs"),
+    "loha": lambda: keras_lora.LoHa(rank=2),
+    "lokr": lambda: keras_lora.LoKr(rank=2, factor=2),
     "lora": lambda: keras_lora.LoRA(rank=2),
     "lora_fa": lambda: keras_lora.LoRA(rank=2, freeze_a=True, a_initializer="random_normal"),
+    "lora_kept": lambda: keras_lora.LoRA(rank=2, kept=3),
+    "miss": lambda: keras_lora.MiSS(rank=2),
+    "oft": lambda: keras_lora.OFT(block_size=4),
     "trainable_tokens": lambda: keras_lora.TrainableTokens([1, 4]),
+    "vera": lambda: keras_lora.VeRA(rank=5, d_initial=0.5),
 }
 
 
@@ -265,7 +274,7 @@ CASES = {name: Case(type(layer), layer.get_config(), x, *more) for f in FAMILIES
 #: Methods that change rows of an embedding, and nothing else.
 OF_ROWS = {"trainable_tokens"}
 #: Methods with a saved weight that does not train, and the layers that they are tried on.
-FROZEN = {"dora_fa", "lora_fa"}
+FROZEN = {"adalora", "dora_fa", "lora_fa", "lora_kept"}
 WITH_FROZEN = ["dense", "einsum_query", "conv2d_grouped", "depthwise2d", "lstm_masked"]
 PAIRS = [
     (name, method)
@@ -273,6 +282,7 @@ PAIRS = [
     for method in METHODS
     if method not in OF_ROWS or (issubclass(case.cls, layers.Embedding) and not (case.unused and case.call))
     if method not in FROZEN or name in WITH_FROZEN
+    if method != "oft" or not issubclass(case.cls, layers.Embedding) or (case.unused and case.call)
 ]
 #: The layers with a fast path. The others run their own code with W + ΔW, which is the definition.
 FAST = [(n, m) for n, m in PAIRS if (cls := adapted_class(CASES[n].cls)) and not issubclass(cls, ChangedKernelLayer)]
@@ -289,11 +299,23 @@ COVERED = [(n, m) for n, m in PAIRS if n in HANDFUL[:6] or (n in HANDFUL and m i
 COVERED += [(n, m) for n, m in PAIRS if n in FIRST and m == "lora"]
 COVERED_FAST = [(n, m) for n, m in FAST if n in HANDFUL[:2]]
 FRESH = [(n, m) for n, m in PAIRS if n in HANDFUL[:2]]
+#: Of the methods that share their code with LoRA or are written like DoRA, `make test` takes less: on torch every class of
+#: layers for the law and the handful for the rest, elsewhere a layer that they compute in a way of their own.
+LIGHT = {"ia3", "ia3_inputs", "loha", "lokr", "miss", "oft", "vera"}
+OWN_WAY = {"dense": LIGHT, "embedding": {"ia3_inputs", "lokr", "miss"}, "einsum_query": {"lokr", "oft"}}
 
 
-def pairs(all_of_them, kept):
-    everywhere, torch_first = pytest.mark.every_backend, pytest.mark.torch_first
-    return [pytest.param(*pair, marks=everywhere if pair in kept else torch_first) for pair in all_of_them]
+def pairs(all_of_them, kept, light):
+    """The pairs, with marks: those in `kept` run everywhere, and those of a light method only on the layers `light`."""
+
+    def marks(name, method):
+        if method not in LIGHT:
+            return pytest.mark.every_backend if (name, method) in kept else pytest.mark.torch_first
+        if (name, method) in kept and method in OWN_WAY.get(name, ()):
+            return pytest.mark.every_backend
+        return [pytest.mark.torch_first, pytest.mark.full if name in light else pytest.mark.nightly]
+
+    return [pytest.param(*pair, marks=marks(*pair)) for pair in all_of_them]
 
 
 def run(function, case):
@@ -363,14 +385,14 @@ def law(name, method):
     return apart, difference(result(layer, case), expected)
 
 
-@pytest.mark.parametrize(("name", "method"), pairs(PAIRS, COVERED))
+@pytest.mark.parametrize(("name", "method"), pairs(PAIRS, COVERED, {*FIRST, *HANDFUL}))
 def test_what_runs_equals_a_plain_layer_with_the_changed_kernels(name, method):
     apart, change = law(name, method)
     assert apart < CASES[name].tolerance
     assert change > 1e-2, "the change is too small to be seen"
 
 
-@pytest.mark.parametrize(("name", "method"), pairs(PAIRS, FRESH))
+@pytest.mark.parametrize(("name", "method"), pairs(PAIRS, FRESH, HANDFUL))
 def test_a_fresh_adapter_changes_nothing(name, method):
     case = CASES[name]
     before = result(case.built(), case)
@@ -397,11 +419,12 @@ def test_merging_gives_the_plain_layer_that_the_law_asks_for(case):
     assert type(layer) is case.cls
 
 
-@pytest.mark.parametrize(("name", "method"), pairs(FAST, COVERED_FAST))
+@pytest.mark.parametrize(("name", "method"), pairs(FAST, COVERED_FAST, HANDFUL))
 def test_the_gradients_of_the_fast_path_are_those_of_the_definition(name, method):
     case = CASES[name]
     layer, found = case.adapted(method)
     perturb(layer, size=0.3)
+    move_frozen(found)
     weight = numbers(*result(layer, case)[0].shape)
 
     def definition(x):

@@ -774,3 +774,20 @@ def test_on_a_base_in_fewer_digits_the_copy_of_an_embedding_is_known_again(mode,
     to_peft(ours, tmp_path / "ours")
     wanted = {key: each for key, each in tensors_of(tmp_path).items() if ".base_layer." not in key}
     assert all(np.array_equal(tensors_of(tmp_path / "ours")[key], each) for key, each in wanted.items())
+
+
+def test_a_start_with_a_kept_pair_is_a_plain_lora_of_twice_the_rank(tmp_path):
+    _, ours = plain_pair()
+    ids = np.random.default_rng(0).integers(0, 9, size=(2, 7))
+    method = keras_lora.LoRA(rank=2, alpha=6, rank_stabilized=True)
+    keras_lora.apply_lora(ours, method, targets=list(PLAIN_NAMES), head=None)
+    keras_lora.start_from(ours, "pissa")
+    for number, variable in enumerate(ours.trainable_variables):
+        variable.assign_add(0.1 * np.random.default_rng(number).normal(size=tuple(variable.shape)).astype("float32"))
+    to_peft(ours, tmp_path, names=PLAIN_NAMES)
+    assert config_of(tmp_path)["r"] == 4
+    theirs = peft.PeftModel.from_pretrained(plain_pair()[0], tmp_path)
+    with torch.no_grad():
+        found = theirs(torch.tensor(ids)).numpy()
+    assert apart(found, ours.predict(ids, verbose=0)) < 1e-5
+    assert apart(found, plain_pair()[1].predict(ids, verbose=0)) > 1e-2

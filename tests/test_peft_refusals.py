@@ -85,7 +85,8 @@ def test_the_folder_itself_is_taken(folder):
 
 
 CONFIGS = {
-    "another method": ({"peft_type": "LOHA"}, "`peft_type` is 'LOHA'"),
+    "another method": ({"peft_type": "VERA"}, "`peft_type` is 'VERA'"),
+    "a method without its tensors": ({"peft_type": "LOHA"}, "tensors of another method than its `peft_type`"),
     "a start that moves the base": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "biases of the change": ({"lora_bias": True}, "`lora_bias` is True"),
     "layers twice": ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),

@@ -14,7 +14,7 @@ from keras_lora.swap.adapted import AdaptedLayer, maps_by_address, maps_of
 
 BACKEND = keras.backend.backend()
 TOKENS = np.random.default_rng(0).integers(0, 40, (8, 6))
-REDUCED = ["bfloat16", "int8", "int4"]
+REDUCED = ["bfloat16", "int8", "int4", "nf4"]
 pytestmark = [pytest.mark.torch_first, pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors:UserWarning")]
 
 
@@ -23,7 +23,7 @@ def reduced(model, kind, **apply):
     if kind in ("int8", "int4"):
         for layer in model.layers[1:]:
             layer.quantize(kind)
-    return keras_lora.apply_lora(model, rank=2, head=None, base_dtype="bfloat16" if kind == "bfloat16" else None, **apply)
+    return keras_lora.apply_lora(model, rank=2, head=None, base_dtype=None if kind.startswith("int") else kind, **apply)
 
 
 # The gradient.
@@ -47,14 +47,14 @@ def gradient_of(model):
 
 
 @pytest.mark.parametrize("adapted", ["", pytest.param("words", marks=pytest.mark.full)])
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["int8", "int4", pytest.param("nf4", marks=pytest.mark.every_backend)])
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_quantised_language_model_has_the_gradient_of_its_float_copy(tmp_path, tied, mode, adapted):
     targets = list(filter(None, ["dense", "einsum", adapted]))
     model, copy = language_model(tied), language_model(tied)
-    for name in ("dense", "einsum", "words"):
+    for name in ("dense", "einsum", "words") if mode != "nf4" else ():
         model.get_layer(name).quantize(mode)
-    keras_lora.apply_lora(model, rank=2, targets=targets)
+    keras_lora.apply_lora(model, rank=2, targets=targets, base_dtype="nf4" if mode == "nf4" else None)
     perturb(model, size=0.1)
     found = maps_by_address(model)
     for address, linear in maps_by_address(copy).items():

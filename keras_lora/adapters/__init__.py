@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_lora import checks
+from keras_lora.adapters.adalora import AdaLoRA
 from keras_lora.adapters.adapter import (
     INIT_ARGUMENTS,
     Adapter,
@@ -20,16 +21,29 @@ from keras_lora.adapters.adapter import (
     with_sublayers,
 )
 from keras_lora.adapters.dora import DoRA
+from keras_lora.adapters.ia3 import IA3
+from keras_lora.adapters.loha import LoHa
+from keras_lora.adapters.lokr import LoKr
 from keras_lora.adapters.lora import LoRA
 from keras_lora.adapters.low_rank import LowRank
+from keras_lora.adapters.miss import MiSS
+from keras_lora.adapters.oft import OFT
 from keras_lora.adapters.per_example import PerExample
 from keras_lora.adapters.sum import Sum
 from keras_lora.adapters.trainable_tokens import TrainableTokens
+from keras_lora.adapters.vera import VeRA
 
 TABLE: dict[str, type[Adapter]] = {
+    "adalora": AdaLoRA,
     "dora": DoRA,
+    "ia3": IA3,
+    "loha": LoHa,
+    "lokr": LoKr,
     "lora": LoRA,
+    "miss": MiSS,
+    "oft": OFT,
     "trainable_tokens": TrainableTokens,
+    "vera": VeRA,
 }
 
 
@@ -94,16 +108,23 @@ def copy_of(adapter: Adapter, **changed: Any) -> Adapter:
 
 
 __all__ = [
+    "IA3",
     "INIT_ARGUMENTS",
+    "OFT",
     "TABLE",
+    "AdaLoRA",
     "Adapter",
     "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRank",
+    "MiSS",
     "PerExample",
     "Sum",
     "TooLarge",
     "TrainableTokens",
+    "VeRA",
     "at_most",
     "copy_of",
     "get",

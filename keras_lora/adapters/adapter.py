@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_lora import checks
 from keras_lora.adapters import initial
-from keras_lora.compat import keras_internals
+from keras_lora.compat import backend, devices, keras_internals
 
 if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap
@@ -107,7 +107,8 @@ class Adapter(keras.layers.Layer):
         if (problem := self.problem_with(linear)) is not None:
             raise ValueError(f"Layer '{linear.layer.name}' cannot be adapted: {problem}.")
         self.matrix_shape = tuple(linear.matrix_shape)
-        self.build_for(linear)
+        with devices.following(linear.stored_kernel, linear.kernel_axes, self.matrix_shape):
+            self.build_for(linear)
         self.built = True
 
     def problem_with(self, linear: LinearMap) -> str | None:
@@ -139,7 +140,7 @@ class Adapter(keras.layers.Layer):
 
     def numpy_factors(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return `factors_of` for the current weights."""
-        weights = {key: np.asarray(ops.convert_to_numpy(v.value)) for key, v in self.saved_weights.items()}
+        weights = {key: np.asarray(backend.to_numpy(v)) for key, v in self.saved_weights.items()}
         return self.factors_of(weights, self.matrix_shape)
 
     def live_factors(self, training: bool | None = None) -> tuple[Any, Any] | None:
@@ -169,12 +170,29 @@ class Adapter(keras.layers.Layer):
         """Update what was computed from the kernel. Called after other values were loaded into it."""
 
     def add_factor(
-        self, name: str, shape: tuple[int, ...], initializer: Any, trainable: bool = True, regularizer: Any = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        initializer: Any,
+        trainable: bool = True,
+        regularizer: Any = None,
+        axes: str | None = None,
     ) -> keras.Variable:
-        """Add a float32 weight. `name` is also its key in files."""
+        """Add a float32 weight.
+
+        Args:
+            name: Its name, which is also its key in files.
+            shape: Its shape.
+            initializer: A Keras initializer, or a function of the shape.
+            trainable: Whether it trains.
+            regularizer: A Keras regularizer.
+            axes: A letter for each of its last axes, for models on several devices: `g`, `i` or `o` for one that is split as
+                the kernel's groups, inputs or outputs are, and any other letter for one that is never split, such as the
+                rank. By default the sizes of the axes tell.
+        """
         if _SKIP_INIT.get() and name not in self.derived:
             initializer = "zeros"
-        return self.add_weight(
+        factor = self.add_weight(
             shape=shape,
             initializer=initial.NAMED.get(initializer, initializer) if isinstance(initializer, str) else initializer,
             name=name,
@@ -183,6 +201,8 @@ class Adapter(keras.layers.Layer):
             autocast=False,
             regularizer=regularizer,
         )
+        devices.lay_out(factor, axes)
+        return factor
 
     def misfit_with(self, other: Adapter) -> str | None:
         """Return why this adapter cannot take the values of `other`, or `None`. Called before anything changes."""
@@ -234,7 +254,7 @@ def strength_of(adapter: Adapter) -> float:
 
 
 #: Arguments that do not affect trained values: the initial values, and the arguments of every Keras layer.
-INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed")
+INIT_ARGUMENTS = ("a_initializer", "b_initializer", "name", "dtype", "trainable", "seed", "d_initial")
 
 
 def method_of(adapter: Adapter) -> dict[str, Any]:

@@ -76,10 +76,11 @@ class DoRA(Adapter):
     def build_for(self, linear: LinearMap) -> None:
         *groups, _, out_dim = linear.matrix_shape
         # Initializers instead of values: while a model is traced, the kernel has no value yet.
+        shape = (*groups, out_dim)
         self.kernel_norm_squared = self.add_factor(
-            "kernel_norm_squared", (*groups, out_dim), lambda *_, **__: _norm_squared(linear), trainable=False
+            "kernel_norm_squared", shape, lambda *_, **__: _norm_squared(linear), trainable=False, axes="go"
         )
-        self.magnitude = self.add_factor("magnitude", (*groups, out_dim), lambda *_, **__: ops.sqrt(_norm_squared(linear)))
+        self.magnitude = self.add_factor("magnitude", shape, lambda *_, **__: ops.sqrt(_norm_squared(linear)), axes="go")
         with keras.name_scope(self.name):
             self.lora.create_for(linear)
 
@@ -136,9 +137,8 @@ class DoRA(Adapter):
         """
         a, b = (ops.stop_gradient(ops.convert_to_tensor(factor)) for factor in self.lora.current_pair())
         b = self.lora.scale * b
-        matrix = linear.matrix
         a_transposed = ops.swapaxes(a, -1, -2)
-        across = ops.cast(ops.matmul(ops.cast(a_transposed, matrix.dtype), matrix), b.dtype)
+        across = ops.cast(linear.times_matrix(a_transposed), b.dtype)
         gram = ops.matmul(ops.matmul(a_transposed, a), b)
         squared = ops.add(self.kernel_norm_squared, ops.sum(ops.multiply(b, ops.add(2.0 * across, gram)), axis=-2))
         return ops.sqrt(ops.maximum(squared, 0.0))

@@ -67,6 +67,10 @@ class LowRank(Adapter):
         """
         raise TypeError(f"{type(self).__name__} does not define `pair(weights, matrix_shape)`, its factors.")
 
+    def product_rank(self, matrix_shape: tuple[int, ...]) -> int:
+        """Return the number of columns of `A`, for a matrix of this shape."""
+        return self.rank
+
     def factors_of(
         self, weights: Mapping[str, np.ndarray], matrix_shape: tuple[int, ...] | None
     ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -101,11 +105,17 @@ class LowRank(Adapter):
     def output(self, x: Any, linear: LinearMap, training: bool | None = None) -> Any:
         return self.adapted_output(x, None, linear, training)
 
-    def add_product(self, x: Any, y: Any, linear: LinearMap, training: bool | None, a: Any, b: Any, strength: Any) -> Any:
-        """Return `y + strength · scale · (x a) b`, with dropout before `a` in training; `y=None` is the base output."""
+    def add_product(
+        self, x: Any, y: Any, linear: LinearMap, training: bool | None, a: Any, b: Any, strength: Any, kept: Any = None
+    ) -> Any:
+        """Return `y + strength · scale · (x a) b`, with dropout before `a` in training; `y=None` is the base output.
+
+        The product of `kept`, frozen factors, is added without scale and dropout.
+        """
         if self.seed_generator is None or not training:
-            return linear.low_rank_sum(x, a, b, self.scale, strength, y)
+            return linear.low_rank_sum(x, a, b, self.scale, strength, y, kept)
         y = linear.base_output(x) if y is None else y
+        y = y if kept is None else linear.low_rank_sum(x, kept[0], kept[1], 1.0, strength, y)
         if keras.backend.backend() == "torch" and keras_internals.is_rematerialized(linear.layer):
             checks.warn(
                 f"Dropout inside a `RematScope` gives wrong gradients on PyTorch, with Keras's own layers too: layer "

@@ -63,8 +63,8 @@ class PerExample(Adapter):
     def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         places = self.capacity + 1
-        self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", trainable=False)
-        self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", trainable=False)
+        self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", False, axes="gir")
+        self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", False, axes="gro")
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return 0
@@ -98,7 +98,8 @@ class PerExample(Adapter):
                 f"a place takes only a LoRA, and this is a {type(other).__name__}; "
                 "`keras_lora.compress_adapter` turns it into a LoRA"
             )
-        return f"a place takes ranks up to {self.rank}, and this has rank {other.rank}" if other.rank > self.rank else None
+        rank = other.product_rank(self.matrix_shape)
+        return f"a place takes ranks up to {self.rank}, and this has rank {rank}" if rank > self.rank else None
 
     def values_from(self, other: Adapter, values: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(other, LowRank) or (factors := other.factors_of(values, self.matrix_shape)) is None:

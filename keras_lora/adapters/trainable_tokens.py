@@ -60,7 +60,7 @@ class TrainableTokens(Adapter):
         return None
 
     def build_for(self, linear: LinearMap) -> None:
-        self.token_delta = self.add_factor("token_delta", (len(self.tokens), linear.matrix_shape[-1]), "zeros")
+        self.token_delta = self.add_factor("token_delta", (len(self.tokens), linear.matrix_shape[-1]), "zeros", axes="to")
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
         return len(self.tokens) * matrix_shape[-1]

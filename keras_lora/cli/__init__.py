@@ -1,7 +1,7 @@
 """The command line, `keras-lora`. Each command is a file in this folder: `add` defines its arguments, `run` runs it.
 
-`merge` and `convert` need Keras, which takes seconds to import. They are imported when they are asked for, and everything
-else here runs without Keras.
+`merge`, `convert` and `plan` need Keras, which takes seconds to import. They are imported when they are asked for, and
+everything else here runs without Keras.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ COMMANDS: dict[str, ModuleType | str] = {
     "compress": compress,
     "convert": "convert an adapter file to a PEFT folder, or back",
     "diff": diff,
+    "plan": "plan the memory of a training step, before there are weights",
 }
 
 _CODES = """\
@@ -47,7 +48,7 @@ def parser(asked: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands. A command that needs Keras has its arguments only if it is `asked` for."""
     whole = _Parser(
         prog="keras-lora",
-        description="Inspect, merge, compress, convert and compare adapters of Keras models.",
+        description="Inspect, merge, compress, convert and compare adapters of Keras models, and plan their memory.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

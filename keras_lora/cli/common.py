@@ -143,17 +143,27 @@ def lora_factors(entry: Entry) -> Factors | None:
     if entry.said["method"] != "lora":
         return None
     config, scale = entry.said["config"], scale_of(entry.said["config"])
-    wrong = sorted({*config} ^ {*LORA} if "scale" in entry.said else {*config} - {*LORA})
+    known = {*config} - {"kept"}
+    wrong = sorted(known ^ {*LORA} if "scale" in entry.said else known - {*LORA})
     if wrong or scale is None:
         raise ValueError(f"its config has a wrong {', '.join(wrong) or 'alpha'}")
     if not math.isclose(said := entry.said.get("scale", scale), scale, rel_tol=1e-6):
         raise ValueError(f"its scale is {scale} by its config, and {said} by the file")
-    if missing := [key for key in ("lora_a", "lora_b") if key not in entry.tensors]:
-        raise ValueError(f"the file lacks {' and '.join(missing)}")
-    a, b = (np.asarray(entry.tensors[key], "float64") for key in ("lora_a", "lora_b"))
-    if a.ndim < 2 or a.shape[-1] != config["rank"]:
-        raise ValueError(f"the file says rank {config['rank']}, and lora_a has shape {a.shape}")
+    a, b = _factors(entry, "lora", "rank")
+    if "kept" in config:  # a frozen pair without a scale
+        checks.positive_integer("kept", config["kept"])
+        kept_a, kept_b = _factors(entry, "kept", "kept")
+        return np.concatenate([a, kept_a], axis=-1), np.concatenate([scale * b, kept_b], axis=-2)
     return a, scale * b
+
+
+def _factors(entry: Entry, name: str, rank: str) -> Factors:
+    if missing := [f"{name}_{end}" for end in "ab" if f"{name}_{end}" not in entry.tensors]:
+        raise ValueError(f"the file lacks {' and '.join(missing)}")
+    a, b = (np.asarray(entry.tensors[f"{name}_{end}"], "float64") for end in "ab")
+    if a.ndim < 2 or a.shape[-1] != entry.said["config"][rank]:
+        raise ValueError(f"the file says {rank} {entry.said['config'][rank]}, and {name}_a has shape {a.shape}")
+    return a, b
 
 
 # Printing.

@@ -70,7 +70,7 @@ def _to_peft(given: argparse.Namespace) -> int:
     _keras_hub()
     with reports.progress(3, after=0) as step:
         step("loading the base")
-        model = _loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in state.adapters))
+        model = loaded(given.base, given.causal_lm or any(address.startswith(_OF_A_TASK) for address in state.adapters))
         step("loading the adapter")
         with refusing(ValueError, OSError):
             load_adapter(model, given.adapter)
@@ -99,7 +99,7 @@ def _to_keras(given: argparse.Namespace) -> int:
         peft_folder.read(Path(given.adapter))  # before the base, which may take long
     with reports.progress(3, after=0) as step:
         step("loading the base")
-        model = _loaded(given.base, given.causal_lm)
+        model = loaded(given.base, given.causal_lm)
         step("loading the adapter")
         with refusing(ValueError, OSError):
             from_peft(model, given.adapter)
@@ -118,14 +118,14 @@ def _keras_hub() -> ModuleType:
         raise Refused(f"PEFT adapters need KerasHub ({error}). Install it: `pip install keras_lora[hub]`.") from error
 
 
-def _loaded(base: str, causal_lm: bool) -> Any:
-    """The plain model in a `.keras` file or a folder."""
+def loaded(base: str, causal_lm: bool, **options: Any) -> Any:
+    """The plain model in a `.keras` file or a folder; `options` are for KerasHub."""
     if not Path(base).is_dir():
         return load_base(plain_base(base))
     task = _keras_hub().models.CausalLM if causal_lm else _keras_hub().models.Backbone
     without = {"preprocessor": None} if causal_lm else {}  # the folder may lack a tokenizer
     try:
-        return task.from_preset(str(Path(base).resolve()), **without)
+        return task.from_preset(str(Path(base).resolve()), **without, **options)
     except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         said = " ".join(str(error).split())
         raise Refused(

@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,11 @@ import keras
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Return the layers that `layer` tracks, in order (`Model.layers` is public, but only models have it)."""
     return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def with_all_sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Return `layer` and every layer that it tracks, at any depth (`Model.layers` has neither the model nor all depths)."""
+    return list(layer._flatten_layers())
 
 
 def attributes_of(layer: keras.layers.Layer) -> dict[str, Any]:
@@ -179,13 +185,6 @@ def dtype_in_call(layer: keras.layers.Layer, variable: keras.Variable, stored_ap
     return found
 
 
-def without_autocast() -> Any:
-    """Read variables in the dtype in which they are stored, inside a call too (the public scope is a layer's policy)."""
-    from keras.src.backend.common.variables import AutocastScope
-
-    return AutocastScope(None)
-
-
 def is_rematerialized(layer: keras.layers.Layer) -> bool:
     """Whether `layer` was made in a `keras.RematScope`, so that its call runs a second time for the gradient."""
     return getattr(layer, "_remat_mode", None) is not None
@@ -207,23 +206,102 @@ def drawn_seed(generator: keras.random.SeedGenerator, drawn: Any) -> keras.rando
     return _DrawnSeed(generator, drawn)
 
 
-def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True) -> None:
+def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True, value: Any = None) -> None:
     """Store `variable` in another dtype, in place: a new variable would change the order of the layer's weights.
 
-    Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype.
+    Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype. A `value` may have
+    another shape.
     """
-    value = keras.ops.cast(keras.ops.stop_gradient(keras.ops.convert_to_tensor(variable)), dtype)
+    if variable._value is None and value is None:  # of a model that is only planned
+        variable._dtype, variable._autocast = dtype, autocast
+        return
+    value = keras.ops.convert_to_tensor(variable) if value is None else value
+    value = keras.ops.cast(keras.ops.stop_gradient(value), dtype)
     variable._dtype, variable._autocast = dtype, autocast
     variable._initialize(value)
+    variable._shape, variable._ndim = tuple(value.shape), len(value.shape)
+
+
+def forget_variable(layer: Any, name: str) -> None:
+    """Delete the variable `name`. Keras's own deletion runs the garbage collector each time: seconds for a large model."""
+    layer._untrack_variable(vars(layer)[name])
+    super(keras.layers.Layer, layer).__delattr__(name)
+
+
+def without_variables(layer: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the attribute for a view of `layer` that Keras saves and loads without these non-trainable variables."""
+    left_out = {id(vars(layer)[name]) for name in names}
+    return {"_non_trainable_variables": [v for v in layer._non_trainable_variables if id(v) not in left_out]}
+
+
+def with_floats_only(layer: Any) -> dict[str, Any]:
+    """Return the attribute for a view of `layer` whose setter of `trainable` leaves out integers, which torch refuses.
+
+    It is empty if there are none.
+    """
+    floats = [v for v in layer._trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+    return {} if len(floats) == len(layer._trainable_variables) else {"_trainable_variables": floats}
+
+
+@contextlib.contextmanager
+def when_any_is_built(then: Callable[[keras.layers.Layer], None]) -> Iterator[None]:
+    """Inside, run `then(layer)` after the `build` of each layer that this thread builds (Keras has no hook for it)."""
+    own, thread = vars(keras.layers.Layer).get("_post_build"), threading.get_ident()
+    before = keras.layers.Layer._post_build
+
+    def post_build(self: Any) -> None:
+        before(self)
+        if threading.get_ident() == thread:
+            then(self)
+
+    keras.layers.Layer._post_build = post_build
+    try:
+        yield
+    finally:
+        if own is None:
+            del keras.layers.Layer._post_build
+        else:
+            keras.layers.Layer._post_build = own
+
+
+def value_now(variable: keras.Variable) -> Any:
+    """Return the value of a variable, or `None` if Keras gives it one later (the public `value` would draw one)."""
+    return variable._value
+
+
+def layout_of(variable: keras.Variable) -> Any:
+    """Return the layout with which JAX created `variable`, or `None` if no distribution was set (there is no public way)."""
+    return variable._layout
+
+
+def set_layout(variable: keras.Variable, layout: Any) -> None:
+    """Give a variable of JAX a layout: Keras takes it from the distribution, by path, and `add_weight` takes none."""
+    variable._layout = layout
+    if variable._value is not None:  # else it gets its value later, in this layout
+        variable._direct_assign(variable._value)
 
 
 def copy_mask(source: Any, to: Any) -> Any:
     """Give the tensor `to` the Keras mask of `source`, and return it (there is no public way to set one)."""
-    from keras.src.backend import get_keras_mask, set_keras_mask
+    from keras.src.backend import get_keras_mask
 
-    if (mask := get_keras_mask(source)) is not None:
-        set_keras_mask(to, mask)
-    return to
+    mask = get_keras_mask(source)
+    return to if mask is None else with_mask(to, mask)
+
+
+def mask_of(tensor: Any) -> Any:
+    """Return the Keras mask of a tensor, or `None` (Keras exports no way to read one)."""
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
+def with_mask(tensor: Any, mask: Any) -> Any:
+    """Give a tensor a Keras mask, and return it (there is no public way to set one)."""
+    from keras.src.backend import set_keras_mask
+
+    set_keras_mask(tensor, mask)
+    return tensor
 
 
 def conv_lstm_cell() -> type[keras.layers.Layer]:
@@ -327,13 +405,9 @@ def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:
 
 
 def forget_enabled_lora(layer: Any) -> None:
-    """Undo `layer.enable_lora`: its two variables are removed, and its kernel is the base again (Keras cannot undo it).
-
-    Keras's deletion of a variable runs the garbage collector each time, which takes seconds for a large model.
-    """
+    """Undo `layer.enable_lora`: its two variables are removed, and its kernel is the base again (Keras cannot undo it)."""
     for name in [name for name in vars(layer) if name.startswith("lora_") and isinstance(vars(layer)[name], keras.Variable)]:
-        layer._untrack_variable(vars(layer)[name])
-        super(keras.layers.Layer, layer).__delattr__(name)
+        forget_variable(layer, name)
     layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
 
 
@@ -348,3 +422,57 @@ def forget_backbone_lora(model: keras.layers.Layer) -> None:
 def layers_with_weights(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Return the layers of `model` in the order in which KerasHub numbers them in `.lora.h5` files."""
     return [layer for layer in model._flatten_layers(include_self=False) if layer.weights]
+
+
+_CALL_STATE = ("current_call_ctx", "autocast_scope")
+
+
+@contextlib.contextmanager
+def with_global_state(values: dict[str, Any]) -> Iterator[None]:
+    """Context manager in which entries of Keras's global state have these values (Keras exports no setter)."""
+    from keras.src.backend.common import global_state
+
+    before = {name: global_state.get_global_attribute(name) for name in values}
+    for name, value in values.items():
+        global_state.set_global_attribute(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+
+
+def call_context() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return a maker of contexts like the present one: what layers read of an outer call (training) and of its dtypes.
+
+    A layer's code that runs outside of the layer's call, for a gradient, would not find them.
+    """
+    from keras.src.backend.common import global_state
+
+    values = {name: global_state.get_global_attribute(name) for name in _CALL_STATE}
+    return lambda: with_global_state(values)
+
+
+def as_stored() -> contextlib.AbstractContextManager[None]:
+    """Context manager in which variables have the dtype in which they are stored (Keras's own scope always casts)."""
+    return with_global_state({"autocast_scope": None})
+
+
+def scope_within(pairs: list[tuple[keras.Variable, Any]]) -> keras.StatelessScope:
+    """Return a scope in which variables have these values, and all others those of the scope around it.
+
+    Keras's own inner scope shows the stored values of the others, not those of the outer scope.
+    """
+    from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+    scope = keras.StatelessScope(pairs, collect_losses=True, initialize_variables=False)
+    outer = get_stateless_scope()
+    scope.state_mapping = {**(outer.state_mapping if outer is not None else {}), **scope.state_mapping}
+    return scope
+
+
+def forget_losses(layer: keras.layers.Layer, losses: Iterable[Any]) -> None:
+    """Let the layers below forget losses of a call in a scope, which Keras finds again by their addresses in memory."""
+    keys = {id(each) for each in losses}
+    for each in layer._flatten_layers() if keys else ():
+        each._loss_ids -= keys

@@ -9,12 +9,20 @@ from keras import ops
 
 from keras_lora.compat import keras_internals
 
-SUPPORTED_MODES = (None, "int8", "int4")
+MODES = ("int8", "int4")
+SUPPORTED_MODES = (None, *MODES)
+#: Rows that share a scale in int4, if we quantise: as in NF4.
+_INT4_BLOCK = 64
 
 
 def mode_of(layer: keras.layers.Layer) -> str | None:
     """Return the name of the quantisation mode of a layer, or `None` for a float layer."""
     return getattr(layer, "quantization_mode", None)
+
+
+def quantize(layer: keras.layers.Layer, mode: str) -> None:
+    """Quantise a float layer with Keras."""
+    layer.quantize(mode, config=keras.quantizers.Int4QuantizationConfig(block_size=_INT4_BLOCK) if mode == "int4" else None)
 
 
 def quantizes_way_back(layer: keras.layers.Layer) -> bool:

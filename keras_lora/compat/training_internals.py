@@ -6,7 +6,9 @@ each by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -40,6 +42,21 @@ def compiled_besides(model: keras.Model) -> dict[str, Any]:
 def overrides_compile(model: keras.Model) -> bool:
     """Whether the class of `model` overrides `compile`; Keras then does not compile it again on loading."""
     return type(model).compile is not keras.Model.compile
+
+
+@contextlib.contextmanager
+def whole(model: keras.Model) -> Iterator[None]:
+    """Hold each variable that JAX split over processes as a whole array, which Keras can save. Each process must do it."""
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer is not None else ())]
+    split = [(v, v._value) for v in variables if not getattr(v._value, "is_fully_addressable", True)]
+    try:
+        for variable, value in split:
+            variable._value = backend.to_numpy(value)
+        yield
+    finally:
+        for variable, value in split:
+            variable._value = value
 
 
 def in_a_trace() -> bool:
@@ -98,6 +115,38 @@ def drop_compiled_functions(model: keras.layers.Layer) -> None:
 def ask_for_compile(name: str, *args: Any) -> None:
     """Replaces the `test_function` of the model `name` until it is compiled again."""
     raise ValueError(f"'{name}' has other variables than when it was compiled. Call `compile()` again before `evaluate()`.")
+
+
+@contextlib.contextmanager
+def unallocated() -> Iterator[None]:
+    """Context manager in which new variables have a shape and an initializer, but no value, for good.
+
+    Keras defers values inside a `StatelessScope`, but no optimizer can be made there, and a later scope fills the variables.
+    """
+    before = vars(keras.Variable).get("_initialize_with_initializer")
+
+    def defer(variable: Any, initializer: Any) -> None:
+        variable._value, variable._initializer = None, initializer
+
+    keras.Variable._initialize_with_initializer = defer
+    try:
+        yield
+    finally:
+        if before is None:
+            del keras.Variable._initialize_with_initializer
+        else:
+            keras.Variable._initialize_with_initializer = before
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Whether a variable has a value (its public `value` makes one)."""
+    return variable._value is not None
+
+
+def averages_of(optimizer: Any) -> list[Any]:
+    """Return the moving averages of an optimizer with `use_ema`. `SwapEMAWeights` reads them by the same private name."""
+    found: list[Any] = optimizer._model_variables_moving_average
+    return found
 
 
 def direction_of(model: keras.Model, monitor: str) -> str:

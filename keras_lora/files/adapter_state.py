@@ -148,14 +148,14 @@ class AdapterState:
                 beside.start_what_trains(layer, name)
         for address, (layer, values) in beside.owned(model, name).items():
             state.trained[address] = entry = TrainedEntry.of(layer)
-            entry.flags = Flags(True, beside.trains(layer, [name]) or [])
+            entry.flags = Flags(beside.moves_statistics(layer, [name]), beside.trains(layer, [name]) or [])
             entry.tensors = dict(values)
         if fingerprint_weights:
             layers = by_address(model)
             chosen = [
                 v
                 for at, each in state.trained.items()
-                for v in beside.variables(layers[at], list(each.flags.variables)).values()
+                for v in beside.variables(layers[at], list(each.flags.variables), each.flags.layer).values()
             ]
             state.base_weights = fingerprint.weights({at: linear for at, (linear, _) in adapted.items()}, chosen)
         return state
@@ -244,7 +244,7 @@ class AdapterState:
         of_base = {
             f"{address}{tensor_file.BASE}{key}": v
             for address, trained in self.trained.items()
-            for key, v in beside.variables(found[address], list(trained.flags.variables)).items()
+            for key, v in beside.variables(found[address], list(trained.flags.variables), trained.flags.layer).items()
         }
         of_adapters = {f"{at}:{key}": v for at, adapter in started.items() for key, v in adapter.saved_weights.items()}
         misfits.raise_problems(
@@ -256,7 +256,7 @@ class AdapterState:
             for address, trained in self.trained.items():
                 before = vars(found[address])[flags.MARK]["found"]
                 flags.mark(found[address], found=before, plan=trained.flags)
-                beside.start(found[address], name, list(trained.flags.variables))
+                beside.start(found[address], name, list(trained.flags.variables), trained.flags.layer)
             reset_compilation(model)
         beside.store(model)
         beside.give(model, name, {address: trained.tensors for address, trained in self.trained.items()})

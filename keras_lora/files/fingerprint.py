@@ -11,7 +11,8 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat import backend, keras_internals, quantization
+from keras_lora.compat.stored_kernel import float_shapes
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of
 from keras_lora.swap.addresses import walk
@@ -31,7 +32,7 @@ def structure(model: keras.layers.Layer) -> str:
 def _shapes(layer: keras.layers.Layer) -> list[list[int]]:
     variables = keras_internals.own_variables(layer)
     if quantization.mode_of(layer) is None:
-        return sorted(list(v.shape) for v in variables)
+        return sorted(list(shape) for shape in float_shapes(layer))
     kernels = {linear.kernel_name: list(linear.kernel_shape) for linear in maps_of(layer)}
     floats = [v for v in variables if v.name not in kernels and not v.name.endswith(("_scale", "_zero", "g_idx"))]
     return sorted([*kernels.values(), *(list(v.shape) for v in floats)])
@@ -52,5 +53,5 @@ def weights(kernels: Mapping[str, LinearMap], trained: Iterable[Any] = ()) -> st
 
 def to_numpy(variable: Any) -> np.ndarray:
     """A variable or tensor as a file stores it."""
-    array = np.ascontiguousarray(keras.ops.convert_to_numpy(getattr(variable, "value", variable)))
+    array = np.ascontiguousarray(backend.to_numpy(variable))
     return array.astype("float32") if array.dtype.name == "bfloat16" else array  # NumPy has no bfloat16; this is exact

@@ -150,7 +150,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
     def plan(value: Any) -> bool:
         flags = isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)
-        return flags and value[0] is True and all(type(each) is bool for each in value[1]) and any(value[1])
+        return flags and type(value[0]) is bool and all(type(each) is bool for each in value[1]) and any(value[1])
 
     parts: dict[str, dict[str, Any]] = {
         "adapters": {

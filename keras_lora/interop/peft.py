@@ -19,7 +19,7 @@ from keras_lora.checks import AnyLayer
 from keras_lora.files import huggingface
 from keras_lora.files.adapter_state import AdapterState
 from keras_lora.files.misfits import raise_problems
-from keras_lora.interop import peft_folder
+from keras_lora.interop import peft_folder, peft_methods
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.peft_reading import Reader
 from keras_lora.interop.peft_writing import Writer
@@ -37,7 +37,7 @@ def from_peft(
     names: Mapping[str, str] | None = None,
     rename: Callable[[str], str] | None = None,
 ) -> AnyLayer:
-    """Load a PEFT adapter (LoRA or DoRA, and other weights trained with it) into a model, in place.
+    """Load a PEFT adapter (LoRA, DoRA, MiSS, IA3, LoKr, LoHa or OFT, with other trained weights) into a model, in place.
 
     The layers of a KerasHub model are found by their names in KerasHub's converter for `transformers` checkpoints, with any
     prefix in the file (`bert.`, `transformer.`). If several kernels here are one weight there (GPT-2's `c_attn`), each
@@ -93,6 +93,8 @@ def from_peft(
         raise_problems(source, model, grouped(reader.problems))
         step("loading the adapter")
         reader.state.put_into(model, source, name=name, trainable=trainable)
+    if config.method and (ignored := peft_methods.ignored(config.method)):
+        checks.warn(f"{source} was trained with {', '.join(ignored)}. keras_lora has none, so further training is without.")
     return model
 
 

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from keras_lora.files import tensor_file
+from keras_lora.interop import peft_methods
 from keras_lora.interop.problems import grouped
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,6 +34,10 @@ _LARGEST = 1e30
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.(?P<variable>weight|bias))?"
+)
+_METHOD = re.compile(
+    rf"(?P<module>.+)\.(?P<key>{'|'.join(key for form in peft_methods.FORMATS.values() for key in form.keys)})"
+    r"(\.(?!weight$)[^.]+)?(\.weight)?"
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
 _BASE = re.compile(r"(?P<module>.+?)(\.base_layer)?\.(?P<variable>[^.]+)")
@@ -65,6 +70,7 @@ class Module:
         tokens: Rows that replace rows of the embedding.
         variables: Variables of the base that were trained, by name (`"weight"`, `"bias"`).
         base: A copy of the base weight under an adapter, which PEFT adds for embeddings.
+        method: The tensors of a method other than LoRA and DoRA, by their names in the file.
         experts: For a bank of experts that are modules of their own in the file: by half of the outputs (`None` for all) and
             number of the expert, the name of its module there and the contents.
     """
@@ -75,6 +81,7 @@ class Module:
     tokens: np.ndarray | None = None
     variables: dict[str, np.ndarray] = field(default_factory=dict)
     base: np.ndarray | None = None
+    method: dict[str, np.ndarray] = field(default_factory=dict)
     experts: dict[tuple[int | None, int], tuple[str, Module]] = field(default_factory=dict)
 
 
@@ -82,7 +89,8 @@ class Module:
 class Config:
     """The settings of a PEFT adapter that define the meaning of its tensors.
 
-    `parameters` are the names, or ends of names, of the parameters that are adapted themselves.
+    `parameters` are the names, or ends of names, of the parameters that are adapted themselves. `method` is the whole config
+    of a method other than LoRA and DoRA, else empty.
     """
 
     r: int
@@ -94,6 +102,7 @@ class Config:
     alpha_pattern: dict[str, Any]
     tokens: Any
     parameters: frozenset[str] = frozenset()
+    method: dict[str, Any] = field(default_factory=dict)
 
     def targets(self, parameter: str) -> bool:
         """Whether a parameter is adapted itself, and not the module that it is the weight of."""
@@ -155,6 +164,9 @@ def read(folder: Path) -> tuple[Config, dict[str, Module]]:
     try:
         config, problems = _config(_json(folder / CONFIG))
         modules, more = _modules(tensors_of(folder / TENSORS))
+        kinds = {key for module in modules.values() for key in module.method} - set(peft_methods.keys_of(config.method))
+        factors = config.method and any(module.a is not None for module in modules.values())
+        more += ["it has tensors of another method than its `peft_type`"] if kinds or factors else []
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         said = str(error)
         raise ValueError(
@@ -165,7 +177,8 @@ def read(folder: Path) -> tuple[Config, dict[str, Module]]:
         listed = "".join(f"\n  - {each[:1000]}" for each in grouped(problems))
         raise ValueError(
             f"The PEFT adapter {folder} is not one that keras_lora can read:{listed}\nExpected a LoRA or DoRA of plain "
-            "matrices, embeddings, convolutions or banks of experts, with what was trained beside it."
+            "matrices, embeddings, convolutions or banks of experts, with what was trained beside it, or "
+            f"{', '.join(peft_methods.FORMATS)}."
         )
     return config, modules
 
@@ -183,6 +196,11 @@ def _config(said: dict[str, Any]) -> tuple[Config, list[str]]:
     def number(value: Any) -> bool:
         return type(value) in (int, float) and 0 < value < _LARGEST
 
+    kind = said.get("peft_type")
+    if isinstance(kind, str) and kind in peft_methods.FORMATS:
+        config = Config(8, 8, False, False, 0.0, {}, {}, None, method=said)
+        fits = all(_are_patterns(said.get(key) or {}, number) for key in ("rank_pattern", "alpha_pattern"))
+        return config, peft_methods.problems_of(said) + ([] if fits else ["its patterns of ranks or alphas are not numbers"])
     problems = [f"its `{key}` is {said[key]!r}" for key, plain in _PLAIN.items() if said.get(key, plain[0]) not in plain]
     if "peft_type" not in said:
         problems.append("its config has no `peft_type`")
@@ -299,6 +317,8 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
                 problems.append(f"the tensor '{key}' is there twice, with other numbers")  # PEFT may write a magnitude twice
             else:
                 setattr(place, name, tensor)
+        elif match := _METHOD.fullmatch(plain):
+            modules.setdefault(match["module"], Module()).method[match["key"]] = tensor
         elif match := _TOKENS.fullmatch(plain):
             modules.setdefault(match["module"], Module()).tokens = tensor
         elif ".lora_" in plain or not (match := _BASE.fullmatch(plain)):
@@ -315,7 +335,7 @@ def _modules(tensors: dict[str, np.ndarray]) -> tuple[dict[str, Module], list[st
             problems.append(f"the module '{name}' has only one of its two factors")
         if module.magnitude is not None and module.a is None:
             problems.append(f"the module '{name}' has a magnitude and no factors")
-    if not any(module.a is not None or module.tokens is not None for module in modules.values()):
+    if not any(module.a is not None or module.tokens is not None or module.method for module in modules.values()):
         problems.append(f"none of its {len(tensors)} tensors is of an adapter")
     return modules, problems
 

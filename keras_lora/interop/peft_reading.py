@@ -15,7 +15,7 @@ import numpy as np
 from keras_lora import adapters, factors, reports
 from keras_lora.compat import keras_internals, quantization
 from keras_lora.files.adapter_state import AdapterEntry, AdapterState, TrainedEntry
-from keras_lora.interop import experts
+from keras_lora.interop import experts, peft_methods
 from keras_lora.interop.checkpoints import HEAD, TIED_OTHERWISE, CheckpointMap, NotAReshape, Source
 from keras_lora.interop.peft_folder import Config, Module
 from keras_lora.interop.ports import Port
@@ -79,7 +79,7 @@ class Reader:
     def take(self, module: str, known: str, found: Module) -> None:
         """Convert the contents of one module, which is called `known` in the converter."""
         addresses = self.checkpoint.modules.get(known, [])
-        if found.a is not None or found.tokens is not None or found.experts:
+        if found.a is not None or found.tokens is not None or found.experts or found.method:
             if not addresses:
                 near = nearest(known, sorted(self.checkpoint.modules))
                 why = f"the nearest that the model has are {near}" if near else self.checkpoint.reason
@@ -102,12 +102,25 @@ class Reader:
         linear = self.checkpoint.maps[address]
         if source.kind == "bank":
             self._take_bank(module, address, linear, source, found)
+        elif found.method:
+            self._take_method(module, address, linear, source, found.method)
         elif found.a is not None and found.tokens is not None:
             self.problems.append(f"the module '{module}' has factors and trained tokens; one kernel can have one of them")
         elif found.tokens is not None:
             self._take_tokens(module, address, linear, source, found.tokens)
         elif found.a is not None and found.b is not None:
             self._take_factors(module, address, linear, source, found.a, found.b, found.magnitude)
+
+    def _take_method(
+        self, module: str, address: str, linear: LinearMap, source: Source, tensors: dict[str, np.ndarray]
+    ) -> None:
+        """Convert the tensors of a method other than LoRA and DoRA."""
+        try:
+            adapter, weights = peft_methods.read(self.config.method, module, tensors, linear, source)
+        except ValueError as error:
+            self.problems.append(f"the module '{module}' {error}")
+        else:
+            self.state.adapters[address] = AdapterEntry.of(linear, adapter, weights)
 
     def _take_factors(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 from keras_lora import adapters, reports
 from keras_lora.compat import keras_internals
 from keras_lora.files.adapter_state import AdapterState, TrainedEntry
-from keras_lora.interop import experts
+from keras_lora.interop import experts, peft_methods
 from keras_lora.interop.checkpoints import TIED_OTHERWISE, CheckpointMap, NotAReshape
 from keras_lora.interop.peft_folder import PREFIX
 from keras_lora.interop.peft_parts import Part, Written
@@ -36,6 +36,7 @@ class Writer:
         written: The factors, by module.
         tokens, rows: The token ids and the rows of embeddings with trained tokens.
         variables, saved: The other trained variables, by key, and the modules that were trained as a whole.
+        methods, method_settings: The tensors of a method other than LoRA and DoRA, by module, and its settings.
         tied: Whether an embedding changed that is the output projection too.
         problems: The reasons why it cannot be converted.
     """
@@ -47,6 +48,8 @@ class Writer:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     variables: dict[str, np.ndarray] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    methods: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    method_settings: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -61,10 +64,14 @@ class Writer:
                 except NotAReshape as error:
                     self.problems.append(f"the adapter at '{address}' has no place there: {error}")
                     continue
-                part = Part(address, self.checkpoint.maps[address], source, entry.made(), entry.tensors)
+                adapter, values = _without_kept(entry.made(), entry.tensors)
+                part = Part(address, self.checkpoint.maps[address], source, adapter, values)
                 parts.setdefault(source.module, []).append(part)
         kinds = {type(part.adapter) for each in parts.values() for part in each} - {adapters.TrainableTokens}
-        if unknown := kinds - {adapters.LoRA, adapters.DoRA}:
+        every = {type(part.adapter) for each in parts.values() for part in each}
+        if len(every) == 1 and peft_methods.kind_of(*every):
+            self._take_methods(parts)
+        elif unknown := kinds - {adapters.LoRA, adapters.DoRA}:
             names = sorted(each.__name__ for each in unknown)
             self.problems.append(
                 f"its methods {names} have no place there; `keras_lora.compress_adapter` makes LoRA of them"
@@ -79,6 +86,21 @@ class Writer:
         if self.tokens and not self.written:
             self.problems.append("it has trained tokens alone, and PEFT reads them beside a LoRA only; adapt a layer too")
         self._take_variables(state.trained)
+        if self.methods and self._bias != "none":
+            self.problems.append("it has trained biases, which PEFT's format has beside a LoRA or DoRA alone")
+
+    def _take_methods(self, parts: dict[str, list[Part]]) -> None:
+        """Convert adapters of one method other than LoRA and DoRA."""
+        for module, each in parts.items():
+            try:
+                self.methods[module] = peft_methods.write(each)
+            except ValueError as error:
+                self.problems.append(f"the module '{module}' {error}; `keras_lora.compress_adapter` makes LoRA of it")
+        if not self.problems:
+            try:
+                self.method_settings = peft_methods.settings_of({module: each[0] for module, each in parts.items()})
+            except ValueError as error:
+                self.problems.append(str(error))
 
     def _take_module(self, module: str, parts: list[Part]) -> None:
         if isinstance(parts[0].adapter, adapters.TrainableTokens):
@@ -259,7 +281,8 @@ class Writer:
 
     @property
     def _adapted(self) -> set[str]:
-        return {each.module.rpartition(".")[0] if each.kind == "bank" else each.module for each in self.written}
+        own = {each.module.rpartition(".")[0] if each.kind == "bank" else each.module for each in self.written}
+        return own | self.methods.keys()
 
     @property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -279,6 +302,8 @@ class Writer:
             if each.magnitude is not None:
                 whole = (1, -1, *(1 for _ in spatial[1:])) if spatial else (-1,)
                 found[f"{key}magnitude_vector"] = each.magnitude.reshape(whole)
+        for module, tensors in self.methods.items():
+            found |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in tensors.items()}
         for module, rows in self.rows.items():
             found[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
         found |= {f"{PREFIX}{key}": tensor for key, tensor in self.variables.items()}
@@ -298,17 +323,22 @@ class Writer:
         parameters = sorted(each.parameter for each in self.written if each.parameter)
         rank, alpha = _most_common(ranks.values(), 8), _most_common(map(_whole, alphas.values()), 8)
         named = type(self.model).__name__
-        found: dict[str, Any] = {
+        common: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": next((task for end, task in _TASKS.items() if named.endswith(end)), None),
             "base_model_name_or_path": base_model,
             "inference_mode": True,
+            "modules_to_save": sorted(self.saved) or None,
+        }
+        if self.methods:
+            return {**common, "target_modules": self._targets(sorted(self.methods)), **self.method_settings}
+        found: dict[str, Any] = {
+            **common,
             "r": rank,
             "lora_alpha": alpha,
             "lora_dropout": 0.0 if parameters else max((each.dropout for each in self.written), default=0.0),
             "bias": self._bias,
             "target_modules": self._targets(sorted(ranks.keys() - set(parameters))),
-            "modules_to_save": sorted(self.saved) or None,
             "use_rslora": stabilized,
             "use_dora": any(each.magnitude is not None for each in self.written),
             "rank_pattern": {self._exactly(module): each for module, each in ranks.items() if each != rank},
@@ -356,3 +386,14 @@ def _most_common(values: Any, otherwise: Any) -> Any:
 
 def _whole(number: float) -> float | int:
     return int(number) if float(number).is_integer() else float(number)
+
+
+def _without_kept(adapter: Any, values: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+    """A LoRA and its values, where a kept pair has become a part of the trained one: PEFT has no kept pair."""
+    if not isinstance(adapter, adapters.LoRA) or not adapter.kept:
+        return adapter, values
+    a, b = adapter.pair(values, None)
+    rank = adapter.rank + adapter.kept
+    config = {**adapter.get_config(), "rank": rank, "rank_stabilized": False, "kept": 0}
+    plain = adapters.LoRA.from_config({**config, "alpha": adapter.scale * rank})
+    return plain, {"lora_a": keras.ops.convert_to_numpy(a), "lora_b": keras.ops.convert_to_numpy(b)}

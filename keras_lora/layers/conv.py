@@ -21,6 +21,7 @@ class ConvMap(LinearMap):
     """Kernel `(*window, in / groups, filters)`; the filters of a group are next to each other."""
 
     held_out = {"use_bias": False, "activation": None}
+    packs = True
 
     @property
     def groups(self) -> tuple[int, ...]:

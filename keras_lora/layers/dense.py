@@ -15,7 +15,7 @@ class DenseMap(LinearMap):
     """Kernel `(in, units)`; the defaults of `LinearMap` are written for it."""
 
     layer_class = keras.layers.Dense
-    is_matmul = True
+    is_matmul = packs = True
 
     @property
     def calls_matmul(self) -> bool:  # type: ignore[override]

@@ -127,6 +127,7 @@ class EinsumDenseMap(EinsumMap):
     """The kernel of an `EinsumDense`; the layer's equation defines which axes are inputs and which are outputs."""
 
     layer_class = keras.layers.EinsumDense
+    packs = True
 
     @property
     def axes(self) -> Axes:

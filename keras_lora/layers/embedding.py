@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat import keras_internals, nf4, quantization
 from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap.adapted import AdaptedLayer
 from keras_lora.swap.slots import change_in_call
@@ -23,7 +23,7 @@ class EmbeddingMap(LinearMap):
     layer_class = keras.layers.Embedding
     kernel_name = "embeddings"
     held_out: dict[str, Any] = {}
-    picks_rows = True
+    picks_rows = packs = packs_rows = True
     by_default = False
     no_dropout = "the input of an embedding is token ids"
 
@@ -31,6 +31,12 @@ class EmbeddingMap(LinearMap):
         if keras.backend.standardize_dtype(x.dtype) not in ("int32", "int64"):
             x = ops.cast(x, "int32")  # as Embedding does
         return ops.take(m, x, axis=0)
+
+    def own_output(self, x: Any) -> Any:
+        if self.base_dtype != "nf4":
+            return super().own_output(x)
+        table: Any = self.matrix_shape
+        return nf4.rows(self.packed, table, x, self.product_dtype)
 
     def products(self, x: Any, a: Any, b: Any, index: Any) -> Any:
         # Each id selects its row from the stacked tables; no table is copied per example.
@@ -49,15 +55,25 @@ class ReversibleEmbeddingMap(EmbeddingMap):
 
     layer_class = keras.layers.ReversibleEmbedding
 
+    def own_output(self, x: Any) -> Any:
+        y = super().own_output(x)
+        marks = self.base_dtype == "nf4" and self.layer.mask_zero  # else its code does it
+        return keras_internals.with_mask(y, ops.not_equal(x, 0)) if marks else y
+
 
 class ReverseMap(LinearMap):
     """From hidden states to one number for each row of the table: `x @ matrixᵀ`, with the matrix as stored."""
 
     kernel_name = "embeddings"
+    packs = packs_rows = True
     scales_outputs = False
     no_dropout: str | None = "a tied embedding has one change for both its directions"
 
     def own_output(self, x: Any) -> Any:
+        if self.base_dtype == "nf4":
+            # In the dtype of the layer's own product: an embedding does not cast the hidden states.
+            dtype = self.layer.reverse_dtype or keras.backend.result_type(x.dtype, self.float_dtype)
+            return self.apply(ops.cast(x, dtype), self.as_matrix(self.unpacked(dtype)))
         # With a `reverse_dtype`, the layer casts the kernel to that dtype.
         if self.base_dtype is not None and self.layer.reverse_dtype is None:
             return self.in_base_dtype(x, lambda x: self.apply(x, self.matrix))
@@ -66,7 +82,7 @@ class ReverseMap(LinearMap):
 
     def transposed(self, dy: Any) -> Any:
         table = self.table
-        dtype = table.dtype if self.layer.reverse_dtype is None else dy.dtype
+        dtype = table.dtype if self.layer.reverse_dtype is None and self.base_dtype != "nf4" else dy.dtype
         return ops.matmul(ops.cast(dy, dtype), ops.cast(table, dtype))
 
     @property
@@ -91,7 +107,7 @@ class UntiedReverseMap(ReverseMap):
     kernel_name = part = "reverse_embeddings"
     scales_outputs = True
     no_dropout = None
-    by_default = False
+    by_default = packs_rows = False
 
     @classmethod
     def is_in(cls, layer: Any) -> bool:

@@ -50,6 +50,8 @@ class BankMap(EinsumMap):
         return used if found == self.stated_axes and all(a in axes.outputs for a in axes.groups + axes.free) else None
 
     def own_output(self, x: Any) -> Any:
+        if self.base_dtype is None:
+            return ops.einsum(self.equation, x, ops.cast(self.kernel, x.dtype))
         return self.in_base_dtype(x, lambda x: ops.einsum(self.equation, x, self.kernel))
 
     def apply(self, x: Any, matrix: Any) -> Any:

@@ -47,6 +47,7 @@ class PointwiseMap(ConvMap):
 
     kernel_name = part = "pointwise_kernel"
     groups = ()
+    packs = False  # the code for its depthwise kernel reads the layer
 
     def own_output(self, x: Any) -> Any:
         return self.apply(x, self.matrix) if self.base_dtype is None else super().own_output(x)

@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_lora import adapters, checks, factors
 from keras_lora.applying import require_adapted
+from keras_lora.compat import backend
 from keras_lora.factors import Factors
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import address_of, named_adapters
@@ -178,4 +179,4 @@ def _finite(array: np.ndarray) -> np.ndarray:
 
 
 def _numpy(tensor: Any) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32")), "float64")
+    return np.asarray(backend.to_numpy(keras.ops.cast(tensor, "float32")), "float64")

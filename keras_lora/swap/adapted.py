@@ -20,9 +20,9 @@ import keras
 import numpy as np
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals, quantization
+from keras_lora.compat import devices, keras_internals, quantization
 from keras_lora.linear_map import LinearMap, view_of
-from keras_lora.swap import beside, flags, rebuilding, refusals, slots, training_state
+from keras_lora.swap import beside, flags, kernels, rebuilding, refusals, slots, training_state
 from keras_lora.swap.addresses import by_address, walk
 from keras_lora.swap.kernel_property import ChangedKernel
 
@@ -45,7 +45,9 @@ class AdaptedContainer:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        self.base_class.trainable.fset(self, value)
+        floats = keras_internals.with_floats_only(self)  # the codes of a kernel never train
+        self.base_class.trainable.fset(view_of(self, self.base_class, **floats) if floats else self, value)
+        keras_internals.set_own_trainable(self, bool(value))
         if value:
             flags.follow_plan(self)
 
@@ -87,6 +89,10 @@ class AdaptedContainer:
 
 class AdaptedModel(training_state.SavedTraining, AdaptedContainer):
     """A container that is a model: its files have what training needs, including the optimizer."""
+
+    def make_train_function(self, *args: Any, **kwargs: Any) -> Any:
+        devices.check_training(self)
+        return super().make_train_function(*args, **kwargs)  # type: ignore[misc]
 
 
 class AdaptedLayer(AdaptedContainer):
@@ -141,14 +147,13 @@ class AdaptedLayer(AdaptedContainer):
         return self.call(*args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
-        view_of(self, self.base_class).save_own_variables(store)
+        kernels.save_into(self, maps_of(self), store)
         training_state.save_into(self, store)
         store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
-        view = view_of(self, self.base_class)
-        view.load_own_variables({key: each for key, each in training_state.load_from(self, store).items() if key != KEY})
-        vars(self).update(vars(view))  # a layer may set attributes when it is loaded
+        rest = {key: each for key, each in training_state.load_from(self, store).items() if key != KEY}
+        kernels.load_from(self, maps_of(self), rest)
         for linear, adapter in self.adapted_maps():
             if adapter.built:
                 adapter.base_changed(linear)
@@ -226,19 +231,14 @@ def set_adapter(
         slot: The attribute of the layer for the adapter; by default the first free one.
     """
     layer: Any = linear.layer
-    if not isinstance(layer, AdaptedLayer):
-        _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
-        keras_internals.forget_call_signature(layer)
+    _become_adapted(layer)
     slots.put(linear, adapter, name, slot)
     if not adapter.built:
         keras_internals.when_built(layer, lambda: slots.start(linear, adapter))
 
 
 def set_containers(model: keras.layers.Layer) -> None:
-    """Make an adapted container of every layer at or below `model` that has a training mark and contains other layers.
-
-    Layers with a quantised way back are changed too.
-    """
+    """Make an adapted container of every layer with a mark and sublayers, and change layers with a quantised way back."""
     for layer in by_address(model).values():
         plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
         if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
@@ -252,10 +252,14 @@ def use_frozen_product(layer: keras.layers.Layer) -> None:
 
     Keras gives that way no gradient in int8, so the adapters before it would not learn; its float table is kept in a step.
     """
-    cls = adapted_class(type(layer)) if quantization.quantizes_way_back(layer) else None
-    if cls is not None and not isinstance(layer, AdaptedLayer):
-        _become(layer, cls)
-        keras_internals.forget_call_signature(layer)
+    if quantization.quantizes_way_back(layer) and maps_of(layer):
+        _become_adapted(layer)
+
+
+def store_reduced(linear: LinearMap, word: str) -> None:
+    """Store a kernel in fewer digits; its layer gets the class that reads them."""
+    _become_adapted(linear.layer)
+    kernels.store(linear, word)
 
 
 def set_plain(layer: Any) -> None:
@@ -266,6 +270,8 @@ def set_plain(layer: Any) -> None:
                 slots.take(linear, adapter)
     if isinstance(layer, AdaptedContainer):
         vars(layer).pop(_REBUILDS, None)
+        if isinstance(layer, AdaptedLayer) and any(linear.stored for linear in maps_of(layer)):
+            return  # it was built so, and needs the class
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
@@ -300,6 +306,12 @@ def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
     return {address_of(place.address, linear): linear for place in walk(model) for linear in maps_of(place.layer)}
 
 
+def _become_adapted(layer: Any) -> None:
+    if not isinstance(layer, AdaptedLayer):
+        _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
+        keras_internals.forget_call_signature(layer)
+
+
 def _become(layer: keras.layers.Layer, cls: Any) -> None:
     """Change the class of `layer`. No other code in this package assigns to `__class__`."""
     layer.__class__ = cls
@@ -319,10 +331,13 @@ def describe(owner: Any) -> dict[str, Any]:
         "quantized": {},
         "training": flags.marks_of(owner),
         "beside": beside.describe(owner),
+        "fixed_statistics": beside.describe_fixed(owner),
     }
     for place in walk(owner):
         if isinstance(place.layer, AdaptedLayer):
             maps = {linear.part: linear for linear in maps_of(place.layer)}
+            stored = [linear for linear in maps.values() if linear.stored]
+            description["base_dtypes"] |= {address_of(place.address, each): kernels.describe(each) for each in stored}
             for adapter in slots.adapters_in(place.layer):
                 linear = maps[adapter.part]
                 address = address_of(place.address, linear)
@@ -335,8 +350,6 @@ def describe(owner: Any) -> dict[str, Any]:
                         "adapter": keras.saving.serialize_keras_object(adapter),
                     }
                 )
-                if linear.layer.built and linear.base_dtype is not None:
-                    description["base_dtypes"][address] = linear.base_dtype
         if (quantized := quantization.describe(place.layer)) is not None:
             description["quantized"][place.address] = quantized
     return description
@@ -353,9 +366,9 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
         linear = maps[entry["address"]]
         if not hasattr(linear.layer, entry["slot"]):
             set_adapter(linear, adapters.get(entry["adapter"]), entry["name"], entry["slot"])
-        _when_built(linear.layer, _set_strength, linear.layer, entry["slot"], entry["strength"])
+        _when_built(linear.layer, slots.set_strength, linear.layer, entry["slot"], entry["strength"])
     for address, dtype in description.get("base_dtypes", {}).items():
-        _when_built(maps[address].layer, maps[address].store_kernel, dtype)
+        _when_built(maps[address].layer, store_reduced, maps[address], dtype)
     holder = owner
     for place in walk(owner):
         if not isinstance(place.layer, adapters.Adapter):
@@ -364,16 +377,13 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             _when_built(holder, functools.partial(flags.mark, place.layer, **description["training"][place.address]))
     for address, names in description.get("beside", {}).items():
         for name, trains in names.items():
-            _when_built(layers[address], beside.start, layers[address], name, trains)
+            statistics = name not in description.get("fixed_statistics", {}).get(address, [])
+            _when_built(layers[address], beside.start, layers[address], name, trains, statistics)
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
             _when_built(layer, layer._freeze_base)
     set_containers(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
-
-
-def _set_strength(layer: keras.layers.Layer, slot: str, strength: float) -> None:
-    getattr(layer, slot).strength.assign(strength)
 
 
 def _when_built(layer: keras.layers.Layer, function: Any, *args: Any) -> None:

@@ -72,18 +72,18 @@ class Values:
         return [name for name, values in self.own.items() if key in values]
 
 
-def variables(layer: keras.layers.Layer, trains: list[bool]) -> dict[str, keras.Variable]:
+def variables(layer: keras.layers.Layer, trains: list[bool], statistics: bool = True) -> dict[str, keras.Variable]:
     """The layer's own variables that train, by place and name. If it trains in full, these are all, with its statistics."""
-    own, in_full = keras_internals.own_variables(layer), all(trains)
+    own, in_full = keras_internals.own_variables(layer), all(trains) and statistics
     return {f"{i}.{v.name}": v for i, v in enumerate(own) if in_full or (i < len(trains) and trains[i])}
 
 
-def start(layer: keras.layers.Layer, name: str, trains: list[bool]) -> None:
+def start(layer: keras.layers.Layer, name: str, trains: list[bool], statistics: bool = True) -> None:
     """Let the adapter `name` own the variables of a layer that train. They have their found values now."""
     if not any(trains):
         return
     values = vars(layer).setdefault(_KEY, Values())
-    now = {key: _array(v) for key, v in variables(layer, trains).items()}
+    now = {key: _array(v) for key, v in variables(layer, trains, statistics).items()}
     values.found = {**now, **values.found}
     values.own[name] = {**{key: values.found[key] for key in now}, **values.own.get(name, {})}
 
@@ -107,6 +107,13 @@ def trains(layer: keras.layers.Layer, names: Iterable[str]) -> list[bool] | None
         return None
     keys = {key for name in names for key in values.own.get(name, {})}
     return [f"{i}.{v.name}" in keys for i, v in enumerate(keras_internals.own_trainable_variables(layer))]
+
+
+def moves_statistics(layer: keras.layers.Layer, names: Iterable[str]) -> bool:
+    """Whether these adapters own the statistics of a layer too, or it has none, or they own only a part of it."""
+    of_layer = trains(layer, names) or [False]
+    keys = {key for name in names for key in vars(layer)[_KEY].own.get(name, {})} if any(of_layer) else set()
+    return not all(of_layer) or all(f"{i}.{v.name}" in keys for i, v in enumerate(keras_internals.own_variables(layer)))
 
 
 def owners(layer: keras.layers.Layer) -> list[str]:
@@ -214,6 +221,15 @@ def describe(layer: keras.layers.Layer) -> dict[str, dict[str, list[bool]]]:
     }
 
 
+def describe_fixed(layer: keras.layers.Layer) -> dict[str, list[str]]:
+    """The adapters that own all that trains in a layer but not its statistics, by address, as plain data."""
+    fixed = {
+        place.address: [name for name in values.own if not moves_statistics(place.layer, [name])]
+        for place, values in _kept(layer)
+    }
+    return {address: names for address, names in fixed.items() if names}
+
+
 def save_into(container: keras.layers.Layer, saved: Any) -> None:
     """Add the values of a container and of the layers directly in it to its part of a weights file."""
     for key, holder, name in _places(container):
@@ -255,5 +271,5 @@ def _all_variables(layer: keras.layers.Layer, values: Values) -> dict[str, keras
 
 
 def _array(variable: keras.Variable) -> np.ndarray:
-    array = np.array(keras.ops.convert_to_numpy(variable.value))
+    array = np.array(backend.to_numpy(variable))
     return array.astype("float32") if array.dtype.name == "bfloat16" else array

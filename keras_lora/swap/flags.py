@@ -49,17 +49,21 @@ def freeze(
     places: Iterable[Place],
     adapted: Iterable[keras.layers.Layer],
     trained: Iterable[keras.layers.Layer],
+    norms: Iterable[keras.layers.Layer] = (),
     bias: str = "none",
     stopped: Iterable[keras.layers.Layer] = (),
 ) -> None:
     """Freeze every layer at `places`, except the layers in `trained` and the biases selected by the option `bias`.
+
+    In `norms` the variables train, and the statistics of a BatchNormalization stay: its own flag is off.
 
     Variables that were planned to train before still train, except in the layers in `stopped`.
     Layers without weights are not changed, except a layer that gets its weights when it is first called, perhaps only in
     training: these weights will be frozen. A frozen layer without sublayers gets `trainable = False`, which keeps the
     moving statistics of BatchNormalization fixed. In a layer with sublayers, only its direct variables are frozen.
     """
-    adapted_ids, trained_ids, stopped_ids = ({id(layer) for layer in each} for each in (adapted, trained, stopped))
+    groups = (adapted, trained, norms, stopped)
+    adapted_ids, trained_ids, norm_ids, stopped_ids = ({id(layer) for layer in each} for each in groups)
     for place in places:
         layer = place.layer
         if not layer.weights and (id(layer) in trained_ids or not _gets_weights(layer)):
@@ -68,8 +72,11 @@ def freeze(
         in_full = id(layer) in trained_ids
         with_bias = bias == "all" or (bias == "lora_only" and id(layer) in adapted_ids)
         stays = [False] * len(own) if before is None or id(layer) in stopped_ids else before["plan"].variables
-        variables = [in_full or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)]
-        plan = Flags(in_full or any(variables) or bool(keras_internals.sublayers(layer)), variables)
+        is_norm = id(layer) in norm_ids and not in_full
+        variables = [
+            in_full or is_norm or was or (with_bias and v.name == "bias") for v, was in zip(own, stays, strict=True)
+        ]
+        plan = Flags(True, variables) if in_full else _plan(layer, variables, statistics=not is_norm)
         # Variables that were planned to train but have been switched off since stay off.
         now = [v.trainable or not was for v, was in zip(own, stays, strict=True)]
         now = [planned and (in_full or on) for planned, on in zip(variables, now, strict=True)]
@@ -102,13 +109,32 @@ def _mark_again(layer: keras.layers.Layer) -> None:
         mark(layer, **vars(layer)[MARK])
 
 
-def plan_again(layer: keras.layers.Layer, trains: bool | list[bool] | None) -> None:
-    """Plan which variables of a marked layer train: all, none or some. `None` keeps the plan and sets the layer's flag."""
+def _plan(layer: keras.layers.Layer, variables: list[bool], statistics: bool) -> Flags:
+    """The flags of a layer of whose variables some train. A layer with its flag off does not update its statistics."""
+    fixed = not statistics and has_statistics(layer)
+    return Flags((any(variables) and not fixed) or bool(keras_internals.sublayers(layer)), variables)
+
+
+def has_statistics(layer: keras.layers.Layer) -> bool:
+    """Whether a layer has variables that it updates itself in training, as a BatchNormalization does."""
+    return len(keras_internals.own_variables(layer)) > len(keras_internals.own_trainable_variables(layer))
+
+
+def moves_statistics(layer: keras.layers.Layer) -> bool:
+    """Whether a marked layer is planned to update its statistics, if it has any."""
+    return MARK not in vars(layer) or vars(layer)[MARK]["plan"].layer
+
+
+def plan_again(layer: keras.layers.Layer, trains: bool | list[bool] | None, statistics: bool = True) -> None:
+    """Plan which variables of a marked layer train: all, none or some. `None` keeps the plan and sets the layer's flag.
+
+    Without `statistics`, the layer does not update its own.
+    """
     if MARK in vars(layer):
         before = vars(layer)[MARK]
         planned = before["plan"].variables
         variables = planned if trains is None else trains if isinstance(trains, list) else [trains] * len(planned)
-        mark(layer, before["found"], Flags(any(variables) or bool(keras_internals.sublayers(layer)), variables))
+        mark(layer, before["found"], _plan(layer, variables, statistics))
 
 
 def follow_plan(layer: keras.layers.Layer) -> None:

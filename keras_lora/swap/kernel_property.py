@@ -17,7 +17,11 @@ class ChangedKernel(property):
     def __init__(self, map_class: type[LinearMap]):
         def kernel(layer: Any) -> Any:
             linear = map_class(layer)
-            change, plain = slots.change_in_call(linear), getattr(linear.plain, linear.kernel_name)
+            packed = linear.base_dtype == "nf4"
+            change, plain = (
+                slots.change_in_call(linear),
+                linear.kernel if packed else getattr(linear.plain, linear.kernel_name),
+            )
             if change is None or not change.built or quantization.mode_of(layer) is not None:
                 return plain  # a quantised layer returns stored integers, to which no change can be added
             return ops.cast(linear.changed_kernel(change), ops.convert_to_tensor(plain).dtype)

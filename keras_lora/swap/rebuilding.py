@@ -10,6 +10,7 @@ import keras
 
 from keras_lora import adapters
 from keras_lora.compat import keras_internals
+from keras_lora.compat.stored_kernel import float_shapes
 from keras_lora.swap.addresses import by_address
 
 
@@ -90,7 +91,7 @@ def check_rebuilds(owner: Any, config: dict[str, Any], description: dict[str, An
 
 
 def _fingerprint(layer: keras.layers.Layer) -> tuple[str, list[tuple[int, ...]] | None]:
-    shapes = [tuple(v.shape) for v in keras_internals.own_variables(layer)] if layer.built else None
+    shapes = float_shapes(layer) if layer.built else None
     return type(layer).__name__, shapes
 
 

@@ -13,8 +13,9 @@ import math
 import keras
 
 from keras_lora import adapters
-from keras_lora.compat import keras_internals
+from keras_lora.compat import devices, keras_internals
 from keras_lora.linear_map import LinearMap
+from keras_lora.swap import kernels
 from keras_lora.swap.addresses import forget_walks
 
 #: The change of a kernel: one adapter, or several.
@@ -58,6 +59,7 @@ def put(linear: LinearMap, adapter: adapters.Adapter, name: str, slot: str | Non
 def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
     """Create the weights of `adapter` for a kernel of a layer, named after the layer and, if there are several, the slot."""
     layer = linear.layer
+    devices.check(layer)
     slot = slot_of(layer, adapter) or _free_slot(linear)
     names = [*(layer.path or layer.name).split("/"), *filter(None, (linear.part, slot if slot != linear.slot else ""))]
     with contextlib.ExitStack() as scopes:
@@ -69,7 +71,7 @@ def start(linear: LinearMap, adapter: adapters.Adapter) -> None:
 
 
 def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
-    """Remove an adapter from a kernel. If it was the last one, the kernel gets its original dtype back.
+    """Remove an adapter from a kernel. If it was the last one, the kernel gets back the dtype that it was found in.
 
     Its strength becomes 0, so that functions already compiled, of a larger model that contains the layer, run without it.
     """
@@ -78,7 +80,12 @@ def take(linear: LinearMap, adapter: adapters.Adapter) -> None:
     keras_internals.forget_sublayer(linear.layer, slot_of(linear.layer, adapter) or "")
     forget_walks()
     if not adapters_of(linear):
-        linear.store_kernel(None)
+        kernels.restore_found([linear])
+
+
+def set_strength(layer: keras.layers.Layer, slot: str, strength: float) -> None:
+    """Set the strength of the adapter in a slot."""
+    getattr(layer, slot).strength.assign(strength)
 
 
 def slot_of(layer: keras.layers.Layer, adapter: adapters.Adapter) -> str | None:

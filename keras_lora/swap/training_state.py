@@ -30,12 +30,14 @@ class SavedTraining:
         self.get_config()  # type: ignore[attr-defined]  # raises what is to be refused before anything is written
         warn_of_losses(self)
         beside.store(self)
-        whole_files.save(super().save, filepath, *args, **kwargs)  # type: ignore[misc]
+        with training_internals.whole(self):
+            whole_files.save(super().save, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         warn_of_losses(self)
         beside.store(self)
-        whole_files.save(super().save_weights, filepath, *args, **kwargs)  # type: ignore[misc]
+        with training_internals.whole(self):
+            whole_files.save(super().save_weights, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
         super().load_weights(*args, **kwargs)  # type: ignore[misc]

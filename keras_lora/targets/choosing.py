@@ -21,11 +21,14 @@ from keras_lora.swap.addresses import Place, walk, walking_once
 from keras_lora.targets import blocks as blocks_
 from keras_lora.targets import presets
 from keras_lora.targets.heads import find_head, layers_to_train, looks_new
+from keras_lora.targets.norms import is_norm
 from keras_lora.targets.patterns import Key, Pattern, Patterns, Search, as_list, matches
-from keras_lora.targets.target_list import ALREADY, LARGE, NO_ADAPTER, TARGET, UNUSED, Target, TargetList
+from keras_lora.targets.target_list import ALREADY, LARGE, NAMED, NO_ADAPTER, NORM, TARGET, UNUSED, Target, TargetList
 
 #: Why the output head gets no adapter.
 HEAD = "output head"
+#: The word in `train` for every normalization.
+NORMS = "norms"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def list_targets(
     kernels = [site for site in sites if site.linear.part]
     excluded = _with_insides(search.find("exclude", exclude, [*places, *kernels]), places)
     heads = _heads(search, model, head, places)
-    trained = _with_insides(_trained(search, model, train, heads, used), used)
+    norms = {p.key: p for p in used if is_norm(p.layer)} if NORMS in as_list(train) else {}
+    in_full = _with_insides(_trained(search, model, train, heads, norms, used), used)
+    trained = norms | in_full
     named = search.find_values("adapter_pattern", adapter_pattern, sites)
     why_not = {key: "excluded" for key in excluded}
     if targets is None or targets == "all-linear":
@@ -121,13 +126,14 @@ def list_targets(
         changed = {name: by_key[key] for name, by_key in (("rank", ranks), ("alpha", alphas)) if key in by_key}
         methods[key] = adapters.copy_of(adapters.get(named.values.get(key, method)), **changed)
         search.problems += _problems_of(site, methods[key])
-    for place in trained.values():
+    for place in in_full.values():
         search.problems += _problems_of_training(place)
     if not chosen and not search.problems:
         search.found_nothing(sites, Counter(_why_not(site, why_not, trained) for site in sites))
     search.raise_problems()
 
-    rows = [row for place in places for row in _rows_of(place, unused, chosen, methods, trained, why_not, bias)]
+    whys = dict.fromkeys(norms, NORM) | dict.fromkeys(in_full, NAMED)
+    rows = [row for place in places for row in _rows_of(place, unused, chosen, methods, whys, why_not, bias)]
     variables = keras_internals.variables_of(place.layer for place in walk(model))
     new = [row.adapter.size(row.shape) + 1 for row in rows if row.adapter and row.shape]  # one more for the strength
     return TargetList(rows, sum(map(_size, variables)) + sum(new), _notes(heads, rows))
@@ -152,7 +158,7 @@ def method_for(model: Any, adapter: Any, rank: int | None, alpha: float | None) 
 def _why_not(site: Site, why_not: dict[Key, str], trained: dict[Key, Any]) -> str:
     """Why a kernel that could be adapted is not."""
     if (site.key[0], "") in trained:
-        return "named in `train`"
+        return NAMED
     return why_not.get(site.key) or why_not.get((site.key[0], "")) or "not a target"
 
 
@@ -175,7 +181,7 @@ def _rows_of(
     unused: set[Key],
     chosen: dict[Key, Site],
     methods: dict[Key, adapters.Adapter],
-    trained: dict[Key, Any],
+    trained: dict[Key, str],
     why_not: dict[Key, str],
     bias: str,
 ) -> list[Target]:
@@ -185,7 +191,7 @@ def _rows_of(
         return [_row(place, variables, action="freeze", why=UNUSED, trainable=0)]
     if place.key in trained and variables:
         count = sum(map(_size, keras_internals.own_trainable_variables(place.layer)))
-        return [_row(place, variables, action="train", why="named in `train`", trainable=count)]
+        return [_row(place, variables, action="train", why=trained[place.key], trainable=count)]
     planned = [] if beside.owners(place.layer) else flags.planned_variables(place.layer)  # those of another adapter
     if planned and len(planned) == len(keras_internals.own_trainable_variables(place.layer)):
         return [_row(place, variables, action="train", why=ALREADY, trainable=sum(map(_size, planned)))]
@@ -248,11 +254,12 @@ def _heads(search: Search, model: keras.layers.Layer, head: Any, places: list[Pl
 
 
 def _trained(
-    search: Search, model: keras.layers.Layer, train: Patterns | None, heads: list[Place], places: list[Place]
+    search: Search, model: Any, train: Patterns | None, heads: list[Place], norms: Mapping[Key, Place], places: list[Place]
 ) -> dict[Key, Place]:
     """The places that `train` names; the word "head" also means the output head that was found."""
     patterns = as_list(train)
-    found = search.find("train", [pattern for pattern in patterns if pattern != "head"], places)
+    # "norms" is a name only if no normalization was found.
+    found = search.find("train", [each for each in patterns if each != "head" and not (each == NORMS and norms)], places)
     if "head" in patterns:
         named = [place for place in places if matches("head", place)]
         head = {place.key: place for place in [*layers_to_train(model, heads, places), *named]}

@@ -96,3 +96,10 @@ def _heads_in(layer: Any, kinds: tuple[type, ...]) -> list[keras.layers.Layer]:
     if isinstance(layer, keras.layers.Wrapper):
         return _heads_in(layer.layer, kinds)
     return _heads_of(layer, kinds) if isinstance(layer, keras.Model) and getattr(layer, "outputs", None) else []
+
+
+def trained_head(model: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables that train and are those of layers that `train="head"` trains, in an adapted model."""
+    places = walk(model)
+    layers = [place.layer for place in layers_to_train(model, find_head(model, places), places)]
+    return [v for layer in layers for v in keras_internals.own_variables(layer) if v.trainable]

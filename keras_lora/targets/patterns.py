@@ -99,7 +99,7 @@ class Search:
 def matches(pattern: Any, place: Place) -> bool:
     """Whether `pattern` matches this layer, or by name a layer that contains it."""
     if isinstance(pattern, str):
-        return any(_names(pattern.strip("/"), path) for path in _paths(place))
+        return any(names_path(pattern.strip("/"), path) for path in _paths(place))
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(place.path) is not None
     if isinstance(pattern, type):
@@ -120,7 +120,7 @@ def _paths(place: Any) -> list[str]:
     return [place.path, "/".join([*place.path.split("/")[:-2], part])] if part else [place.path]
 
 
-def _names(pattern: str, path: str) -> bool:
+def names_path(pattern: str, path: str) -> bool:
     """Whether a name, a path or a glob matches consecutive whole names in `path`."""
     if not any(character in pattern for character in "*?["):
         return f"/{pattern}/" in f"/{path}/"

@@ -12,6 +12,9 @@ from keras_lora.linear_map import LinearMap
 
 #: Why a row has the action "train" although this call did not ask for it.
 ALREADY = "trains already"
+#: Why a layer trains in full, and why a normalization trains its scale and offset.
+NAMED = "named in `train`"
+NORM = "normalization"
 #: Why a row has the action "adapt", and what is said if its adapter has more parameters than its kernel.
 TARGET = "target"
 LARGE = f"{TARGET}, larger than its kernel"

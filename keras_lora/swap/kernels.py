@@ -1,0 +1,74 @@
+"""Kernels that are stored in fewer digits: in files, and when their layer has no adapter any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from keras_lora.compat import keras_internals
+from keras_lora.linear_map import LinearMap, view_of
+
+#: The beginning of the keys of what NF4 adds to a layer, in its part of a weights file.
+_KEY = "keras_lora.nf4."
+#: Added to a `base_dtype` if the layer was built with it, and so keeps it without an adapter.
+FOUND = ", found"
+
+
+def restore_found(maps: Iterable[LinearMap]) -> None:
+    """Give kernels their original dtype again, unless their layer was built with them in fewer digits."""
+    for linear in maps:
+        if linear.stored is not None and not linear.stored.found:
+            linear.store_kernel(None)
+
+
+def describe(linear: LinearMap) -> str | None:
+    """How a kernel is stored, as a word for a config, or `None` if it has its original dtype."""
+    return None if linear.stored is None else f"{linear.base_dtype}{FOUND if linear.stored.found else ''}"
+
+
+def store(linear: LinearMap, word: str | None) -> None:
+    """Store a kernel as `describe` says."""
+    linear.store_kernel(word.removesuffix(FOUND) if word else None, found=word is not None and word.endswith(FOUND))
+
+
+def save_into(layer: Any, maps: Iterable[LinearMap], saved: Any) -> None:
+    """Add the variables of an adapted layer to its part of a weights file."""
+    parts = [name for linear in maps for name in linear.parts]
+    view_of(layer, layer.base_class, **keras_internals.without_variables(layer, parts)).save_own_variables(saved)
+    for name in parts:
+        saved[f"{_KEY}{name}"] = vars(layer)[name]
+
+
+def load_from(layer: Any, maps: Iterable[LinearMap], saved: dict[str, Any]) -> None:
+    """Load the variables of an adapted layer. A float kernel is quantised as it comes if the layer stores it in NF4."""
+    packed = [linear for linear in maps if linear.parts]
+    parts = [name for linear in packed for name in linear.parts]
+    found = {key.removeprefix(_KEY): each for key, each in saved.items() if key.startswith(_KEY)}
+    rest = {key: each for key, each in saved.items() if not key.startswith(_KEY)}
+    if set(found) == set(parts):
+        _load(layer, rest, parts)
+        for name, value in found.items():
+            vars(layer)[name].assign(value)
+        return
+    if found:
+        raise ValueError(
+            f"The layer '{layer.name}' cannot load what this file has of it. Expected float kernels, or those that it "
+            f"stores in NF4 itself, with {parts}. Received: kernels in NF4, with {sorted(found)}. Load the file into a "
+            "model of `keras_lora.apply_lora(..., base_dtype='nf4')` with the same targets."
+        )
+    words = [(linear, describe(linear)) for linear in packed]
+    for linear in packed:
+        linear.store_kernel(None)
+    try:
+        _load(layer, rest, [])
+    finally:
+        for linear, word in words:
+            store(linear, word)
+
+
+def _load(layer: Any, saved: dict[str, Any], parts: Iterable[str]) -> None:
+    hidden = keras_internals.without_variables(layer, parts)
+    view = view_of(layer, layer.base_class, **hidden)
+    view.load_own_variables(saved)
+    # A layer may set attributes when it is loaded.
+    vars(layer).update({name: each for name, each in vars(view).items() if name not in hidden})
