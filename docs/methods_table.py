@@ -26,6 +26,7 @@ BEGIN, END = "<!-- table -->\n", "<!-- /table -->\n"
 METHODS: dict[str, Any] = {
     "LoRA": keras_lora.LoRA,
     "DoRA": keras_lora.DoRA,
+    "AdaLoRA": keras_lora.AdaLoRA,
     "MiSS": keras_lora.MiSS,
     "IA3": keras_lora.IA3,
     "LoKr": keras_lora.LoKr,

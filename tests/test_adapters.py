@@ -205,7 +205,7 @@ def test_get_takes_a_name_an_instance_and_a_config():
 
 def test_get_refuses_what_it_does_not_know():
     with pytest.raises(
-        ValueError, match=r"no adapter method called 'lorra'. Expected one of \['dora', 'ia3', 'loha', 'lokr"
+        ValueError, match=r"no adapter method called 'lorra'. Expected one of \['adalora', 'dora', 'ia3', 'loha', 'lokr"
     ):
         adapters.get("lorra")
     with pytest.raises(TypeError, match="must be a name"):

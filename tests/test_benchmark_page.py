@@ -89,7 +89,12 @@ def test_the_bars_are_those_that_keras_lora_is_held_to():
     mixed = {"case": "serving", "quantity": "mixed batch", "tokens": 4}
     assert of("keras_lora per example", "base", **mixed) == [(each, (0, 1.3)) for each in backends]
     assert of("one by one", "keras_lora per example", **mixed) == [(each, (4, infinite)) for each in backends]
-    assert len(page.BARS) == 10
+    of_methods = {"case": "methods", "quantity": "method step", "d": 512, "tokens": 256}
+    assert of("keras_lora MiSS", ours, **of_methods) == [(each, (0, 1)) for each in backends]
+    assert of("keras_lora IA3", ours, **of_methods) == [(each, (0, 1)) for each in backends]
+    assert of("keras_lora LoKr", ours, **of_methods) == [(each, (0, 1.2)) for each in backends]
+    assert of("keras_lora OFT", "full", **of_methods) == [(each, (0, 1)) for each in backends]
+    assert len(page.BARS) == 14
 
 
 # Made-up results.

@@ -223,7 +223,7 @@ def test_a_folder_that_is_missing_or_closed_is_named_as_it_was_given(model, tmp_
     def closed(*_, **__):
         raise PermissionError(13, "Permission denied", "/tmp/.a.safetensors.x.unfinished")
 
-    monkeypatch.setattr("tempfile.mkstemp", closed)
+    monkeypatch.setattr("pathlib.Path.write_bytes", closed)
     with pytest.raises(PermissionError, match=r"Permission denied, so it cannot be written: '.*/a.safetensors'"):
         keras_lora.save_adapter(model, tmp_path / "a.safetensors")
 

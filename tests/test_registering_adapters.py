@@ -179,6 +179,7 @@ def test_what_cannot_be_registered():
 
     with pytest.raises(ValueError, match="`get_config` lacks the argument `size`"):
         keras_lora.register_adapter("forgets")(Forgets)
-    assert set(adapters.TABLE) == {"dora", "ia3", "loha", "lokr", "lora", "miss", "oft", "trainable_tokens", "vera"}
+    built_in = {"adalora", "dora", "ia3", "loha", "lokr", "lora", "miss", "oft", "trainable_tokens", "vera"}
+    assert set(adapters.TABLE) == built_in
     with pytest.raises(ValueError, match="needs an adapter of a registered class"):
         check_adapter(OutputGain())

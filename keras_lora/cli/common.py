@@ -122,7 +122,18 @@ def read_adapter(path: str) -> AdapterFile:
 
 
 #: The method names of an adapter file by class, as in `keras_lora.adapters.TABLE`.
-METHODS = {"DoRA": "dora", "LoRA": "lora", "TrainableTokens": "trainable_tokens"}
+METHODS = {
+    "AdaLoRA": "adalora",
+    "DoRA": "dora",
+    "IA3": "ia3",
+    "LoHa": "loha",
+    "LoKr": "lokr",
+    "LoRA": "lora",
+    "MiSS": "miss",
+    "OFT": "oft",
+    "TrainableTokens": "trainable_tokens",
+    "VeRA": "vera",
+}
 #: The config of a LoRA of rank 1 with the scale 1, as in an adapter file.
 LORA = {"alpha": 1, "dropout": 0.0, "freeze_a": False, "rank": 1, "rank_stabilized": False}
 
