@@ -39,20 +39,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "remat": {"label": "+ `rematerialize`", "rank": RANK, "base_dtype": "bfloat16", "remat": True},
     "parts": {"label": "+ 4 parts of 2 × 256 tokens", "rank": RANK, "base_dtype": "bfloat16", "remat": True, "parts": 4},
 }
-
-
-def available() -> dict[str, dict[str, Any]]:
-    """The rows that this version of the package can run."""
-    import keras_lora
-    from keras_lora.applying import BASE_DTYPES
-
-    rows, last = dict(ROWS), ROWS["parts"]
-    if hasattr(keras_lora, "chunk_loss"):
-        last = {**last, "chunked": True}
-        rows["chunked"] = {**last, "label": "+ loss in chunks"}
-    if "nf4" in BASE_DTYPES:
-        rows["nf4"] = {**last, "label": "+ base in 4 bits (nf4) instead of bfloat16", "base_dtype": "nf4"}
-    return rows
+ROWS["chunked"] = {**ROWS["parts"], "label": "+ `chunk_logits`", "chunked": True}
+ROWS["nf4"] = {**ROWS["chunked"], "label": "+ base in 4 bits (nf4) instead of bfloat16", "base_dtype": "nf4"}
 
 
 def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
@@ -74,7 +62,9 @@ def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
     parts = row.get("parts", 1)
     optimizer = keras.optimizers.Adam(1e-4, gradient_accumulation_steps=parts if parts > 1 else None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    compile_for(model, optimizer, loss, row)
+    if row.get("chunked"):
+        keras_lora.chunk_logits(model)
+    model.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
     rng = np.random.default_rng(0)
     ids = rng.integers(1, sizes["vocabulary_size"], (BATCH, TOKENS + 1)).astype("int32")
     weights, losses = sum(v.value.nbytes for v in model.weights), []
@@ -90,15 +80,6 @@ def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
         "losses": [losses[0], losses[-1]],
         "steps": steps,
     }
-
-
-def compile_for(model: Any, optimizer: Any, loss: Any, row: dict[str, Any]) -> None:
-    """Compile the model, with its logits in chunks if the row says so."""
-    import keras_lora
-
-    if row.get("chunked"):
-        keras_lora.chunk_loss(model)
-    model.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
 
 
 def planned(row: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -172,7 +153,7 @@ def main() -> None:
         return
     import measuring
 
-    rows = available()
+    rows = ROWS
     if unknown := sorted({*(given.only or ())} - rows.keys()):
         raise SystemExit(f"There are no rows {unknown}. There are {list(rows)}.")
     results = json.loads(given.results.read_text()) if given.results.exists() else {"rows": {}}
@@ -185,7 +166,7 @@ def main() -> None:
             continue
         print(f"{row['label']} …", flush=True)
         results["rows"][name] = {"label": row["label"], **results["rows"].get(name, {})}
-        for what in ("--row", "--plan"):
+        for what in ("--row",) if row.get("chunked") else ("--row", "--plan"):  # `plan` does not know `chunk_logits`
             options = ["--steps", str(given.steps), *(["--quick"] if given.quick else [])]
             command = [sys.executable, __file__, what, json.dumps(row), *options]
             done = subprocess.run(command, capture_output=True, text=True)
