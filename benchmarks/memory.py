@@ -31,16 +31,22 @@ SMOLLM2 = {"vocabulary_size": 49152, "num_layers": 30, "num_query_heads": 9, "nu
 SMOLLM2 |= {"hidden_dim": 576, "intermediate_dim": 1536, "tie_word_embeddings": True, "rope_max_wavelength": 100_000}
 TINY = {**SMOLLM2, "vocabulary_size": 512, "num_layers": 2, "hidden_dim": 72, "intermediate_dim": 96}
 
-#: What each row does: its levers. Each row adds one to those before it.
+#: What each row does: its levers. Each row adds one to those before it; the last has another base.
 ROWS: dict[str, dict[str, Any]] = {
     "full": {"label": "full fine-tuning"},
     "lora": {"label": "LoRA, rank 16", "rank": RANK},
-    "bfloat16": {"label": "+ base in bfloat16", "rank": RANK, "base_dtype": "bfloat16"},
-    "remat": {"label": "+ `rematerialize`", "rank": RANK, "base_dtype": "bfloat16", "remat": True},
-    "parts": {"label": "+ 4 parts of 2 × 256 tokens", "rank": RANK, "base_dtype": "bfloat16", "remat": True, "parts": 4},
+    "bfloat16": {"label": "LoRA, bfloat16", "rank": RANK, "base_dtype": "bfloat16"},
+    "remat": {"label": "LoRA, bfloat16, `rematerialize`", "rank": RANK, "base_dtype": "bfloat16", "remat": True},
+    "parts": {
+        "label": "LoRA, bfloat16, `rematerialize`, 4 parts of 2 × 256 tokens",
+        "rank": RANK,
+        "base_dtype": "bfloat16",
+        "remat": True,
+        "parts": 4,
+    },
 }
-ROWS["chunked"] = {**ROWS["parts"], "label": "+ `chunk_logits`", "chunked": True}
-ROWS["nf4"] = {**ROWS["chunked"], "label": "+ base in 4 bits (nf4) instead of bfloat16", "base_dtype": "nf4"}
+ROWS["chunked"] = {**ROWS["parts"], "label": "LoRA, bfloat16, `rematerialize`, 4 parts, `chunk_logits`", "chunked": True}
+ROWS["nf4"] = {**ROWS["chunked"], "label": "LoRA, nf4, `rematerialize`, 4 parts, `chunk_logits`", "base_dtype": "nf4"}
 
 
 def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="measure these rows, again if need be")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--no-plan", action="store_true", help="only train: the plan takes as long")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--row", help=argparse.SUPPRESS)  # in the process of one row: its levers
     parser.add_argument("--plan", help=argparse.SUPPRESS)  # the same, only planned
@@ -166,7 +173,9 @@ def main() -> None:
             continue
         print(f"{row['label']} …", flush=True)
         results["rows"][name] = {"label": row["label"], **results["rows"].get(name, {})}
-        for what in ("--row",) if row.get("chunked") else ("--row", "--plan"):  # `plan` does not know `chunk_logits`
+        for what in (
+            ("--row",) if given.no_plan or row.get("chunked") else ("--row", "--plan")
+        ):  # `plan` does not know `chunk_logits`
             options = ["--steps", str(given.steps), *(["--quick"] if given.quick else [])]
             command = [sys.executable, __file__, what, json.dumps(row), *options]
             done = subprocess.run(command, capture_output=True, text=True)

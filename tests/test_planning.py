@@ -125,7 +125,7 @@ def test_the_plan_of_a_quantised_base_is_that_of_the_model_itself(base_dtype, ad
     for v in real.weights:
         weights[v.dtype] = weights.get(v.dtype, 0) + v.value.nbytes
     assert found.weights == weights
-    assert found.bytes == keras_lora.plan(real, batch_size=16).bytes
+    assert found.bytes["frozen"] + found.bytes["trained"] == sum(weights.values())
 
 
 @only_jax
@@ -151,14 +151,13 @@ def test_the_slots_of_an_optimizer_are_counted(optimizer):
 
 @only_jax
 def test_a_mesh_splits_the_batch_and_what_the_map_splits():
-    whole = keras_lora.plan(mlp(), batch_size=16)
     split = keras_lora.plan(
         mlp(), batch_size=16, mesh={"batch": 2, "model": 4}, layout_map={"first/kernel": (None, "model")}
     )
-    assert split.bytes["batch"] * 2 == whole.bytes["batch"]
-    slots = 2 * 4 * 32 * 64 * 3 // 4
-    assert split.bytes["optimizer"] == whole.bytes["optimizer"] - slots
-    assert split.bytes["trained"] == whole.bytes["trained"] - 4 * 32 * 64 * 3 // 4
+    trained = 4 * (32 * 64 // 4 + 64 + 64 * 5 + 5)
+    assert split.bytes["batch"] == 8 * 4 * (32 + 1)
+    assert split.bytes["trained"] == trained
+    assert 0 <= split.bytes["optimizer"] - 2 * trained < 64  # Adam, and its counters
     with pytest.raises(ValueError, match=r"names axes \['rows'\] that `mesh` does not have"):
         keras_lora.plan(mlp(), batch_size=16, mesh={"batch": 2}, layout_map={"kernel": (None, "rows")})
     with pytest.raises(ValueError, match="must be a multiple of the 2 devices"):

@@ -82,7 +82,7 @@ def compare(**options):
 
 
 def test_training_is_the_same():
-    compare(adapter=keras_lora.LoRA(4), blocks=1)
+    compare(adapter=keras_lora.LoRA(4), blocks=1, eager=BACKEND == "tensorflow")  # it compiles for long
 
 
 @pytest.mark.nightly
