@@ -53,7 +53,7 @@ def test_each_file_has_the_values_of_its_moment(tmp_path):
     assert not np.array_equal(seen[0][0], seen[1][0])
 
 
-@pytest.mark.every_backend
+@pytest.mark.torch_first
 def test_every_so_many_batches_across_epochs(tmp_path):
     model, states = net(), []
 
@@ -116,7 +116,7 @@ def test_a_metric_of_unknown_direction_is_refused_after_the_first_batch(tmp_path
 @once
 def test_a_monitor_that_the_logs_lack_is_named_and_nothing_is_lost(tmp_path):
     callback = SaveAdapter(tmp_path / "{epoch}.safetensors", "val_mea", mode="min", save_best_only=True)
-    with pytest.warns(UserWarning, match=r"`SaveAdapter`") as warnings:
+    with pytest.warns(UserWarning, match=r"`SaveAdapter|`save_best") as warnings:
         run(callback, [{}, {"val_mea": 3.0}, {}, {"val_mea": 2.0}])
     texts = [text for each in warnings if "`" in (text := str(each.message))]
     assert "uses 'val_mea', which the logs do not have after the first batch" in texts[0]

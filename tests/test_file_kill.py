@@ -125,7 +125,7 @@ with keras_internals.without_tensorflow():
 """
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_a_kill_while_a_whole_model_is_saved_leaves_a_file_that_loads(tmp_path):
     rng = random.Random(1)
     seconds = [f"{rng.uniform(0.01, 0.1):.3f}" for _ in range(12)]

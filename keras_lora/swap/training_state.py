@@ -49,7 +49,6 @@ class SavedTraining:
             optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]  # or Keras skips most of its state
         check_state_tree(self, state_tree)
         super().set_state_tree(state_tree)  # type: ignore[misc]
-        beside.store(self)  # a tree has the values that are shown, and no others
 
     def get_compile_config(self) -> dict[str, Any]:
         found = super().get_compile_config()  # type: ignore[misc]
@@ -110,11 +109,15 @@ def _generators_of(container: keras.layers.Layer) -> list[keras.random.SeedGener
 
 
 def warn_of_losses(model: Any) -> None:
-    """Warn once if a resumed run of a compiled model would draw other random numbers: torch has them, not the model."""
+    """Warn once if some dropout of a compiled model has a seed and some has none: torch has the state of those.
+
+    Without any seed nobody asked for equal runs, and most models are saved when they are finished.
+    """
     if keras.backend.backend() != "torch" or not getattr(model, "compiled", False) or vars(model).get(_WARNED):
         return
-    unseeded = [place.path for place in walk(model) if _drops_without_seed(place.layer)]
-    if unseeded:
+    seeds = [(place.path, seed) for place in walk(model) for seed in _dropout_seeds(place.layer)]
+    unseeded = sorted({path for path, seed in seeds if seed is None})
+    if unseeded and any(seed is not None for _, seed in seeds):
         vars(model)[_WARNED] = True
         checks.warn(
             f"The file of '{model.name}' cannot have the random state of {len(unseeded)} layers without a seed, such as "
@@ -124,10 +127,10 @@ def warn_of_losses(model: Any) -> None:
         )
 
 
-def _drops_without_seed(layer: Any) -> bool:
+def _dropout_seeds(layer: Any) -> list[int | None]:
     rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
-    seeds = [each.get_config()["seed"] for each in keras_internals.seed_generators(layer)]
-    return None in seeds and any(rate for rate in rates if checks.is_number(rate))
+    drops = any(rate for rate in rates if checks.is_number(rate))
+    return [each.get_config()["seed"] for each in keras_internals.seed_generators(layer)] if drops else []
 
 
 def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
@@ -146,10 +149,10 @@ def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
     missing = [v.path for kind, paths in known.items() for v in kinds[kind] if v.path not in paths]
     random = [path for path in missing if path.endswith("/seed_generator_state")]
     cure = "Make the model with the code that made the saved one, in a new process, compile it, and call `load_weights`."
-    if len(missing) > len(random):
+    if others := sorted(set(missing) - set(random)):
         raise ValueError(
-            f"The state to load into '{model.name}' lacks {len(missing)} of its variables, which Keras would leave as they "
-            f"are: {sorted(set(missing) - set(random))[:10]}. Expected the paths that the variables have here. {cure}"
+            f"The state to load into '{model.name}' lacks {len(others)} of its variables, which Keras would leave as they "
+            f"are: {', '.join(map(repr, others[:10]))}. Expected the paths that the variables have here. {cure}"
         )
     if random:
         checks.warn(
