@@ -91,7 +91,7 @@ class Torch:
 def torch_plans() -> dict[str, Plan]:
     import torch
 
-    from keras_lora.compat.backend import low_rank_sum
+    from keras_lora.backend import low_rank_sum
 
     class Hybrid(torch.autograd.Function):
         @staticmethod
@@ -155,7 +155,7 @@ class Jax:
 def jax_plans() -> dict[str, Plan]:
     import jax
 
-    from keras_lora.compat.backend import low_rank_sum
+    from keras_lora.backend import low_rank_sum
 
     @jax.custom_vjp
     def hybrid(x: Any, w: Any, a: Any, b: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The small products that decided how `keras_lora/compat/backend.py` is written: gradients of A, projections of an input."""
+"""The small products that decided how `keras_lora/backend/products.py` is written: gradients of A, parallel projections."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from rich.table import Table
 
-from keras_lora import adapters, checks, factors, reports
+from keras_lora import adapters, backend, checks, factors, reports
 from keras_lora.applying import inject, require_adapted, reset_compilation
-from keras_lora.compat import backend, keras_internals
+from keras_lora.compat import keras_internals
 from keras_lora.factors import Factors
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, slots

@@ -31,7 +31,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.compat import backend, keras_internals, quantization
+from keras_lora import backend
+from keras_lora.compat import call_internals, keras_internals, quantization
 from keras_lora.compat.stored_kernel import StoredKernel
 
 
@@ -190,7 +191,7 @@ class LinearMap(StoredKernel):
 
     def changed_kernel(self, adapter: Any) -> Any:
         """`W + ΔW` in the kernel's own shape, for a layer whose own code uses the kernel."""
-        with keras_internals.as_stored():  # so that the sum is rounded to the compute dtype, and not W before it
+        with call_internals.as_stored():  # so that the sum is rounded to the compute dtype, and not W before it
             matrix = self.matrix
         if keras.backend.standardize_dtype(matrix.dtype) != "float64":
             matrix = ops.cast(matrix, "float32")

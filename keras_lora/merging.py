@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import adapters, checks, reports
+from keras_lora import adapters, backend, checks, reports
 from keras_lora.applying import require_adapted, reset_compilation, take_out
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import backend, quantization
+from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap import beside, flags, kernels, slots
 from keras_lora.swap.adapted import adapted_maps, maps_by_address, maps_of, named_adapters, set_adapter, set_containers

@@ -82,7 +82,7 @@ FAULTS = [
     ),
     Fault(
         "the written-out gradient of the input forgets the kept pair",
-        "compat/backend.py",
+        "backend/products.py",
         "all_dht = through_b if dht is None else torch.cat([own + dht, kept])",
         "all_dht = torch.cat([own if dht is None else own + dht, torch.zeros_like(kept)])",
         "test_kept_pair",
@@ -209,14 +209,14 @@ FAULTS = [
     ),
     Fault(
         "torch's written gradient of B forgets the scale",
-        "compat/backend.py",
+        "backend/products.py",
         "db = _scaled(torch.mm(ht, dy), ctx.scale, strength) if of_b else None",
         "db = torch.mm(ht, dy) if of_b else None",
         "test_law",
     ),
     Fault(
         "torch's written gradient of x leaves the change out",
-        "compat/backend.py",
+        "backend/products.py",
         "torch.mm(dy, kernel.t()).addmm_(*through)",
         "torch.mm(dy, kernel.t())",
         "test_cost",
@@ -246,7 +246,7 @@ FAULTS = [
     Fault(
         "the mask of an adapted embedding is lost",
         "layers/embedding.py",
-        "return y if reverse else keras_internals.copy_mask(base, y)",
+        "return y if reverse else call_internals.copy_mask(base, y)",
         "return y",
         "test_adapters",
     ),
@@ -757,7 +757,7 @@ FAULTS = [
     # Reduced bases, serving, the command line, what is shown.
     Fault(
         "XLA may form every kernel of a reduced base before the step",
-        "compat/backend.py",
+        "backend/products.py",
         "    return [ops.add(each, ops.cast(never, each.dtype)) for each in arrays]\n",
         "    return list(arrays)\n",
         "test_reduced_bases",
@@ -1133,7 +1133,7 @@ FAULTS = [
     # Logits in chunks.
     Fault(
         "the gradients of all chunks but the last are lost",
-        "compat/backend.py",
+        "backend/steps.py",
         'gradients = [ops.add(each, ops.cast(more, "float32")) for',
         'gradients = [ops.cast(more, "float32") for',
         "test_chunked_logits",
@@ -1227,7 +1227,7 @@ FAULTS = [
     # Methods.
     Fault(
         "the parts of a row are mixed by the transposed C in a LoKr",
-        "compat/backend.py",
+        "backend/products.py",
         "h = torch.matmul(c.t(), torch.mm(",
         "h = torch.matmul(c, torch.mm(",
         "test_methods",

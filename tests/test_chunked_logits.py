@@ -7,7 +7,8 @@ from helpers import covering, difference, once, value
 from keras import layers
 
 import keras_lora
-from keras_lora.compat import backend, keras_internals
+from keras_lora import backend
+from keras_lora.compat import call_internals
 
 WORDS = 31
 RNG = np.random.default_rng(0)
@@ -175,7 +176,7 @@ def test_dropout_on_the_head_draws_anew_for_each_chunk():
     keras_lora.chunk_logits(built, tokens=4)
     built.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     built.fit(IDS, LABELS, batch_size=3, verbose=0)
-    (state,) = keras_internals.seed_states(built.get_layer("head"))
+    (state,) = call_internals.seed_states(built.get_layer("head"))
     draws = value(state)[1]
     built.fit(IDS, LABELS, batch_size=3, verbose=0)
     assert value(state)[1] - draws == 6  # 21 tokens, 4 at a time

@@ -9,8 +9,8 @@ import pytest
 from helpers import value
 from keras import layers
 
+from keras_lora.compat import call_internals, training_internals
 from keras_lora.compat import keras_internals as internals
-from keras_lora.compat import training_internals
 
 
 @pytest.fixture
@@ -187,15 +187,15 @@ def test_the_dtype_in_which_a_layer_sees_a_variable():
     ]:
         layer = layers.Dense(3, dtype=policy, autocast=autocast)
         layer.build((None, 2))
-        assert internals.dtype_in_call(layer, layer.kernel) == expected
+        assert call_internals.dtype_in_call(layer, layer.kernel) == expected
 
 
 def test_a_mask_is_copied():
     masked = layers.Embedding(5, 2, mask_zero=True)(np.array([[1, 0]], "int32"))
     to = keras.ops.ones((1, 2, 2))
-    assert internals.copy_mask(masked, to) is to
-    assert value(internals.copy_mask(to, keras.ops.zeros((1, 2, 2)))._keras_mask).tolist() == [[True, False]]
-    assert not hasattr(internals.copy_mask(keras.ops.ones((1, 2)), keras.ops.zeros((1, 2))), "_keras_mask")
+    assert call_internals.copy_mask(masked, to) is to
+    assert value(call_internals.copy_mask(to, keras.ops.zeros((1, 2, 2)))._keras_mask).tolist() == [[True, False]]
+    assert not hasattr(call_internals.copy_mask(keras.ops.ones((1, 2)), keras.ops.zeros((1, 2))), "_keras_mask")
 
 
 def test_the_class_of_conv_lstm_cells():
@@ -258,7 +258,7 @@ def test_torch_lists_a_variable_that_came_late(dense):
 def test_a_seed_that_was_drawn_gives_the_same_numbers_again():
     generator = keras.random.SeedGenerator(3)
     drawn = generator.next()
-    first, second = (keras.random.uniform((4,), seed=internals.drawn_seed(generator, drawn)) for _ in range(2))
+    first, second = (keras.random.uniform((4,), seed=call_internals.drawn_seed(generator, drawn)) for _ in range(2))
     assert np.array_equal(value(first), value(second))
 
 
@@ -436,8 +436,8 @@ def test_direction_of_a_metric():
 def test_whether_a_layer_was_made_in_a_remat_scope(dense):
     with keras.RematScope("full"):
         inside = layers.Dense(2)
-    assert internals.is_rematerialized(inside)
-    assert not internals.is_rematerialized(dense)
+    assert call_internals.is_rematerialized(inside)
+    assert not call_internals.is_rematerialized(dense)
 
 
 def test_an_operation_of_a_graph_is_applied_again():
@@ -446,16 +446,16 @@ def test_an_operation_of_a_graph_is_applied_again():
     y, numbers = dense(x), np.ones((4, 2), "float32")
     given = keras.ops.convert_to_tensor(numbers)
     assert np.allclose(
-        keras.ops.convert_to_numpy(internals.applied_again(y, given)), keras.ops.convert_to_numpy(dense(numbers))
+        keras.ops.convert_to_numpy(call_internals.applied_again(y, given)), keras.ops.convert_to_numpy(dense(numbers))
     )
-    assert np.allclose(keras.ops.convert_to_numpy(internals.applied_again(keras.ops.tanh(x) / 2, given)), numbers / 2)
-    assert (keras.ops.convert_to_numpy(internals.applied_again(dropout(x), given, training=True)) != numbers).any()
+    assert np.allclose(keras.ops.convert_to_numpy(call_internals.applied_again(keras.ops.tanh(x) / 2, given)), numbers / 2)
+    assert (keras.ops.convert_to_numpy(call_internals.applied_again(dropout(x), given, training=True)) != numbers).any()
 
 
 def test_the_states_of_seed_generators():
     dropout = layers.Dropout(0.5, seed=1)
-    assert internals.seed_states(dropout) == [dropout.seed_generator.state]
-    assert internals.seed_states(layers.Dense(2)) == []
+    assert call_internals.seed_states(dropout) == [dropout.seed_generator.state]
+    assert call_internals.seed_states(layers.Dense(2)) == []
 
 
 def test_what_a_model_was_compiled_with():
@@ -508,7 +508,7 @@ def test_when_any_is_built_runs_after_each_build_and_only_inside():
 def test_with_mask_gives_a_mask():
     tensor = keras.ops.ones((2, 3))
     mask = keras.ops.ones((2, 3), "bool")
-    assert internals.copy_mask(internals.with_mask(tensor, mask), keras.ops.ones((2, 3))) is not None
+    assert call_internals.copy_mask(call_internals.with_mask(tensor, mask), keras.ops.ones((2, 3))) is not None
 
 
 def test_variables_are_read_as_stored():
@@ -516,7 +516,7 @@ def test_variables_are_read_as_stored():
 
     class Reads(layers.Dense):
         def call(self, inputs):
-            with internals.as_stored():
+            with call_internals.as_stored():
                 seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
             seen.append(keras.backend.standardize_dtype(keras.ops.convert_to_tensor(self.kernel).dtype))
             return super().call(inputs)
@@ -554,7 +554,7 @@ def test_a_call_context_can_be_opened_again(dense):
 
     class Outer(layers.Layer):
         def call(self, x, training=None):
-            seen.append(internals.call_context())
+            seen.append(call_internals.call_context())
             return x
 
     class Inner(layers.Layer):
@@ -567,7 +567,7 @@ def test_a_call_context_can_be_opened_again(dense):
     inner = Inner()
     with seen[0]():
         inner(x)
-    with internals.with_global_state({"current_call_ctx": None}):
+    with call_internals.with_global_state({"current_call_ctx": None}):
         inner(x)
     assert seen[1:] == [True, None]
 
@@ -575,21 +575,21 @@ def test_a_call_context_can_be_opened_again(dense):
 def test_a_scope_shows_what_the_scope_around_it_shows():
     outside, inside = (keras.Variable(0.0, name=name) for name in ("outside", "inside"))
     one, two = (keras.ops.convert_to_tensor(each) for each in (1.0, 2.0))
-    with keras.StatelessScope([(outside, one)]), internals.as_stored(), internals.scope_within([(inside, two)]):
+    with keras.StatelessScope([(outside, one)]), call_internals.as_stored(), call_internals.scope_within([(inside, two)]):
         assert (float(outside.value), float(inside.value)) == (1.0, 2.0)
     layer = layers.Layer()
-    with internals.scope_within([]) as scope:
+    with call_internals.scope_within([]) as scope:
         layer.add_loss(keras.ops.convert_to_tensor(1.0))
     assert len(scope.losses) == 1
-    internals.forget_losses(layer, scope.losses)
+    call_internals.forget_losses(layer, scope.losses)
     assert not layer._loss_ids
 
 
 def test_masks_are_read_and_set():
     x = keras.ops.ones((1, 2))
-    assert internals.mask_of(x) is None
+    assert call_internals.mask_of(x) is None
     mask = keras.ops.ones((1,), "bool")
-    assert internals.mask_of(internals.with_mask(x, mask)) is mask
+    assert call_internals.mask_of(call_internals.with_mask(x, mask)) is mask
 
 
 def test_variables_without_values():

@@ -13,9 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import checks
+from keras_lora import backend, checks
 from keras_lora.adapters import initial
-from keras_lora.compat import backend, devices, keras_internals
+from keras_lora.compat import devices, keras_internals
 
 if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_lora import checks
+from keras_lora import backend, checks
 from keras_lora.adapters import initial
 from keras_lora.adapters.low_rank import LowRank
-from keras_lora.compat import backend
 
 if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_lora import checks, factors
 from keras_lora.adapters.adapter import Adapter
-from keras_lora.compat import keras_internals
+from keras_lora.compat import call_internals
 
 if TYPE_CHECKING:
     from keras_lora.linear_map import LinearMap
@@ -116,7 +116,7 @@ class LowRank(Adapter):
             return linear.low_rank_sum(x, a, b, self.scale, strength, y, kept)
         y = linear.base_output(x) if y is None else y
         y = y if kept is None else linear.low_rank_sum(x, kept[0], kept[1], 1.0, strength, y)
-        if keras.backend.backend() == "torch" and keras_internals.is_rematerialized(linear.layer):
+        if keras.backend.backend() == "torch" and call_internals.is_rematerialized(linear.layer):
             checks.warn(
                 f"Dropout inside a `RematScope` gives wrong gradients on PyTorch, with Keras's own layers too: layer "
                 f"'{linear.layer.name}' draws other numbers when it runs the second time. Use dropout=0, or no RematScope."
@@ -124,7 +124,7 @@ class LowRank(Adapter):
 
         # The dropped input is not kept for the backward pass; it is recomputed there from the same seed.
         def dropped(x: Any, a: Any, drawn: Any) -> Any:
-            seed = keras_internals.drawn_seed(self.seed_generator, drawn)
+            seed = call_internals.drawn_seed(self.seed_generator, drawn)
             return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
 
         h = keras.remat(dropped)(x, ops.cast(a, y.dtype), self.seed_generator.next())

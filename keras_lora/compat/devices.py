@@ -13,7 +13,8 @@ from typing import Any
 
 import keras
 
-from keras_lora.compat import backend, keras_internals
+from keras_lora import backend
+from keras_lora.compat import keras_internals
 
 #: For the weights of one adapter: the mesh axis that splits each role of its kernel's axes, and the sizes of its matrix.
 _KERNEL: contextvars.ContextVar[tuple[dict[str, str | None], tuple[int, ...]]] = contextvars.ContextVar("kernel")

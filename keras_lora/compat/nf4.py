@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_lora.compat import backend
+from keras_lora import backend
 
 BLOCK = 64
 #: Blocks whose absmax share a scale.

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.compat import backend
+from keras_lora import backend
 
 
 def with_portable_names(config: Any) -> Any:

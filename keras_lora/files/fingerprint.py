@@ -10,8 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters
-from keras_lora.compat import backend, keras_internals, quantization
+from keras_lora import adapters, backend
+from keras_lora.compat import keras_internals, quantization
 from keras_lora.compat.stored_kernel import float_shapes
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import maps_of

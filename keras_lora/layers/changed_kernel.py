@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_lora.compat import keras_internals
+from keras_lora.compat import call_internals
 from keras_lora.linear_map import view_of
 from keras_lora.swap.adapted import AdaptedLayer
 
@@ -29,6 +29,6 @@ class ChangedKernelLayer(AdaptedLayer):
         """The plain layer with the changed kernels, sharing everything else with this one."""
         kernels: dict[str, Any] = {}
         for linear, adapter in self.maps_in_call():
-            dtype = keras_internals.dtype_in_call(self, linear.kernel_variable, stored_apart=linear.base_dtype is not None)
+            dtype = call_internals.dtype_in_call(self, linear.kernel_variable, stored_apart=linear.base_dtype is not None)
             kernels[linear.kernel_attribute] = keras.ops.cast(linear.changed_kernel(adapter), dtype)
         return view_of(self, self.base_class, **kernels)

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.compat import keras_internals, nf4, quantization
+from keras_lora.compat import call_internals, nf4, quantization
 from keras_lora.linear_map import LinearMap, view_of
 from keras_lora.swap.adapted import AdaptedLayer
 from keras_lora.swap.slots import change_in_call
@@ -58,7 +58,7 @@ class ReversibleEmbeddingMap(EmbeddingMap):
     def own_output(self, x: Any) -> Any:
         y = super().own_output(x)
         marks = self.base_dtype == "nf4" and self.layer.mask_zero  # else its code does it
-        return keras_internals.with_mask(y, ops.not_equal(x, 0)) if marks else y
+        return call_internals.with_mask(y, ops.not_equal(x, 0)) if marks else y
 
 
 class ReverseMap(LinearMap):
@@ -203,4 +203,4 @@ class LoRAReversibleEmbedding(AdaptedLayer, keras.layers.ReversibleEmbedding):
         if change is None:
             return linear.finish(base)
         y = linear.finish(change.adapted_output(inputs, base, linear, training=training))
-        return y if reverse else keras_internals.copy_mask(base, y)
+        return y if reverse else call_internals.copy_mask(base, y)

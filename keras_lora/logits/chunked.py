@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import keras
 from keras import ops
 
-from keras_lora import checks
-from keras_lora.compat import backend, keras_internals, training_internals
+from keras_lora import backend, checks
+from keras_lora.compat import call_internals, keras_internals, training_internals
 from keras_lora.logits.head import Head
 
 AnyModel = TypeVar("AnyModel", bound=keras.Model)
@@ -133,7 +133,7 @@ class ChunkedSteps:
         loss, loss_weight = self._loss(y, logits)
         rows = _Rows(hidden, y, sample_weight)
         metrics = training_internals.compiled_metrics(model)
-        seeds = keras_internals.seed_states(self.head.layer)
+        seeds = call_internals.seed_states(self.head.layer)
         carried = [*(metrics.variables if metrics is not None else []), *seeds]
         variables = [v for v in self.head.layer.variables if all(v is not each for each in seeds)]
         trained = [v for v in variables if v.trainable]
@@ -149,7 +149,7 @@ class ChunkedSteps:
             total, *more = _summed(loss, y, logits, weight, mask)
             if metrics is not None:
                 logits = ops.stop_gradient(logits)
-                logits = logits if mask is None else keras_internals.with_mask(logits, mask)
+                logits = logits if mask is None else call_internals.with_mask(logits, mask)
                 numbers = metrics.stateless_update_state(numbers, y, logits, weight)
             state = [*(ops.add(count, each) for count, each in zip(counts, more, strict=True)), *numbers, *drawn]
             return total, [ops.stop_gradient(each) for each in state]
@@ -191,7 +191,7 @@ class _Rows:
         (y,) = keras.tree.flatten(y)
         weights = [each for each in keras.tree.flatten(sample_weight) if each is not None]
         weight = _fit("sample_weight", weights[0], positions, last=False) if weights else None
-        found = [hidden, _fit("y", y, positions), weight, keras_internals.mask_of(hidden)]
+        found = [hidden, _fit("y", y, positions), weight, call_internals.mask_of(hidden)]
         self._present = [each is not None for each in found]
         self.arrays = [ops.reshape(each, (-1, *each.shape[len(positions) :])) for each in found if each is not None]
 
@@ -226,7 +226,7 @@ def _summed(loss: keras.losses.Loss, y: Any, logits: Any, weight: Any, mask: Any
             "loss, or call `keras_lora.chunk_logits(model, tokens=None)`."
         )
     valid = ops.ones_like(losses)
-    for each in (mask, keras_internals.mask_of(losses)):
+    for each in (mask, call_internals.mask_of(losses)):
         valid = valid if each is None else ops.multiply(valid, ops.cast(each, losses.dtype))
     weights = valid if weight is None else ops.multiply(valid, ops.cast(weight, losses.dtype))
     return tuple(ops.cast(ops.sum(each), "float32") for each in (ops.multiply(losses, weights), valid, weights))

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora.compat import keras_internals
+from keras_lora.compat import call_internals, keras_internals
 
 _EXPECTED = (
     "Expected a Functional or Sequential model (every `CausalLM` of KerasHub is one) with one output, whose last layer "
@@ -52,7 +52,7 @@ class Head:
 
     def logits(self, hidden: Any, training: bool | None = None) -> Any:
         for tensor in self._tensors:
-            hidden = keras_internals.applied_again(tensor, hidden, training)
+            hidden = call_internals.applied_again(tensor, hidden, training)
         return hidden
 
     def of_rows(self, rows: Any, mask: Any = None, training: bool | None = None) -> tuple[Any, Any]:
@@ -60,9 +60,9 @@ class Head:
         extra = tuple(range(len(self.hidden.shape) - 2))  # an einsum needs all axes
         x = ops.expand_dims(rows, extra) if extra else rows
         if mask is not None:
-            x = keras_internals.with_mask(x, ops.expand_dims(mask, extra) if extra else mask)
+            x = call_internals.with_mask(x, ops.expand_dims(mask, extra) if extra else mask)
         logits = self.logits(x, training=training)
-        mask = keras_internals.mask_of(logits)
+        mask = call_internals.mask_of(logits)
         return ops.reshape(logits, (-1, self.vocabulary)), None if mask is None else ops.reshape(mask, (-1,))
 
     def _check_positions(self, model: keras.Model) -> None:

@@ -12,9 +12,9 @@ import keras
 from keras import ops
 from rich.table import Table
 
-from keras_lora import checks, reports
+from keras_lora import backend, checks, reports
 from keras_lora.applying import apply_lora
-from keras_lora.compat import backend, keras_internals, training_internals
+from keras_lora.compat import keras_internals, training_internals
 from keras_lora.memory.rematerializing import rematerialize, rematerialized
 
 #: The rows of a plan: what each is.

@@ -9,9 +9,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lora import backend
 from keras_lora.applying import reset_compilation
 from keras_lora.checks import AnyLayer
-from keras_lora.compat import backend, keras_internals
+from keras_lora.compat import call_internals
 from keras_lora.swap.addresses import walk, walking_once
 from keras_lora.targets import blocks as repeated
 
@@ -122,12 +123,12 @@ class _Run:
     def __init__(self, layer: keras.layers.Layer, call: Any, structure: Any, leaves: list[Any]):
         self.layer, self.call, self.structure, self.leaves = layer, call, structure, leaves
         self.at = [place for place, each in enumerate(leaves) if ops.is_tensor(each)]
-        masks = {place: keras_internals.mask_of(leaves[place]) for place in self.at}
+        masks = {place: call_internals.mask_of(leaves[place]) for place in self.at}
         self.masks = {place: mask for place, mask in masks.items() if mask is not None}
         weights = layer.weights
         self.trained, self.frozen = ([v for v in weights if v.trainable is flag] for flag in (True, False))
         self.seeds = [v for v in layer.variables if all(v is not weight for weight in weights)]
-        self.context = keras_internals.call_context()
+        self.context = call_internals.call_context()
         self.outputs: Any = None
         self.written: list[keras.Variable] = []
         self.losses = 0
@@ -135,7 +136,7 @@ class _Run:
     def inputs(self) -> tuple[list[Any], list[Any], list[Any]]:
         """What the first run gets: the tensors of this call, the trained variables and the frozen ones."""
         tensors = [self.leaves[place] for place in self.at] + list(self.masks.values())
-        with keras_internals.as_stored():
+        with call_internals.as_stored():
             seeds, trained, frozen = (
                 [backend.tensor_of(variable) for variable in group] for group in (self.seeds, self.trained, self.frozen)
             )
@@ -145,12 +146,12 @@ class _Run:
         leaves, rest = list(self.leaves), tensors[len(self.at) :]
         masks = dict(zip(self.masks, rest, strict=False))
         for place, tensor in zip(self.at, tensors, strict=False):
-            leaves[place] = keras_internals.with_mask(tensor, masks[place]) if place in masks else tensor
+            leaves[place] = call_internals.with_mask(tensor, masks[place]) if place in masks else tensor
         args, kwargs = keras.tree.pack_sequence_as(self.structure, leaves)
         variables = [*self.seeds, *self.trained, *self.frozen]
         values = [*rest[len(self.masks) :], *trained, *frozen]
-        with keras_internals.as_stored():
-            scope = keras_internals.scope_within(list(zip(variables, values, strict=True)))
+        with call_internals.as_stored():
+            scope = call_internals.scope_within(list(zip(variables, values, strict=True)))
         before = dict(scope.state_mapping)
         with self.context(), scope:
             self.outputs = self.call(*args, **kwargs)
@@ -161,21 +162,21 @@ class _Run:
                 f"`rematerialize()` cannot run '{self.layer.name}' again: its call writes a variable that belongs to "
                 f"another layer or is a metric. Leave it out of `blocks`."
             )
-        keras_internals.forget_losses(self.layer, scope.losses)
+        call_internals.forget_losses(self.layer, scope.losses)
         self.losses = len(scope.losses)
         found = [each for each in keras.tree.flatten(self.outputs) if ops.is_tensor(each)]
-        found_masks = [mask for each in found if (mask := keras_internals.mask_of(each)) is not None]
+        found_masks = [mask for each in found if (mask := call_internals.mask_of(each)) is not None]
         return [*found, *found_masks, *scope.losses, *(after[id(v)] for v in self.written)]
 
     def finish(self, tensors: list[Any]) -> Any:
         """The outputs of the call, after its losses and what it wrote are where a plain call puts them."""
         rest = iter(tensors)
         leaves = keras.tree.flatten(self.outputs)
-        has_mask = [ops.is_tensor(each) and keras_internals.mask_of(each) is not None for each in leaves]
+        has_mask = [ops.is_tensor(each) and call_internals.mask_of(each) is not None for each in leaves]
         leaves = [next(rest) if ops.is_tensor(each) else each for each in leaves]
         for place, masked in enumerate(has_mask):
             if masked:
-                keras_internals.with_mask(leaves[place], next(rest))
+                call_internals.with_mask(leaves[place], next(rest))
         for _ in range(self.losses):
             self.layer.add_loss(next(rest))
         for variable in self.written:

@@ -10,9 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters, checks, factors
+from keras_lora import adapters, backend, checks, factors
 from keras_lora.applying import require_adapted
-from keras_lora.compat import backend
 from keras_lora.factors import Factors
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import address_of, named_adapters

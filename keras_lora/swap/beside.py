@@ -15,8 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import adapters
-from keras_lora.compat import backend, keras_internals
+from keras_lora import adapters, backend
+from keras_lora.compat import keras_internals
 from keras_lora.swap.addresses import walk
 
 #: The attribute of a layer, and the beginning of its keys in a weights file.

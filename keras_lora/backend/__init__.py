@@ -1,0 +1,53 @@
+"""Backend-specific code: what Keras's operations cannot do, or do slowly. Only this folder may name a backend."""
+
+from keras_lora.backend.differences import (
+    each_example,
+    fuses_base,
+    has_symbolic_sizes,
+    holding,
+    strategy_now,
+    to_numpy,
+    traces,
+    widens_bfloat16,
+)
+from keras_lora.backend.products import (
+    frozen_product,
+    kronecker_sum,
+    look_up,
+    low_rank_sum,
+)
+from keras_lora.backend.steps import (
+    kept_bytes,
+    rematerialized,
+    shapes_of,
+    step_memory,
+    sum_of_chunks,
+    tensor_of,
+    traces_memory,
+    value_and_gradient,
+    write,
+)
+
+__all__ = [
+    "each_example",
+    "frozen_product",
+    "fuses_base",
+    "has_symbolic_sizes",
+    "holding",
+    "kept_bytes",
+    "kronecker_sum",
+    "look_up",
+    "low_rank_sum",
+    "rematerialized",
+    "shapes_of",
+    "step_memory",
+    "strategy_now",
+    "sum_of_chunks",
+    "tensor_of",
+    "to_numpy",
+    "traces",
+    "traces_memory",
+    "value_and_gradient",
+    "widens_bfloat16",
+    "write",
+]
