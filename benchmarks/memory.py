@@ -31,28 +31,22 @@ SMOLLM2 = {"vocabulary_size": 49152, "num_layers": 30, "num_query_heads": 9, "nu
 SMOLLM2 |= {"hidden_dim": 576, "intermediate_dim": 1536, "tie_word_embeddings": True, "rope_max_wavelength": 100_000}
 TINY = {**SMOLLM2, "vocabulary_size": 512, "num_layers": 2, "hidden_dim": 72, "intermediate_dim": 96}
 
-#: What each row does: its levers. Each row adds one to those before it.
+#: What each row does: its levers. Each row adds one to those before it; the last has another base.
 ROWS: dict[str, dict[str, Any]] = {
     "full": {"label": "full fine-tuning"},
     "lora": {"label": "LoRA, rank 16", "rank": RANK},
-    "bfloat16": {"label": "+ base in bfloat16", "rank": RANK, "base_dtype": "bfloat16"},
-    "remat": {"label": "+ `rematerialize`", "rank": RANK, "base_dtype": "bfloat16", "remat": True},
-    "parts": {"label": "+ 4 parts of 2 × 256 tokens", "rank": RANK, "base_dtype": "bfloat16", "remat": True, "parts": 4},
+    "bfloat16": {"label": "LoRA, bfloat16", "rank": RANK, "base_dtype": "bfloat16"},
+    "remat": {"label": "LoRA, bfloat16, `rematerialize`", "rank": RANK, "base_dtype": "bfloat16", "remat": True},
+    "parts": {
+        "label": "LoRA, bfloat16, `rematerialize`, 4 parts of 2 × 256 tokens",
+        "rank": RANK,
+        "base_dtype": "bfloat16",
+        "remat": True,
+        "parts": 4,
+    },
 }
-
-
-def available() -> dict[str, dict[str, Any]]:
-    """The rows that this version of the package can run."""
-    import keras_lora
-    from keras_lora.applying import BASE_DTYPES
-
-    rows, last = dict(ROWS), ROWS["parts"]
-    if hasattr(keras_lora, "chunk_loss"):
-        last = {**last, "chunked": True}
-        rows["chunked"] = {**last, "label": "+ loss in chunks"}
-    if "nf4" in BASE_DTYPES:
-        rows["nf4"] = {**last, "label": "+ base in 4 bits (nf4) instead of bfloat16", "base_dtype": "nf4"}
-    return rows
+ROWS["chunked"] = {**ROWS["parts"], "label": "LoRA, bfloat16, `rematerialize`, 4 parts, `chunk_logits`", "chunked": True}
+ROWS["nf4"] = {**ROWS["chunked"], "label": "LoRA, nf4, `rematerialize`, 4 parts, `chunk_logits`", "base_dtype": "nf4"}
 
 
 def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
@@ -74,7 +68,9 @@ def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
     parts = row.get("parts", 1)
     optimizer = keras.optimizers.Adam(1e-4, gradient_accumulation_steps=parts if parts > 1 else None)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    compile_for(model, optimizer, loss, row)
+    if row.get("chunked"):
+        keras_lora.chunk_logits(model)
+    model.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
     rng = np.random.default_rng(0)
     ids = rng.integers(1, sizes["vocabulary_size"], (BATCH, TOKENS + 1)).astype("int32")
     weights, losses = sum(v.value.nbytes for v in model.weights), []
@@ -90,15 +86,6 @@ def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
         "losses": [losses[0], losses[-1]],
         "steps": steps,
     }
-
-
-def compile_for(model: Any, optimizer: Any, loss: Any, row: dict[str, Any]) -> None:
-    """Compile the model, with its logits in chunks if the row says so."""
-    import keras_lora
-
-    if row.get("chunked"):
-        keras_lora.chunk_loss(model)
-    model.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
 
 
 def planned(row: dict[str, Any], quick: bool) -> dict[str, Any]:
@@ -158,6 +145,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="measure these rows, again if need be")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--no-plan", action="store_true", help="only train: the plan takes as long")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--row", help=argparse.SUPPRESS)  # in the process of one row: its levers
     parser.add_argument("--plan", help=argparse.SUPPRESS)  # the same, only planned
@@ -172,7 +160,7 @@ def main() -> None:
         return
     import measuring
 
-    rows = available()
+    rows = ROWS
     if unknown := sorted({*(given.only or ())} - rows.keys()):
         raise SystemExit(f"There are no rows {unknown}. There are {list(rows)}.")
     results = json.loads(given.results.read_text()) if given.results.exists() else {"rows": {}}
@@ -185,7 +173,9 @@ def main() -> None:
             continue
         print(f"{row['label']} …", flush=True)
         results["rows"][name] = {"label": row["label"], **results["rows"].get(name, {})}
-        for what in ("--row", "--plan"):
+        for what in (
+            ("--row",) if given.no_plan or row.get("chunked") else ("--row", "--plan")
+        ):  # `plan` does not know `chunk_logits`
             options = ["--steps", str(given.steps), *(["--quick"] if given.quick else [])]
             command = [sys.executable, __file__, what, json.dumps(row), *options]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -1253,4 +1253,35 @@ FAULTS = [
         "gains.reshape(-1, 1)",
         "test_peft_methods",
     ),
+    # Memory.
+    Fault(
+        "the losses of a rematerialised block are lost",
+        "memory/rematerializing.py",
+        "for _ in range(self.losses):",
+        "for _ in range(0):",
+        "test_rematerializing",
+    ),
+    Fault(
+        "undoing rematerialize leaves the blocks as they are",
+        "memory/rematerializing.py",
+        "if not undo:",
+        "if True:",
+        "test_rematerializing",
+    ),
+    Fault(
+        "a plan forgets that the slots of an optimizer are split like their variables",
+        "memory/planning.py",
+        'of = _as_references(split, model.trainable_variables) if key == "optimizer" else split',
+        "of = split",
+        "test_planning",
+        "jax",
+    ),
+    Fault(
+        "a kernel in NF4 is planned with a byte for each number",
+        "compat/stored_kernel.py",
+        "value=codes, shape=packed.codes.shape)",
+        "value=codes, shape=self.kernel_shape)",
+        "test_planning",
+        "jax",
+    ),
 ]

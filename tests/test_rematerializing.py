@@ -36,12 +36,12 @@ class Block(layers.Layer):
         return self.norm(x + y)
 
 
-def built(dtype=None):
+def built(dtype=None, blocks=3):
     keras.utils.set_random_seed(0)
     with keras.name_scope("rematerializing"):
         ids = keras.Input((TOKENS,), dtype="int32")
         x = layers.Embedding(WORDS, WIDTH, mask_zero=True, dtype=dtype)(ids)
-        for index in range(3):
+        for index in range(blocks):
             x = Block(name=f"block_{index}", dtype=dtype)(x)
         return keras.Model(ids, layers.Dense(1, dtype=dtype, name="head")(layers.GlobalAveragePooling1D(dtype=dtype)(x)))
 
@@ -51,15 +51,15 @@ def batch():
     return rng.integers(0, WORDS, (4, TOKENS)).astype("int32"), rng.normal(size=(4, 1)).astype("float32")
 
 
-def trained(change, *, steps=3, eager=False, dtype=None, adapter=None):
+def trained(change, *, steps=2, eager=False, xla=False, dtype=None, adapter=None, blocks=3):
     """The losses of some steps, and every variable after them."""
-    model = built(dtype)
+    model = built(dtype, blocks)
     if adapter is not None:
         keras_lora.apply_lora(model, adapter, train="head")
         perturb(model, 0.1)
     change(model)
-    options = {"run_eagerly": True} if eager else {"jit_compile": True} if BACKEND == "tensorflow" else {}
-    model.compile(keras.optimizers.SGD(0.1), "mse", **options)
+    options = {"run_eagerly": True} if eager else {"jit_compile": xla} if BACKEND == "tensorflow" else {}
+    model.compile(keras.optimizers.SGD(0.01), "mse", **options)
     x, y = batch()
     losses = [float(model.train_on_batch(x, y)) for _ in range(steps)]
     return losses, [ops.convert_to_numpy(v) for v in model.variables]
@@ -68,16 +68,35 @@ def trained(change, *, steps=3, eager=False, dtype=None, adapter=None):
 ADAPTERS = {"full": None, "lora": keras_lora.LoRA(4, dropout=0.1, seed=3), "dora": keras_lora.DoRA(4)}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize("eager", [False, True])
-def test_training_is_the_same(name, eager):
-    adapter = ADAPTERS[name]
-    losses, values = trained(lambda model: None, eager=eager, adapter=adapter)
-    again_losses, again = trained(keras_lora.rematerialize, eager=eager, adapter=adapter)
+def everything(model):
+    return keras_lora.rematerialize(model, [each for each in model.layers if isinstance(each, Block)])
+
+
+def compare(**options):
+    losses, values = trained(lambda model: None, **options)
+    again_losses, again = trained(everything, **options)
     assert losses[0] != losses[1]
-    assert again_losses == pytest.approx(losses, rel=1e-6)
+    assert again_losses == pytest.approx(losses, rel=1e-5)
     for new, old in zip(again, values, strict=True):
-        np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-5)
+
+
+def test_training_is_the_same():
+    compare(adapter=keras_lora.LoRA(4), blocks=1, eager=BACKEND == "tensorflow")  # it compiles for long
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "compiled",
+        "eager",
+        pytest.param("xla", marks=pytest.mark.skipif(BACKEND != "tensorflow", reason="the others compile in one way")),
+    ],
+)
+def test_training_of_every_kind_is_the_same(name, how):
+    compare(adapter=ADAPTERS[name], eager=how == "eager", xla=how == "xla")
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("mixed_bfloat16", marks=pytest.mark.nightly)])
@@ -112,6 +131,7 @@ def kept(model):
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.mark.torch_first
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow does not say what it keeps")
 def test_fewer_bytes_are_kept_and_undoing_it_keeps_them_again():
     model = keras_lora.apply_lora(built(), rank=2)

@@ -176,14 +176,19 @@ def track_torch_parameters(layer: keras.layers.Layer) -> None:
             each._track_variables()
 
 
-def store_variable(variable: keras.Variable, dtype: str, autocast: bool = True, value: Any = None) -> None:
+def store_variable(
+    variable: keras.Variable, dtype: str, autocast: bool = True, value: Any = None, shape: Any = None
+) -> None:
     """Store `variable` in another dtype, in place: a new variable would change the order of the layer's weights.
 
     Without `autocast`, a called layer sees the variable in that dtype instead of its compute dtype. A `value` may have
-    another shape.
+    another shape; `shape` is that of a variable without a value.
     """
     if variable._value is None and value is None:  # of a model that is only planned
         variable._dtype, variable._autocast = dtype, autocast
+        if shape is not None:
+            variable._shape, variable._ndim = tuple(shape), len(shape)
+            variable._initializer = keras.initializers.Zeros()  # the one it had may draw floats alone
         return
     value = keras.ops.convert_to_tensor(variable) if value is None else value
     value = keras.ops.cast(keras.ops.stop_gradient(value), dtype)

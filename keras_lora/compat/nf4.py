@@ -73,6 +73,10 @@ class Packed(NamedTuple):
     mean: Any
 
 
+#: The dtypes of the parts.
+DTYPES = Packed("uint8", "uint8", "float32", "float32")
+
+
 def shapes(size: int) -> Packed:
     """The shapes of the parts for an array of `size` numbers."""
     blocks = math.ceil(size / BLOCK)

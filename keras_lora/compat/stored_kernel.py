@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
-from keras_lora.compat import keras_internals, nf4, quantization
+from keras_lora.compat import keras_internals, nf4, quantization, training_internals
 
 #: On a layer, what is known of the kernels that `LinearMap.store_kernel` stores in another dtype, by name.
 _STORED = "_keras_lora_stored"
@@ -90,7 +91,9 @@ class StoredKernel:
             return
         shape, trainable = (self.kernel_shape, variable.trainable) if was is None else (was.shape, was.trainable)
         packed = was is not None and was.base_dtype == "nf4"
-        value = self.unpacked(own) if packed else ops.convert_to_tensor(variable)
+        value = None  # of a model that is only planned
+        if training_internals.has_value(variable):
+            value = self.unpacked(own) if packed else ops.convert_to_tensor(variable)
         if packed:
             for name in self.parts:
                 keras_internals.forget_variable(self.layer, name)
@@ -100,7 +103,7 @@ class StoredKernel:
         if dtype == "nf4":
             self._pack(value)
         else:
-            keras_internals.store_variable(variable, dtype or own, autocast=dtype is None, value=value)
+            keras_internals.store_variable(variable, dtype or own, autocast=dtype is None, value=value, shape=shape)
             variable.trainable = trainable if packed else variable.trainable
         keras_internals.track_torch_parameters(self.layer)  # else torch keeps the old array too
 
@@ -116,11 +119,14 @@ class StoredKernel:
 
     def _pack(self, kernel: Any) -> None:
         """Store `kernel` in NF4. The blocks lie along the inputs of the `(out, in)` matrix, or along the rows of a table."""
-        matrix = ops.stop_gradient(self.as_matrix(kernel))
-        packed = nf4.quantize(matrix if self.packs_rows else ops.swapaxes(matrix, -1, -2))
-        variable = self.kernel_variable
+        if kernel is None:
+            packed = nf4.Packed(*map(keras.KerasTensor, nf4.shapes(math.prod(self.kernel_shape)), nf4.DTYPES))
+        else:
+            matrix = ops.stop_gradient(self.as_matrix(kernel))
+            packed = nf4.quantize(matrix if self.packs_rows else ops.swapaxes(matrix, -1, -2))
+        variable, codes = self.kernel_variable, None if kernel is None else packed.codes
         variable.trainable = False
-        keras_internals.store_variable(variable, "uint8", autocast=False, value=packed.codes)
+        keras_internals.store_variable(variable, "uint8", autocast=False, value=codes, shape=packed.codes.shape)
         with contextlib.ExitStack() as scopes:
             scopes.enter_context(keras_internals.unlocked(self.layer))
             for name in (self.layer.path or self.layer.name).split("/")[:-1]:
@@ -134,7 +140,8 @@ class StoredKernel:
                     trainable=False,
                     autocast=False,
                 )
-                added.assign(value)
+                if kernel is not None:
+                    added.assign(value)
                 setattr(self.layer, name, added)
 
     @property
