@@ -11,7 +11,7 @@ import methods_table
 
 from keras_lora.adapters import TABLE
 
-pytestmark = [pytest.mark.once, pytest.mark.full]
+pytestmark = [pytest.mark.once, pytest.mark.nightly]
 
 
 def test_the_table_says_what_the_classes_say_and_has_every_method():

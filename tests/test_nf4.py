@@ -88,7 +88,7 @@ def integers(model):
 
 
 @pytest.mark.every_backend
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_base_in_nf4_trains_saves_merges_and_is_given_back(tmp_path, tied):
     model = language_model(tied)
     plain, paths, kernels = outputs(model, TOKENS), [v.path for v in model.weights], [value(v).copy() for v in model.weights]
@@ -130,7 +130,6 @@ def test_a_base_in_nf4_trains_saves_merges_and_is_given_back(tmp_path, tied):
     assert max(errors) < 0.13
 
 
-@pytest.mark.every_backend
 def test_the_gradient_through_a_convolution_is_that_of_its_float_copy():
     found, kernels = [], {}
     for base_dtype in ("nf4", None):
@@ -241,7 +240,6 @@ def llama():
     return keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=None)
 
 
-@pytest.mark.every_backend
 def test_a_model_is_quantised_while_it_is_built_and_loaded(tmp_path, monkeypatch):
     x = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
     plain = llama()
