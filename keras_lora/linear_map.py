@@ -207,16 +207,22 @@ class LinearMap(StoredKernel):
         """
         known = type(self).transposed is not LinearMap.transposed
         quantized = known and quantization.mode_of(self.layer) is not None
-        widened = self.base_dtype == "nf4" or (self.base_dtype is not None and backend.widens_bfloat16())
+        x = ops.convert_to_tensor(x)  # `layer.call` may be given NumPy arrays
+        float32 = keras.backend.standardize_dtype(self.layer.compute_dtype) == "float32"
+        in_float32 = self.base_dtype == "bfloat16" and float32 and backend.lacks_bfloat16(x)
+        widened = self.base_dtype == "nf4" or (self.base_dtype is not None and backend.widens_bfloat16()) or in_float32
         if self.picks_rows or not (quantized or widened):
             return self.own_output(x)
         stored = {name: each for name, each in vars(self.layer).items() if isinstance(each, keras.Variable)}
         stored = {name: ops.convert_to_tensor(each) for name, each in stored.items() if name not in self.held_out}
-        x = ops.convert_to_tensor(x)  # `layer.call` may be given NumPy arrays
         dtype = x.dtype
 
         def of(tensors: tuple[Any, ...]) -> Any:
-            layer = view_of(self.layer, type(self.layer), **dict(zip(stored, tensors, strict=True)))
+            attributes = dict(zip(stored, tensors, strict=True))
+            if in_float32:
+                kernel = ops.cast(attributes[self.kernel_attribute], "float32")
+                attributes |= {self.kernel_attribute: kernel, **self.not_stored}
+            layer = view_of(self.layer, type(self.layer), **attributes)
             return view_of(self, type(self), layer=layer)
 
         return backend.frozen_product(

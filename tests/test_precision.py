@@ -8,6 +8,7 @@ from keras import layers
 from zoo import BATCH, ZOO, numbers
 
 import keras_lora
+from keras_lora import backend
 from keras_lora.compat import keras_internals
 
 pytestmark = pytest.mark.torch_first
@@ -176,8 +177,9 @@ def test_base_dtype_is_refused_where_a_kernel_is_quantised_and_nothing_changes()
 
 
 @pytest.mark.every_backend
-def test_a_base_in_bfloat16_has_no_float32_copy():
+def test_a_base_in_bfloat16_has_no_float32_copy(monkeypatch):
     """Counted in what each backend is asked to do; a CPU without bfloat16 products may widen them inside."""
+    monkeypatch.setattr(backend, "lacks_bfloat16", lambda x: False)
     shape = (24, 40)
     layer = layers.Dense(shape[1])
     layer.build((None, shape[0]))
@@ -188,6 +190,28 @@ def test_a_base_in_bfloat16_has_no_float32_copy():
     plain.build((None, shape[0]))
     keras_internals.store_variable(plain.kernel, "bfloat16")  # and cast where it is used
     assert float32_arrays_made(plain, x, shape) > 0
+
+
+@pytest.mark.once
+def test_where_bfloat16_is_slow_a_product_has_its_own_float32_copy_and_a_step_keeps_none(monkeypatch):
+    import torch
+
+    found = {}
+    for slow in (True, False):
+        monkeypatch.setattr(backend, "lacks_bfloat16", lambda x, slow=slow: slow)
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((24,)), layers.Dense(40), layers.Dense(24)])
+        keras_lora.apply_lora(model, keras_lora.LoRA(rank=2, seed=1), head=None, base_dtype="bfloat16")
+        perturb(model, size=0.3)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda each, kept=kept: kept.append(each) or each, lambda each: each):
+            y = model(np.ones((4, 24), "float32"))
+        sizes = {(tuple(each.shape), each.dtype) for each in kept}
+        assert not any(dtype == torch.float32 and set(shape) == {24, 40} for shape, dtype in sizes)
+        gradients = torch.autograd.grad(y.square().sum(), [v.value for v in model.trainable_variables])
+        found[slow] = [value(y), *map(value, gradients)]
+        assert y.dtype == torch.float32
+    assert difference(found[True], found[False]) < 0.05 * max(np.abs(each).max() for each in found[False])
 
 
 def float32_arrays_made(layer, x, shape):

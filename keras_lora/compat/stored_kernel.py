@@ -64,6 +64,12 @@ class StoredKernel:
         return found
 
     @property
+    def not_stored(self) -> dict[str, Any]:
+        """The attribute for a view of the layer whose kernel is in its original dtype."""
+        others = {name: each for name, each in vars(self.layer).get(_STORED, {}).items() if name != self.kernel_name}
+        return {_STORED: others}
+
+    @property
     def float_dtype(self) -> str:
         """The dtype of the kernel if it is not stored in another."""
         return keras.backend.standardize_dtype(self.kernel_variable.dtype) if self.stored is None else self.stored.dtype
@@ -97,9 +103,8 @@ class StoredKernel:
         if packed:
             for name in self.parts:
                 keras_internals.forget_variable(self.layer, name)
-        others = {name: each for name, each in vars(self.layer).get(_STORED, {}).items() if name != self.kernel_name}
         kept = {} if dtype is None else {self.kernel_name: Stored(dtype, own, shape, trainable, found)}
-        vars(self.layer)[_STORED] = {**others, **kept}
+        vars(self.layer)[_STORED] = {**self.not_stored[_STORED], **kept}
         if dtype == "nf4":
             self._pack(value)
         else:
