@@ -134,8 +134,8 @@ class LinearMap(StoredKernel):
 
     @property
     def stored_kernel(self) -> Any:
-        """What the layer stores as its kernel, float or quantised: a variable."""
-        return getattr(self.plain, self.kernel_attribute)
+        """What the layer stores as its kernel, float or quantised: a variable. `None` in GPTQ and AWQ, which have another."""
+        return getattr(self.plain, self.kernel_attribute, None)
 
     @property
     def kernel_attribute(self) -> str:
