@@ -28,8 +28,7 @@ def following(kernel: Any, kernel_axes: str, matrix_shape: tuple[int, ...]) -> I
     is split. If only another one is, the entries of one device are not next to each other, and the role is not split.
     """
     distribution = _distribution()
-    known = distribution is not None and kernel is not None
-    axes = getattr(distribution.get_variable_layout(kernel), "axes", ()) if known else ()
+    axes = () if distribution is None or kernel is None else getattr(distribution.get_variable_layout(kernel), "axes", ())
     split: dict[str, str | None] = {}
     if len(axes) == len(kernel_axes):  # a packed kernel has other axes
         for role, axis in zip(kernel_axes, axes, strict=True):
