@@ -134,7 +134,7 @@ class LinearMap(StoredKernel):
 
     @property
     def stored_kernel(self) -> Any:
-        """What the layer stores as its kernel, float or quantised: a variable. `None` in GPTQ and AWQ, which have another."""
+        """The variable that stores the kernel, float or quantised; `None` in GPTQ and AWQ, where it has another name."""
         return getattr(self.plain, self.kernel_attribute, None)
 
     @property
