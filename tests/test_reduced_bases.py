@@ -54,7 +54,7 @@ KEPT = {
     (True, "int8", ""): [],
     (False, "int8", "words"): [pytest.mark.full],
     (False, "int4", ""): [],
-    (True, "nf4", "words"): [pytest.mark.every_backend],
+    (True, "nf4", ""): [pytest.mark.every_backend],
 }
 
 
