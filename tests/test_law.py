@@ -294,7 +294,7 @@ HANDFUL = ["dense", "einsum_query", "einsum_experts", "conv2d_grouped", "conv2d_
 HANDFUL += ["reversible_embedding_reverse", "depthwise2d", "lstm_masked", "registered_experts"]
 #: The first case of each class of layers.
 FIRST = list({case.cls: name for name, case in reversed(CASES.items())}.values())
-#: On JAX and TensorFlow `make test` takes every class of layers with LoRA, the oldest methods on the handful, and all on two.
+#: On JAX and TensorFlow `make test` takes every class of layers with LoRA, the oldest methods on six layers, and all on two.
 OLDEST = ("lora", "lora_fa", "dora", "dora_fa", "trainable_tokens")
 COVERED = [(n, m) for n, m in PAIRS if n in HANDFUL[:2] or (n in HANDFUL[:6] and m in OLDEST)]
 COVERED += [(n, m) for n, m in PAIRS if n in HANDFUL[6:] and m in ("lora", "trainable_tokens")]
