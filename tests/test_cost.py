@@ -292,7 +292,7 @@ def test_torch_transforms_an_adapted_layer_as_a_plain_one():
 def test_the_gradient_written_out_is_right_and_so_is_its_own(with_kernel):
     import torch
 
-    from keras_lora.compat import backend
+    from keras_lora import backend
 
     torch.manual_seed(0)
     shapes = [(4, 5), (5, 2), (2, 3), (5, 3) if with_kernel else (4, 3)]

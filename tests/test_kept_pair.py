@@ -88,7 +88,7 @@ def test_a_second_derivative_and_one_without_an_input_gradient(kept):
         pytest.skip("only torch has a written-out gradient")
     import torch
 
-    from keras_lora.compat import backend
+    from keras_lora import backend
 
     rng = np.random.default_rng(0)
 

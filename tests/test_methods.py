@@ -109,7 +109,7 @@ def test_the_kernel_is_that_of_the_paper(method):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", covering(METHODS, [], pytest.mark.nightly, quick=["miss", "ia3", "lokr", "oft"]))
+@pytest.mark.parametrize("method", covering(METHODS, [], pytest.mark.nightly, quick=["miss", "oft"]))
 def test_every_kind_of_layer_files_sums_merging_and_counts(method):
     seen = check_adapter(METHODS[method]())
     embeddings = {"embedding", "tied_embedding"}
