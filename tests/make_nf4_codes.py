@@ -1,7 +1,7 @@
 """Write `tests/nf4_codes.npz`: what bitsandbytes makes of `nf4_weights`, for `tests/test_nf4.py`.
 
-    pip install --target /tmp/bitsandbytes --no-deps bitsandbytes==0.50.2
-    PYTHONPATH=/tmp/bitsandbytes:tests python tests/make_nf4_codes.py
+    pip install --target .cache/bitsandbytes --no-deps bitsandbytes==0.50.2
+    PYTHONPATH=.cache/bitsandbytes:tests python tests/make_nf4_codes.py
 
 It needs PyTorch, and runs on a CPU.
 """
