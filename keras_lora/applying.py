@@ -89,8 +89,8 @@ def apply_lora(
             of blocks (an encoder, a decoder) is counted separately. In a model without repeated blocks, fractions count the
             adaptable layers in their order.
         base_dtype: How to store the kernels of the adapted layers; by default they keep their dtype. The adapters stay
-            float32. `"bfloat16"` takes half the memory of float32. Products are computed in it, or with a float32 copy of one
-            kernel on a CPU without instructions for it. `"nf4"` takes 4.13 bits a parameter
+            float32. `"bfloat16"` takes half the memory of float32. Products are computed in it, or with a float32 copy of
+            one kernel on a CPU without instructions for it. `"nf4"` takes 4.13 bits a parameter
             ([QLoRA](https://arxiv.org/abs/2305.14314)); products are computed in the compute dtype of the layer.
             `remove_lora` and `merge_lora` then restore the float dtype, but the digits that were rounded away are lost.
             `int8` and `int4` (in blocks of 64) quantise the layers with Keras's own modes first; they stay quantised
