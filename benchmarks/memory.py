@@ -49,16 +49,13 @@ ROWS["chunked"] = {**ROWS["parts"], "label": "LoRA, bfloat16, `rematerialize`, 4
 ROWS["nf4"] = {**ROWS["chunked"], "label": "LoRA, nf4, `rematerialize`, 4 parts, `chunk_logits`", "base_dtype": "nf4"}
 
 
-def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
-    """Train as `row` says, in this process, and return its peak."""
+def prepared(row: dict[str, Any], sizes: dict[str, Any]) -> tuple[Any, Any]:
+    """The model of a row and its optimizer."""
     import keras
     import keras_hub
-    import numpy as np
 
     import keras_lora
 
-    imported = peak()
-    sizes = TINY if quick else SMOLLM2
     backbone = keras_hub.models.Llama3Backbone(**sizes)
     model = keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None)
     if "rank" in row:
@@ -66,7 +63,21 @@ def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
     if row.get("remat"):
         keras_lora.rematerialize(model)
     parts = row.get("parts", 1)
-    optimizer = keras.optimizers.Adam(1e-4, gradient_accumulation_steps=parts if parts > 1 else None)
+    return model, keras.optimizers.Adam(1e-4, gradient_accumulation_steps=parts if parts > 1 else None)
+
+
+def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
+    """Train as `row` says, in this process, and return its peak."""
+    import keras
+    import keras_hub  # noqa: F401 - before `imported`: it is no memory of the model
+    import numpy as np
+
+    import keras_lora
+
+    imported = peak()
+    sizes = TINY if quick else SMOLLM2
+    model, optimizer = prepared(row, sizes)
+    parts = row.get("parts", 1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if row.get("chunked"):
         keras_lora.chunk_logits(model)
@@ -91,21 +102,15 @@ def measure(row: dict[str, Any], quick: bool, steps: int) -> dict[str, Any]:
 def planned(row: dict[str, Any], quick: bool) -> dict[str, Any]:
     """What `plan` says of `row`, for a model without weights, and the peak of this process without the imports."""
     import keras
-    import keras_hub
+    import keras_hub  # noqa: F401 - before `imported`: it is no memory of the model
 
     import keras_lora
     from keras_lora.compat.training_internals import unallocated
 
     imported = peak()
     with unallocated():
-        backbone = keras_hub.models.Llama3Backbone(**(TINY if quick else SMOLLM2))
-        model = keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None)
-        if "rank" in row:
-            keras_lora.apply_lora(model, rank=row["rank"], base_dtype=row.get("base_dtype"))
-        if row.get("remat"):
-            keras_lora.rematerialize(model)
-        parts = row.get("parts", 1)
-        optimizer = keras.optimizers.Adam(1e-4, gradient_accumulation_steps=parts if parts > 1 else None)
+        model, optimizer = prepared(row, TINY if quick else SMOLLM2)
+    parts = row.get("parts", 1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     found = keras_lora.plan(model, batch_size=BATCH // parts, sequence_length=TOKENS, optimizer=optimizer, loss=loss)
     return {"planned": found.peak, "planned bytes": found.bytes, "process of the plan": peak() - imported}
