@@ -84,6 +84,16 @@ def test_what_the_browser_measured_is_judged():
     assert "cuts a block of code at 1280" in cut
 
 
+def test_code_fits_its_column():
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    blocks = {page.name: re.findall(r"^```py.*?$(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in pages}
+    assert sum(map(len, blocks.values())) > 60
+    wide = [
+        (name, line) for name, found in blocks.items() for block in found for line in block.splitlines() if len(line) > 85
+    ]
+    assert wide == [], "the site shows 85 columns of code at 1280 pixels"
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(look.browser() is None, reason="there is no browser (apt-get install chromium)")
 def test_no_page_scrolls_sideways_and_no_code_is_cut():
