@@ -5,11 +5,13 @@ import re
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 import yaml
 from conftest import missing
 
 import keras_lora
+from keras_lora import adapters
 from keras_lora.checks import WORDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
@@ -58,6 +60,19 @@ def test_earlier_links_to_the_reference_still_lead_somewhere():
 def test_the_glossary_has_every_word_that_the_errors_translate():
     page = (DOCS / "glossary.md").read_text()
     assert [word for word in WORDS if not re.search(rf"`{word}\b", page)] == []
+
+
+@pytest.mark.parametrize("method", adapters.TABLE)
+def test_the_page_of_the_file_format_has_the_weights_of_every_method(method):
+    page = (DOCS / "adapter_file.md").read_text()
+    [row] = re.findall(rf"^ *\| `{method}` \|.*$", page, re.MULTILINE)
+    tokens = method == "trainable_tokens"
+    layer = keras.layers.Embedding(8, 8) if tokens else keras.layers.Dense(8)
+    layer.build((None,) if tokens else (None, 8))
+    adapter = keras_lora.TrainableTokens([1]) if tokens else method
+    weights = keras_lora.apply_lora(layer, adapter).adapter.saved_weights
+    keys = {"lora_a", "lora_b", *weights} if "the same" in row else set(weights)
+    assert [key for key in keys if f"`{key}" not in row and key not in ("lora_a", "lora_b")] == []
 
 
 def test_the_navigation_lists_every_page_once():
