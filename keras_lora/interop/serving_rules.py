@@ -92,20 +92,24 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
     if reader == "vllm" and type(rank) is int and rank > _MOST_RANK:
         problems.append(f"its rank {rank} is over {_MOST_RANK}, the largest that is served")
     known = DECODER_MODULES if reader == "ollama" else (*DECODER_MODULES, *_EMBEDDINGS)
-    for key, tensor in tensors.items():
+    of_tensors: dict[str, list[str]] = {}
+    for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(
             r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)", key
         )
         if match is None:
             if not key.endswith((".lora_magnitude_vector", ".trainable_tokens_delta", ".bias")):
-                problems.append(f"the tensor '{key}' is no factor, which is refused")
+                of_tensors.setdefault("no factor, which is refused", []).append(key)
             continue
         if tensor.ndim != 2:
-            problems.append(f"the tensor '{key}' is of a convolution, which is refused")
+            of_tensors.setdefault("of a convolution, which is refused", []).append(key)
         if reader != "llama.cpp" and tensor.shape[0 if "_A" in match[2] else -1] != rank:
-            problems.append(f"the tensor '{key}' has not the rank {rank} of the config, which gives the scale")
+            of_tensors.setdefault(f"not of the rank {rank} of the config, which gives the scale", []).append(key)
         if reader == "ollama" and "embedding" in match[2] and not any_model:
-            problems.append(f"the tensor '{key}' is of an embedding, which is left out")
+            of_tensors.setdefault("of an embedding, which is left out", []).append(key)
         elif not any_model and match[1].rpartition(".")[2] not in known:
-            problems.append(f"the module '{match[1]}' is none of those it knows in most models: {', '.join(known)}")
+            of_tensors.setdefault(f"of none of the modules it knows in most models: {', '.join(known)}", []).append(key)
+    for problem, keys in of_tensors.items():
+        which = f"the tensor '{keys[0]}' is" if len(keys) == 1 else f"{len(keys)} tensors, such as '{keys[0]}', are"
+        problems.append(f"{which} {problem}")
     return problems
