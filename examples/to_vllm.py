@@ -49,7 +49,8 @@ def write(folder: Path) -> None:
     prompts = [tokenizer.encode(each).ids for each in PROMPTS]
     expected: dict[str, Any] = {"base": {"generated": generate(smollm2.load_torch(), prompts)}}
     patterns = {"rank_pattern": {"query": 8}, "alpha_pattern": {"value": 40}}
-    for name, options in {"plain": {}, "patterns": patterns}.items():
+    adapters: dict[str, dict[str, Any]] = {"plain": {}, "patterns": patterns}
+    for name, options in adapters.items():
         model = keras_lora.apply_lora(smollm2.load_keras(), rank=4, **options)
         rng = np.random.default_rng(0)
         for variable in model.trainable_variables:

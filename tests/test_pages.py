@@ -19,6 +19,9 @@ import build
 import look
 import reference
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import to_vllm
+
 pytestmark = [pytest.mark.once, pytest.mark.full]
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +100,11 @@ def test_what_the_browser_measured_is_judged():
     assert "scrolls sideways at 400" in scrolls
     [cut] = look.problems_of([{**wide, "cut": ["import keras"]}])
     assert "cuts a block of code at 1280" in cut
+
+
+def test_the_table_of_vllm_is_printed_from_its_results():
+    page = (DOCS / "peft.md").read_text()
+    assert f"<!-- vllm -->\n{to_vllm.table()}\n<!-- /vllm -->" in page, "run `python examples/to_vllm.py page .`"
 
 
 def test_code_fits_its_column():
