@@ -140,9 +140,10 @@ def table() -> str:
 def page(folder: Path) -> None:
     """Write the results into the page."""
     file = ROOT / "docs" / "peft.md"
-    begin, end = "<!-- vllm -->\n", "\n<!-- /vllm -->"
-    head, _, rest = file.read_text(encoding="utf-8").partition(begin)
-    file.write_text(head + begin + table() + end + rest.partition(end)[2], encoding="utf-8")
+    begin, end = "<!-- vllm -->\n", "<!-- /vllm -->\n"
+    head, rest = file.read_text(encoding="utf-8").split(begin)
+    _, tail = rest.split(end)
+    file.write_text(f"{head}{begin}{table()}\n{end}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":
