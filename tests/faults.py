@@ -1084,9 +1084,9 @@ FAULTS = [
     Fault(
         "the serving rules have a line for each tensor",
         "interop/serving_rules.py",
-        "for problem, keys in of_tensors.items():",
-        "for problem, keys in ((problem, [key]) for problem, every in of_tensors.items() for key in every):",
-        "test_peft",
+        "return {reader: grouped(_problems(reader, config, tensors)) for reader in READERS}",
+        "return {reader: _problems(reader, config, tensors) for reader in READERS}",
+        "test_peft_refusals",
     ),
     Fault(
         "a rank that vLLM does not serve is no problem",

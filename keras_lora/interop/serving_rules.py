@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from keras_lora.interop import peft_folder
+from keras_lora.interop.problems import grouped
 
 #: The modules that the decoders in all three programs have, and vLLM's and llama.cpp's embeddings.
 DECODER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -32,7 +33,8 @@ def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
 
     Returns:
         A dict with the keys `"vllm"`, `"llama.cpp"` and `"ollama"`, each with a list of what the program refuses or would
-        read wrongly. The list is empty if it reads the adapter correctly, as far as its rules are known here.
+        read wrongly. The list is empty if it reads the adapter correctly, as far as its rules are known here. Problems that
+        differ only in the name of a tensor are one line.
 
     Raises:
         FileNotFoundError, ValueError: As `keras_lora.interop.from_peft`.
@@ -53,7 +55,7 @@ def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
     peft_folder.read(folder)
     config = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
     tensors = peft_folder.tensors_of(folder / peft_folder.TENSORS)
-    return {reader: _problems(reader, config, tensors) for reader in READERS}
+    return {reader: grouped(_problems(reader, config, tensors)) for reader in READERS}
 
 
 def unread(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> list[str]:
@@ -94,24 +96,20 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
     if reader == "vllm" and type(rank) is int and rank > _MOST_RANK:
         problems.append(f"its rank {rank} is over {_MOST_RANK}, the largest that is served")
     known = DECODER_MODULES if reader == "ollama" else (*DECODER_MODULES, *_EMBEDDINGS)
-    of_tensors: dict[str, list[str]] = {}
     for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(
             r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)", key
         )
         if match is None:
             if not key.endswith((".lora_magnitude_vector", ".trainable_tokens_delta", ".bias")):
-                of_tensors.setdefault("no factor, which is refused", []).append(key)
+                problems.append(f"the tensor '{key}' is no factor, which is refused")
             continue
         if tensor.ndim != 2:
-            of_tensors.setdefault("of a convolution, which is refused", []).append(key)
+            problems.append(f"the tensor '{key}' is of a convolution, which is refused")
         if reader != "llama.cpp" and tensor.shape[0 if "_A" in match[2] else -1] != rank:
-            of_tensors.setdefault(f"not of the rank {rank} of the config, which gives the scale{until}", []).append(key)
+            problems.append(f"the tensor '{key}' has not the rank {rank} of the config, which gives the scale{until}")
         if reader == "ollama" and "embedding" in match[2] and not any_model:
-            of_tensors.setdefault("of an embedding, which is left out", []).append(key)
+            problems.append(f"the tensor '{key}' is of an embedding, which is left out")
         elif not any_model and match[1].rpartition(".")[2] not in known:
-            of_tensors.setdefault(f"of none of the modules it knows in most models: {', '.join(known)}", []).append(key)
-    for problem, keys in of_tensors.items():
-        which = f"the tensor '{keys[0]}' is" if len(keys) == 1 else f"{len(keys)} tensors, such as '{keys[0]}', are"
-        problems.append(f"{which} {problem}")
+            problems.append(f"the module '{match[1]}' is none of those it knows in most models: {', '.join(known)}")
     return problems
