@@ -158,20 +158,23 @@ def test_a_regularizer_of_the_frozen_kernel_adds_nothing_to_the_loss():
 
 
 @pytest.mark.torch_first
-@pytest.mark.full
+@pytest.mark.nightly
 def test_the_first_step_lowers_the_loss_alike_for_every_rank():
     """So one learning rate serves every rank: the scale `alpha / rank` is there for that (docs/rates.md)."""
     rng, falls = np.random.default_rng(0), {}
-    model = keras.Sequential([keras.Input((64,)), layers.Dense(48, activation="tanh"), layers.Dense(32)])
-    x, y = rng.normal(size=(32, 64)).astype("float32"), rng.normal(size=(32, 32)).astype("float32")
-    loss = lambda: float(np.mean((outputs(model, x)[0] - y) ** 2))  # noqa: E731
+    model = keras.Sequential([keras.Input((128,)), layers.Dense(96, activation="tanh"), layers.Dense(64)])
+    x, y = rng.normal(size=(64, 128)).astype("float32"), rng.normal(size=(64, 64)).astype("float32")
+
+    def loss():
+        return float(np.mean((outputs(model, x)[0] - y) ** 2))
+
     before = loss()
-    for rank in (1, 4, 32):
+    for rank, seeds in {1: 64, 8: 32, 64: 8}.items():  # the fewer terms, the more a start differs from others
         found = []
-        for seed in range(16 if rank == 1 else 4):
+        for seed in range(seeds):
             keras.utils.set_random_seed(seed)
             keras_lora.apply_lora(model, rank=rank, head=None)
-            model.compile(keras.optimizers.Adam(1e-4), "mse")
+            model.compile(keras.optimizers.Adam(3e-5), "mse")
             model.train_on_batch(x, y)
             found.append(before - loss())
             keras_lora.remove_lora(model)
