@@ -273,9 +273,7 @@ class LinearMap(StoredKernel):
             y: The base output.
         """
         if self.is_matmul:
-            batch = ops.shape(index)[0]
-            rows, total = ops.reshape(x, (batch, -1, a.shape[-1])), ops.reshape(y, (batch, -1, b.shape[-1]))
-            return ops.reshape(backend.per_example_sum(rows, a, b, index, strength, total), ops.shape(y))
+            return backend.per_example_sum(x, a, b, index, strength, y)
         a, b = (ops.cast(ops.take(stacked, index, axis=0), y.dtype) for stacked in (ops.swapaxes(a, -1, -2), b))
         change = backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
         return ops.add(y, ops.multiply(ops.cast(strength, y.dtype), ops.reshape(change, ops.shape(y))))

@@ -24,33 +24,42 @@ def per_example_sum(x: Any, a: Any, b: Any, index: Any, strength: Any, y: Any) -
     `benchmarks/one_row.py`.
 
     Args:
-        x: `(batch, rows, in)`.
+        x: `(batch, ..., in)`, or with `in` as several axes.
         a, b: Stacked factors, `(places, rank, in)` and `(places, rank, out)`, in their stored dtype.
         index: `(batch,)` integers.
         strength: A scalar tensor.
-        y: `(batch, rows, out)`. Its dtype is that of the products.
+        y: The rows of `out` numbers of each example, in any shape. Its dtype is that of the products.
     """
-    x, a, b = ops.cast(x, y.dtype), ops.convert_to_tensor(a), ops.convert_to_tensor(b)
-    index, strength = ops.convert_to_tensor(index), ops.cast(strength, y.dtype)
     if keras.backend.backend() == "torch":
-        import torch
+        factors = (each.value if isinstance(each, keras.Variable) else each for each in (a, b, strength))
+        return _torch_sum(x, *factors, index, y)
+    a, b, dtype = ops.convert_to_tensor(a), ops.convert_to_tensor(b), y.dtype
+    index, strength = ops.convert_to_tensor(index), ops.cast(strength, dtype)
+    rows = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-1]))
+    total = ops.reshape(y, (ops.shape(index)[0], -1, b.shape[-1]))
+    one_row = rows.shape[1] == 1 and not has_symbolic_sizes(x) and _is_xla_on_cpu()
+    h = _looped(rows, a, index) if one_row else ops.matmul(rows, ops.swapaxes(_taken(a, index, dtype), 1, 2))
+    h, b = ops.multiply(strength, h), _taken(b, index, dtype)
+    if one_row and b.shape[1] <= MOST_TERMS:
+        for term in range(b.shape[1]):
+            total = ops.add(total, ops.multiply(h[:, :, term : term + 1], b[:, term : term + 1]))
+    else:
+        total = ops.add(total, ops.matmul(h, b))
+    return ops.reshape(total, ops.shape(y))
 
-        h = torch.bmm(x, _taken(a, index, y.dtype).transpose(1, 2)) * strength
-        add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
-        return add(y, h, _taken(b, index, y.dtype))
-    one_row = x.shape[1] == 1 and not has_symbolic_sizes(x) and _is_xla_on_cpu()
-    h = _looped(x, a, index) if one_row else ops.matmul(x, ops.swapaxes(_taken(a, index, y.dtype), 1, 2))
-    h, b = ops.multiply(strength, h), _taken(b, index, y.dtype)
-    if not one_row or b.shape[1] > MOST_TERMS:
-        return ops.add(y, ops.matmul(h, b))
-    for term in range(b.shape[1]):
-        y = ops.add(y, ops.multiply(h[:, :, term : term + 1], b[:, term : term + 1]))
-    return y
+
+def _torch_sum(x: Any, a: Any, b: Any, strength: Any, index: Any, y: Any) -> Any:
+    """With torch's own operations: around products of one row, those of Keras take as long as the products."""
+    import torch
+
+    dtype, index = y.dtype, torch.as_tensor(index, device=a.device)
+    rows, total = x.to(dtype).reshape(len(index), -1, a.shape[-1]), y.reshape(len(index), -1, b.shape[-1])
+    h = torch.bmm(rows, a.index_select(0, index).to(dtype).transpose(1, 2)) * strength
+    add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+    return add(total, h, b.index_select(0, index).to(dtype)).reshape(y.shape)
 
 
 def _taken(stacked: Any, index: Any, dtype: Any) -> Any:
-    if keras.backend.backend() == "torch":  # Keras's `take` looks for negative indices first
-        return ops.cast(stacked.index_select(0, index), dtype)
     return ops.cast(ops.take(stacked, index, axis=0), dtype)
 
 

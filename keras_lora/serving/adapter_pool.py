@@ -226,7 +226,9 @@ class AdapterPool:
             The input `"adapter_index"` of the model.
         """
         names = list(dict.fromkeys(name for name in adapters if name is not None))
-        read = {name: self.read(name) for name in names if not self.is_current(name)} if read is None else read
+        if read is None:
+            self._need_places(names)
+            read = {name: self.read(name) for name in names if not self.is_current(name)}
         with self._running:
             self._place(names, read)
             yield self.model.index_of(adapters)
@@ -256,14 +258,17 @@ class AdapterPool:
         with self._table:
             return len({name for name in names if name is not None} | self._pinned) <= self.capacity
 
-    def _place(self, names: list[str], read: Mapping[str, ReadAdapter]) -> None:
-        """Bring adapters into places. Whatever can fail with a file comes before the first change."""
+    def _need_places(self, names: list[str]) -> None:
         if not self.fits(names):
             raise ValueError(
                 f"A batch needs places for {len(names)} adapters, and '{self.model.name}' has {self.capacity}, of which "
                 f"{len(self.pinned)} are pinned. Use fewer different adapters in a batch, `unpin` some, or build the model "
                 "with a larger `capacity`."
             )
+
+    def _place(self, names: list[str], read: Mapping[str, ReadAdapter]) -> None:
+        """Bring adapters into places. Whatever can fail with a file comes before the first change."""
+        self._need_places(names)
         wanted = {}
         for name in names:
             if not self.is_current(name):
