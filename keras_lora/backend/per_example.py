@@ -111,8 +111,11 @@ def write_place(variables: Sequence[keras.Variable], place: int, rows: Sequence[
 
             with torch.no_grad():
                 value.data[place].copy_(torch.from_numpy(np.ascontiguousarray(row, "float32")))
-        elif hasattr(value, "scatter_nd_update") and not hasattr(value, "values"):  # not split by a `tf.distribute` strategy
-            value.scatter_nd_update([[place]], [row.astype("float32")])
+        elif hasattr(value, "handle") and not hasattr(value, "values"):  # a variable without a `tf.distribute` strategy
+            import tensorflow as tf
+
+            updates = np.ascontiguousarray(row, "float32")[None]
+            tf.raw_ops.ResourceScatterUpdate(resource=value.handle, indices=np.array([place]), updates=updates)
         else:
             start = [place, *(0,) * row.ndim]
             variable.assign(ops.slice_update(ops.convert_to_tensor(variable), start, row[None].astype("float32")))
