@@ -64,11 +64,15 @@ def measure(requests: int = 20, width: int = WIDTH, adapters: int = ADAPTERS, cl
         for traffic, weight in weights.items():
             asked = rng.choice(adapters, (clients, requests), p=weight / weight.sum())
             loads = Counted(model)
-            with keras_lora.AdapterServer(pool, batch_sizes=BATCH_SIZES) as server:
+            sizes: list[int] = []
+
+            def run(batch: Any, names: Any, sizes: list[int] = sizes) -> Any:
+                sizes.append(len(names))
+                return pool.predict_on_batch(batch, names)
+
+            with keras_lora.AdapterServer(pool, run=run, batch_sizes=BATCH_SIZES) as server:
                 server.warm_up(x[0])
-                sizes: list[int] = []
-                answer = server._answer
-                server._answer = lambda batch, names, run=answer, sizes=sizes: (sizes.append(len(names)), run(batch, names))[1]
+                sizes.clear()
                 loads.number = 0
                 results[f"{traffic}, server"] = found = load(lambda n, name: server.predict(x[n], name), asked, error)
                 found |= {"loads": loads.number, "batches": len(sizes)}

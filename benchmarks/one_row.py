@@ -1,9 +1,9 @@
 """What one row per request costs with 64 adapters, part by part: the part `one row` of `served.py`.
 
 64 examples of one row, each with another adapter of rank 8, through four Dense layers of 1024 units. All variants take turns
-of four calls in one process on one core, each as Keras compiles `predict`. The factors of 64 adapters are as many bytes as the kernel, and
-the kernel serves 64 rows where a factor serves one. "every factor read once" is the base and a sum over all factors: nothing
-that uses them all can take less.
+of four calls in one process on one core, each as Keras compiles `predict`. The factors of 64 adapters are as many bytes as
+the kernel, and the kernel serves 64 rows where a factor serves one. "every factor read once" is the base and a sum over all
+factors: nothing that uses them all can take less.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def measure(seconds: float = SECONDS, width: int = WIDTH) -> dict[str, Any]:
         return called
 
     x = np.random.default_rng(1).normal(size=(EXAMPLES, 1, width)).astype("float32")
-    calls = {"base": functools.partial(stack().predict_on_batch, x)}
+    calls: dict[str, Callable[[], Any]] = {"base": functools.partial(stack().predict_on_batch, x)}
     calls |= {name: call(way) for name, way in variants().items()}
     same = [calls[name]() for name in ("no gather", "gather and two products", "keras_lora")]
     assert max(np.abs(each - same[0]).max() for each in same) < 1e-4 * np.abs(same[0]).max()

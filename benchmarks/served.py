@@ -1,8 +1,9 @@
 """What serving many adapters costs: one row per request, a load test, and text of a language model.
 
-    python benchmarks/served.py run PART [BACKEND ...]    # "one row", "load", "tiny" or "SmolLM2"; adds to results/served.json
-    python benchmarks/served.py page                      # writes the tables in docs/serving.md from that file
+    python benchmarks/served.py run PART [BACKEND ...]  # measures, and adds to results/served.json
+    python benchmarks/served.py page                    # writes the tables in docs/serving.md from that file
 
+A part is "one row", "load", "tiny" or "SmolLM2".
 `one_row.py`, `load_test.py` and `generation.py` say what is measured.
 """
 

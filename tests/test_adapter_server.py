@@ -109,9 +109,9 @@ def test_what_is_wrong_with_a_file_is_an_error_of_its_requests_alone(tmp_path):
         check(pool, files, ["0", "1", "2"])
     with pytest.raises(ValueError, match=r"no adapter 'lrge', or it was removed.*such as \['large'\]"):
         pool.predict_on_batch(rows(1), ["lrge"])
-    with pytest.raises(ValueError, match="needs places for 4 adapters, and .* has 3, of which 0 are pinned"):
+    with pytest.raises(ValueError, match=r"needs places for 4 adapters, and .* has 3, of which 0 are pinned"):
         pool.predict_on_batch(rows(4), ["0", "1", "2", "large"])
-    with pytest.raises(FileNotFoundError, match="The file of adapter 'x', .* cannot be found"):
+    with pytest.raises(FileNotFoundError, match=r"The file of adapter 'x', .* cannot be found"):
         pool.register("x", tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="rank 3"):
         pool.register("0", files.path("large"), pinned=True)
@@ -357,7 +357,7 @@ def test_examples_and_batches():
 def test_what_a_pool_and_a_server_do_not_take(tmp_path):
     files = Files(tmp_path, 1)
     pool = pool_of(files)
-    with pytest.raises(ValueError, match="A pool serves a `keras_lora.MultiAdapterModel`. Received: Sequential"):
+    with pytest.raises(ValueError, match=r"A pool serves a `keras_lora\.MultiAdapterModel`. Received: Sequential"):
         keras_lora.AdapterPool(base())
     loaded = keras_lora.MultiAdapterModel(base(), capacity=1, rank=2, head=None)
     loaded.load(files.path("0"), "x")
@@ -376,5 +376,5 @@ def test_what_a_pool_and_a_server_do_not_take(tmp_path):
     }.values():
         with pytest.raises(ValueError, match=message):
             keras_lora.AdapterServer(pool, **arguments)
-    with pytest.raises(ValueError, match="A server needs a `keras_lora.AdapterPool`"):
+    with pytest.raises(ValueError, match=r"A server needs a `keras_lora\.AdapterPool`"):
         keras_lora.AdapterServer(loaded)

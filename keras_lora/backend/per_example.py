@@ -31,8 +31,8 @@ def per_example_sum(x: Any, a: Any, b: Any, index: Any, strength: Any, y: Any) -
         y: The rows of `out` numbers of each example, in any shape. Its dtype is that of the products.
     """
     if keras.backend.backend() == "torch":
-        factors = (each.value if isinstance(each, keras.Variable) else each for each in (a, b, strength))
-        return _torch_sum(x, *factors, index, y)
+        a, b, strength = (each.value if isinstance(each, keras.Variable) else each for each in (a, b, strength))
+        return _torch_sum(x, a, b, strength, index, y)
     a, b, dtype = ops.convert_to_tensor(a), ops.convert_to_tensor(b), y.dtype
     index, strength = ops.convert_to_tensor(index), ops.cast(strength, dtype)
     rows = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-1]))

@@ -279,9 +279,7 @@ class AdapterState:
 
     # Problems.
 
-    def misfits(
-        self, model: Any, own: dict[str, Adapter], partly: bool = False, view: ModelView | None = None
-    ) -> list[str]:
+    def misfits(self, model: Any, own: dict[str, Adapter], partly: bool = False, view: ModelView | None = None) -> list[str]:
         """The problems with loading into the adapters `own`, or, if there are none, into a model without that adapter.
 
         With `partly` the file need not have everything that the model has. A `view` saves the time to make one.

@@ -127,13 +127,16 @@ class AdapterPool:
     def register(self, name: str, path: str | os.PathLike[str], *, pinned: bool = False) -> None:
         """Add an adapter file under a name, or give a name another file. It is read when a request needs it.
 
+        A name that is pinned stays so.
+
         Args:
             name: The name that requests use.
             path: As for `keras_lora.MultiAdapterModel.load`. A file on the Hub is downloaded now.
             pinned: Whether to `pin` it.
 
         Raises:
-            ValueError: The path is not that of an adapter file, or `pinned` and the file does not fit. The pool is as it was.
+            ValueError: The path is not that of an adapter file, or the file of a pinned adapter does not fit. Nothing is
+                changed then.
             FileNotFoundError: There is no such file.
         """
         file = huggingface.adapter_file(path) if huggingface.is_address(path) else tensor_file.checked_path(path)
