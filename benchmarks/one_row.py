@@ -16,8 +16,9 @@ from typing import Any
 import measuring
 
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
-WIDTH, EXAMPLES, RANK, LAYERS, SECONDS = 1024, 64, 8, 4, 12.0
+WIDTH, EXAMPLES, RANK, LAYERS, SECONDS = 1024, 64, 8, 4, 60.0
 ROWS = {
+    "nothing": "places, and nothing computed with them",
     "factors read": "base, and every factor read once",
     "A alone": "gather and product, A alone",
     "B alone": "gather and product, B alone",
@@ -62,6 +63,7 @@ def variants() -> dict[str, Callable[..., Any]]:
         return ops.add(y, ops.multiply(strength, ops.matmul(with_a(x, gathered(a, index)), gathered(b, index))))
 
     return {
+        "nothing": lambda x, a, b, index, strength, y: y,
         "factors read": read,
         "A alone": a_alone,
         "B alone": b_alone,
