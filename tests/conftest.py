@@ -19,6 +19,7 @@ import gc
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -95,10 +96,20 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item, why in zip(items, whys, strict=True) if not why]
 
 
+_frozen = 0
+
+
+def _freeze_imports() -> None:
+    """Keep what was imported out of garbage collection: Keras collects at each deletion, which takes 0.7 s otherwise."""
+    global _frozen
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
+
+
 def pytest_collection_finish(session):
-    """Keep what was imported out of garbage collection: Keras collects at each deletion, which takes 0.4 s otherwise."""
-    gc.collect()
-    gc.freeze()
+    _freeze_imports()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -134,6 +145,8 @@ def pytest_runtest_protocol(item, nextitem):
         times = _times[item.path.name]
         times[0] += _cpu_seconds() - before
         times[1] += 1
+        if nextitem is None or nextitem.path != item.path:  # no test's model is alive here
+            _freeze_imports()
 
 
 def pytest_sessionfinish(session):
