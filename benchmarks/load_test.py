@@ -83,8 +83,13 @@ def measure(requests: int = 20, width: int = WIDTH, adapters: int = ADAPTERS, cl
             results[f"{traffic}, one at a time"] = load(one, few, error)
             results[f"{traffic}, one at a time"] |= {"loads": loads.number, "batches": few.size}
             loads.stop()
-    assert max(each["error"] for each in results.values()) < 1e-4
+    check(results)
     return results
+
+
+def check(results: dict[str, Any]) -> None:
+    """Whether every answer was that of its adapter alone, up to the rounding of float32."""
+    assert all(each["error"] < 1e-4 for each in results.values()), results
 
 
 class Counted:

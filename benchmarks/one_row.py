@@ -41,7 +41,7 @@ def variants() -> dict[str, Callable[..., Any]]:
         return ops.take(a, index, axis=0)
 
     def with_a(x: Any, a: Any) -> Any:
-        return ops.matmul(x, ops.swapaxes(a, 1, 2))
+        return ops.einsum("nti,nri->ntr", x, a)
 
     def read(x: Any, a: Any, b: Any, index: Any, strength: Any, y: Any) -> Any:
         for each in (a, b):  # XLA adds in vectors only if lanes remain

@@ -38,7 +38,7 @@ def per_example_sum(x: Any, a: Any, b: Any, index: Any, strength: Any, y: Any) -
     rows = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-1]))
     total = ops.reshape(y, (ops.shape(index)[0], -1, b.shape[-1]))
     one_row = rows.shape[1] == 1 and not has_symbolic_sizes(x) and _is_xla_on_cpu()
-    h = _looped(rows, a, index) if one_row else ops.matmul(rows, ops.swapaxes(_taken(a, index, dtype), 1, 2))
+    h = _looped(rows, a, index) if one_row else _times_transposed(rows, _taken(a, index, dtype))
     h, b = ops.multiply(strength, h), _taken(b, index, dtype)
     if one_row and b.shape[1] <= MOST_TERMS:
         for term in range(b.shape[1]):
@@ -61,6 +61,14 @@ def _torch_sum(x: Any, a: Any, b: Any, strength: Any, index: Any, y: Any) -> Any
 
 def _taken(stacked: Any, index: Any, dtype: Any) -> Any:
     return ops.cast(ops.take(stacked, index, axis=0), dtype)
+
+
+def _times_transposed(x: Any, a: Any) -> Any:
+    if keras.backend.backend() == "tensorflow":  # outside of XLA, a transposition is a copy there
+        import tensorflow as tf
+
+        return tf.matmul(x, a, transpose_b=True)
+    return ops.matmul(x, ops.swapaxes(a, 1, 2))
 
 
 def _looped(x: Any, a: Any, index: Any) -> Any:
