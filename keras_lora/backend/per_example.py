@@ -38,8 +38,9 @@ def per_example_sum(x: Any, a: Any, b: Any, index: Any, strength: Any, y: Any) -
     rows = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-1]))
     total = ops.reshape(y, (ops.shape(index)[0], -1, b.shape[-1]))
     one_row = rows.shape[1] == 1 and not has_symbolic_sizes(x) and _is_xla_on_cpu()
+    index = _after(total, index)
     h = _looped(rows, a, index) if one_row else _times_transposed(rows, _taken(a, index, dtype))
-    h, b = ops.multiply(strength, h), _taken(b, index, dtype)
+    h, b = ops.multiply(strength, h), _taken(b, _after(h, index), dtype)
     if one_row and b.shape[1] <= MOST_TERMS:
         for term in range(b.shape[1]):
             total = ops.add(total, ops.multiply(h[:, :, term : term + 1], b[:, term : term + 1]))
@@ -61,6 +62,16 @@ def _torch_sum(x: Any, a: Any, b: Any, strength: Any, index: Any, y: Any) -> Any
 
 def _taken(stacked: Any, index: Any, dtype: Any) -> Any:
     return ops.cast(ops.take(stacked, index, axis=0), dtype)
+
+
+def _after(tensor: Any, index: Any) -> Any:
+    """`index`, once `tensor` is known: otherwise TensorFlow gathers the factors of all layers first, and keeps them."""
+    if keras.backend.backend() != "tensorflow":
+        return index
+    import tensorflow as tf
+
+    with tf.control_dependencies([tensor]):
+        return tf.identity(index)
 
 
 def _times_transposed(x: Any, a: Any) -> Any:
