@@ -47,6 +47,7 @@ NEEDS = {
     "test_hostile_files.py": ("huggingface_hub", "keras_hub"),
     "test_huggingface.py": ("huggingface_hub", "keras_hub"),
     "test_migration.py": ("keras_hub",),
+    "test_nf4.py": ("keras_hub",),
     "test_pages.py": ("yaml",),
     "test_peft.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_experts.py": ("keras_hub", "peft", "torch", "transformers"),
@@ -54,7 +55,9 @@ NEEDS = {
     "test_peft_page.py": ("keras_hub", "peft", "torch", "transformers"),
     "test_peft_refusals.py": ("keras_hub",),
     "test_real_files.py": ("pip", "scipy"),
+    "test_reduced_bases.py": ("keras_hub",),
     "test_release.py": ("hatchling",),
+    "test_site.py": ("yaml",),
     "test_tutorials.py": ("jupytext",),
 }
 NOT_COLLECTED = {name: packages for name, needed in NEEDS.items() if (packages := missing(*needed))}
