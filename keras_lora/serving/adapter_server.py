@@ -70,8 +70,10 @@ class AdapterServer:
     ...     with concurrent.futures.ThreadPoolExecutor(8) as clients:
     ...         ask = lambda name: server.predict(np.ones(16, "float32"), name)
     ...         answers = list(clients.map(ask, ["french", None] * 10))
-    >>> len(answers), answers[0].shape
-    (20, (2,))
+    >>> len(answers)
+    20
+    >>> answers[0].shape
+    (2,)
     """
 
     def __init__(
