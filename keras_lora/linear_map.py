@@ -197,6 +197,15 @@ class LinearMap(StoredKernel):
             matrix = ops.cast(matrix, "float32")
         return self.as_kernel(ops.add(matrix, ops.cast(adapter.change(matrix), matrix.dtype)))
 
+    @property
+    def precise(self) -> LinearMap:
+        """This map, but with a kernel that is stored in fewer digits read in float32, whatever the compute dtype."""
+        if quantization.mode_of(self.layer) is None and self.base_dtype != "nf4":
+            return self
+        layer = view_of(self.layer, type(self.layer), **quantization.in_float32(self.layer))
+        found: LinearMap = view_of(self, type(self), layer=layer)
+        return found
+
     # The layer's sum.
 
     def base_output(self, x: Any) -> Any:

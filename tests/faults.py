@@ -785,6 +785,27 @@ FAULTS = [
         "test_reduced_bases",
     ),
     Fault(
+        "a kernel that stays quantised loses its blocks when it is quantised again",
+        "compat/quantization.py",
+        "    copy.quantize(mode_of(layer), config=how)\n",
+        "    copy.quantize(mode_of(layer))\n",
+        "test_requantized_merge",
+    ),
+    Fault(
+        "what a merge lost is measured from the kernel before it",
+        "merging.py",
+        "_distance(wanted, _float_kernel(linear)) / size if size else 0.0",
+        "_distance(wanted, before) / size if size else 0.0",
+        "test_requantized_merge",
+    ),
+    Fault(
+        "a merged model forgets at its second save how its kernels are stored",
+        "swap/adapted.py",
+        '    if description.get("tells_stored"):\n        _when_built(owner, tell_stored, owner)\n',
+        "",
+        "test_requantized_merge",
+    ),
+    Fault(
         "the packed rows of an int4 way back are read as they are",
         "compat/quantization.py",
         '    if mode == "int4" and name == "reverse_embeddings":\n',

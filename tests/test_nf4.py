@@ -48,6 +48,16 @@ def test_codes_are_those_of_bitsandbytes(shape):
     assert np.array_equal(value(nf4.rows(packed, shape, ops.convert_to_tensor(index))), found[index])
 
 
+@pytest.mark.every_backend
+def test_rows_of_as_many_ids_as_there_are_bytes_in_a_row():
+    """Keras on TensorFlow would take the vector of places in a row for a bias of the axis of ids."""
+    rng = np.random.default_rng(0)
+    codes, absmax = (rng.integers(0, 256, size).astype("uint8") for size in (240, 8))
+    scale, mean = np.full(1, 0.5, "float32"), np.float32(0.1)
+    found = nf4.rows(nf4.Packed(*map(ops.convert_to_tensor, (codes, absmax, scale, mean))), (40, 12), TOKENS)
+    assert np.allclose(value(found), dequantized(codes, absmax, scale, mean, 480).reshape(40, 12)[TOKENS], atol=1e-6)
+
+
 def test_the_error_and_the_size_are_those_of_the_paper():
     weights = np.random.default_rng(0).normal(size=(512, 512)).astype("float32")
     packed = nf4.quantize(ops.convert_to_tensor(weights))

@@ -49,6 +49,13 @@ def with_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
     return {"_dtype_policy": policy}
 
 
+def policy_from_float32(policy: keras.DTypePolicy) -> keras.DTypePolicy:
+    """Return a policy with the same quantisation in float32 (Keras tells them apart by their names)."""
+    mode, quantized, _ = policy.name.partition("_from_")
+    found: keras.DTypePolicy = keras.dtype_policies.get(f"{mode}_from_float32" if quantized else "float32")
+    return found
+
+
 def int4_block_size(layer: keras.layers.Layer) -> int | None:
     """Return the rows per group of an int4 layer; `None` or -1 if there is one scale per column (not public in Keras)."""
     return getattr(layer, "_int4_block_size", None)
@@ -326,6 +333,13 @@ def is_called_in_reverse(layer: keras.layers.Layer) -> bool:
 def graph_of(layer: keras.layers.Layer) -> keras.Model | None:
     """Return the functional model that a `Sequential` runs (Keras hides it)."""
     return getattr(layer, "_functional", None)
+
+
+def rebuilds_each_layer(layer: keras.layers.Layer) -> bool:
+    """Whether the config of `layer` has those of its layers: a `Sequential` or functional model (whose class is private)."""
+    from keras.src.models.functional import Functional
+
+    return getattr(layer, "base_class", type(layer)) in (Functional, keras.Sequential)
 
 
 def is_in_other_graphs(model: keras.layers.Layer) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.dtype_policies import DTypePolicyMap
 
 from keras_lora.compat import keras_internals
 
@@ -28,6 +29,35 @@ def quantize(layer: keras.layers.Layer, mode: str) -> None:
 def quantizes_way_back(layer: keras.layers.Layer) -> bool:
     """Whether a layer is an embedding whose quantised table also gives the logits."""
     return isinstance(layer, keras.layers.ReversibleEmbedding) and mode_of(layer) is not None
+
+
+def in_float32(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The attribute for a view of a layer that computes in float32, quantised or not."""
+    policy = layer.dtype_policy[layer.path] if isinstance(layer.dtype_policy, DTypePolicyMap) else layer.dtype_policy
+    return keras_internals.with_policy(keras_internals.policy_from_float32(policy))
+
+
+def variables_of(layer: keras.layers.Layer, name: str) -> list[keras.Variable]:
+    """The variables that store the kernel `name` of a quantised layer."""
+    names = [keras_internals.stored_under(layer, name), f"{name}_scale", f"{name}_zero"]
+    return [variable for each in names if isinstance(variable := getattr(layer, each, None), keras.Variable)]
+
+
+def store(layer: keras.layers.Layer, name: str, kernel: Any) -> None:
+    """Quantise a float kernel as Keras has quantised that of `layer`, and store it in the same variables.
+
+    Keras quantises a whole layer, so it quantises a copy that has this kernel.
+    """
+    config = {**layer.get_config(), "dtype": "float32", "quantization_config": None}
+    copy = type(layer).from_config({key: "zeros" if key.endswith("_initializer") else each for key, each in config.items()})
+    copy.build_from_config(layer.get_build_config() or {"input_shape": None})
+    getattr(copy, keras_internals.stored_under(layer, name)).assign(kernel)
+    how = layer.quantization_config
+    if mode_of(layer) == "int4" and how is None:  # a loaded layer may know its blocks from its dtype policy alone
+        how = keras.quantizers.Int4QuantizationConfig(block_size=keras_internals.int4_block_size(layer) or -1)
+    copy.quantize(mode_of(layer), config=how)
+    for variable, value in zip(variables_of(layer, name), variables_of(copy, name), strict=True):
+        variable.assign(value)
 
 
 def float_kernel(layer: keras.layers.Layer, name: str) -> Any:
@@ -88,6 +118,6 @@ def quantize_again(layer: keras.layers.Layer, description: dict[str, Any]) -> No
         inputs = keras.saving.deserialize_keras_object(description["inputs"])
         if not isinstance(inputs, keras.quantizers.Quantizer | None):
             raise ValueError(f"The quantiser of the inputs of '{layer.name}' in this file is none: {description['inputs']}.")
-        if isinstance(policy := layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+        if isinstance(policy := layer.dtype_policy, DTypePolicyMap):
             vars(layer).update(keras_internals.with_policy(policy[layer.path]))
         layer.quantization_config, layer.inputs_quantizer = config, inputs

@@ -31,6 +31,8 @@ KEY = "keras_lora"
 _VERSION = 2
 #: Set on a container once it is known to rebuild from its config.
 _REBUILDS = "_keras_lora_rebuilds"
+#: Set on a container that stays one without adapters, because only its config tells how kernels in it are stored.
+_TELLS_STORED = "_keras_lora_tells_stored"
 
 
 class AdaptedContainer:
@@ -240,10 +242,8 @@ def set_adapter(
 def set_containers(model: keras.layers.Layer) -> None:
     """Make an adapted container of every layer with a mark and sublayers, and change layers with a quantised way back."""
     for layer in by_address(model).values():
-        plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
-        if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
-            cls: Any = type(layer)
-            _become(layer, container_class(cls))
+        if flags.MARK in vars(layer):
+            _become_container(layer)
         use_frozen_product(layer)
 
 
@@ -254,6 +254,27 @@ def use_frozen_product(layer: keras.layers.Layer) -> None:
     """
     if quantization.quantizes_way_back(layer) and maps_of(layer):
         _become_adapted(layer)
+
+
+def tell_stored(model: keras.layers.Layer) -> None:
+    """Let the files of a model without adapters tell how kernels are stored, where those of Keras would not.
+
+    Keras does not know NF4. It rebuilds the layers inside a MultiHeadAttention or a model of KerasHub without what was
+    quantised, or with other quantisers. Such containers become, or stay, adapted containers.
+    """
+    for layer in by_address(model).values():
+        if not isinstance(layer, AdaptedLayer) and _needs_telling(layer):
+            _become_container(layer)
+            vars(layer)[_TELLS_STORED] = True
+
+
+def _needs_telling(layer: keras.layers.Layer) -> bool:
+    return any(
+        linear.stored
+        or (quantization.mode_of(place.layer) and not keras_internals.rebuilds_each_layer(place.holder or layer))
+        for place in walk(layer)
+        for linear in maps_of(place.layer)
+    )
 
 
 def store_reduced(linear: LinearMap, word: str) -> None:
@@ -270,8 +291,9 @@ def set_plain(layer: Any) -> None:
                 slots.take(linear, adapter)
     if isinstance(layer, AdaptedContainer):
         vars(layer).pop(_REBUILDS, None)
-        if isinstance(layer, AdaptedLayer) and any(linear.stored for linear in maps_of(layer)):
-            return  # it was built so, and needs the class
+        if any(linear.stored for linear in maps_of(layer)) or (vars(layer).get(_TELLS_STORED) and _needs_telling(layer)):
+            return  # it needs the class to read its kernels, or to save how those in it are stored
+        vars(layer).pop(_TELLS_STORED, None)
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
@@ -312,6 +334,11 @@ def _become_adapted(layer: Any) -> None:
         keras_internals.forget_call_signature(layer)
 
 
+def _become_container(layer: Any) -> None:
+    if not isinstance(layer, (AdaptedContainer, adapters.Adapter)) and keras_internals.sublayers(layer):
+        _become(layer, container_class(type(layer)))
+
+
 def _become(layer: keras.layers.Layer, cls: Any) -> None:
     """Change the class of `layer`. No other code in this package assigns to `__class__`."""
     layer.__class__ = cls
@@ -330,6 +357,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "base_dtypes": {},
         "quantized": {},
         "training": flags.marks_of(owner),
+        "tells_stored": bool(vars(owner).get(_TELLS_STORED)),
         "beside": beside.describe(owner),
         "fixed_statistics": beside.describe_fixed(owner),
     }
@@ -380,9 +408,11 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             statistics = name not in description.get("fixed_statistics", {}).get(address, [])
             _when_built(layers[address], beside.start, layers[address], name, trains, statistics)
     for layer in layers.values():
-        if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
+        if isinstance(layer, AdaptedLayer) and description["adapters"] and not description["training"]:  # saved unbuilt
             _when_built(layer, layer._freeze_base)
     set_containers(owner)
+    if description.get("tells_stored"):
+        _when_built(owner, tell_stored, owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
 
 
