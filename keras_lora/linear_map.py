@@ -215,7 +215,7 @@ class LinearMap(StoredKernel):
         training step keeps no float kernel. Where the layer rounds `x`, as in int8, the gradient passes as if it did not.
         """
         known = type(self).transposed is not LinearMap.transposed
-        quantized = known and quantization.mode_of(self.layer) is not None
+        quantized = known and quantization.mode_of(self.layer) is not None and not quantization.waits(self.layer)
         x = ops.convert_to_tensor(x)  # `layer.call` may be given NumPy arrays
         float32 = keras.backend.standardize_dtype(self.layer.compute_dtype) == "float32"
         in_float32 = self.base_dtype == "bfloat16" and float32 and backend.lacks_bfloat16(x)

@@ -109,8 +109,7 @@ def merge_lora(model: AnyLayer, *, keep: bool = False, requantize: bool = False)
     True
     """
     adapted = require_adapted(model, "merge_lora")
-    if not requantize:
-        _refuse_quantized(adapted)
+    _refuse_quantized(adapted, requantize)
     if not keep:
         _refuse_to_drop(model)
     with reports.progress(2 * len(adapted)) as step:
@@ -176,7 +175,7 @@ def list_merge_losses(model: AnyLayer) -> MergeLosses:
         A row for each adapted kernel, with the share of the change that would be lost.
 
     Raises:
-        ValueError: The model is not adapted.
+        ValueError: The model is not adapted, or its kernels were quantised with data (GPTQ, AWQ).
 
     Example:
 
@@ -189,6 +188,7 @@ def list_merge_losses(model: AnyLayer) -> MergeLosses:
     """
     paths, losses = _paths_of(model), MergeLosses()
     adapted = require_adapted(model, "list_merge_losses")
+    _refuse_quantized(adapted, requantize=True)
     with reports.progress(len(adapted)) as step:
         for address, (linear, change) in adapted.items():
             step(f"merging {address}")
@@ -307,9 +307,15 @@ def _refuse_to_drop(model: keras.layers.Layer) -> None:
         )
 
 
-def _refuse_quantized(adapted: dict[str, tuple[LinearMap, slots.Change]]) -> None:
-    quantized = [address for address, (linear, _) in adapted.items() if quantization.mode_of(linear.layer) is not None]
-    if quantized:
+def _refuse_quantized(adapted: dict[str, tuple[LinearMap, slots.Change]], requantize: bool) -> None:
+    modes = {address: quantization.mode_of(linear.layer) for address, (linear, _) in adapted.items()}
+    if calibrated := [address for address, mode in modes.items() if mode in quantization.CALIBRATED_MODES]:
+        raise ValueError(
+            "Kernels that were quantised with data cannot be merged into: the data would be needed again. Expected float, "
+            f"int8, int4 or NF4 kernels. Received: others at {calibrated}. Merge into the float model: load the adapter "
+            "there with `keras_lora.load_adapter`, and quantise the merged model again."
+        )
+    if (quantized := [address for address, mode in modes.items() if mode is not None]) and not requantize:
         raise ValueError(
             "A change as small as an adapter's is mostly rounded away when it is merged into a quantised kernel, so this is "
             f"refused. Expected float kernels. Received: quantised ones at "

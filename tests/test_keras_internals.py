@@ -528,7 +528,7 @@ def test_variables_are_read_as_stored():
 def test_policy_from_float32_keeps_the_quantisation():
     names = {"int4/8_from_mixed_bfloat16": "int4/8_from_float32", "mixed_bfloat16": "float32"}
     for name, expected in names.items():
-        found = internals.policy_from_float32(keras.dtype_policies.get(name))
+        found = internals.policy_from_float32(layers.Dense(2, dtype=name))
         assert (found.name, found.compute_dtype) == (expected, "float32")
 
 

@@ -238,6 +238,17 @@ def test_what_keras_cannot_quantise_is_refused_and_nothing_changes():
     assert model.get_layer("first").quantization_mode is None
 
 
+@pytest.mark.every_backend
+def test_a_layer_that_keras_refuses_is_found_before_another_is_quantised():
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(8, name="first"), layers.Dense(4, dtype="float16", name="half")]
+    )
+    with pytest.raises(ValueError, match=r"Keras could not quantise 'half' in int8.*Quantised already: \[\]"):
+        keras_lora.apply_lora(model, rank=1, head=None, base_dtype="int8")
+    assert model.get_layer("first").quantization_mode is None
+    assert type(model.get_layer("first")) is layers.Dense
+
+
 # Built in fewer digits.
 
 SIZES = {"num_layers": 1, "num_query_heads": 2, "hidden_dim": 16, "intermediate_dim": 32, "num_key_value_heads": 1}

@@ -95,10 +95,12 @@ class StoredKernel:
         The variable of the kernel stays the same object in the same place; in NF4 it has the codes, and the layer gets three
         more variables, which do not train.
         """
+        if quantization.mode_of(self.layer) is not None:
+            return
         was, variable = self.stored, self.kernel_variable
         own = self.float_dtype
         dtype = None if dtype == own else dtype
-        if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
+        if dtype == self.base_dtype:
             return
         shape, trainable = (self.kernel_shape, variable.trainable) if was is None else (was.shape, was.trainable)
         packed = was is not None and was.base_dtype == "nf4"

@@ -55,7 +55,7 @@ class AdaptedContainer:
 
     def as_base(self) -> Any:
         """A view of this layer as its original class: Keras compares classes and methods while it writes a config."""
-        return view_of(self, self.base_class)
+        return view_of(self, self.base_class, **quantization.as_float(self))
 
     def get_config(self) -> dict[str, Any]:
         config, description = self.as_base().get_config(), describe(self)
@@ -151,7 +151,8 @@ class AdaptedLayer(AdaptedContainer):
     def save_own_variables(self, store: Any) -> None:
         kernels.save_into(self, maps_of(self), store)
         training_state.save_into(self, store)
-        store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
+        if slots.adapters_in(self) or not quantization.waits(self):
+            store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
 
     def load_own_variables(self, store: Any) -> None:
         rest = {key: each for key, each in training_state.load_from(self, store).items() if key != KEY}
@@ -248,11 +249,12 @@ def set_containers(model: keras.layers.Layer) -> None:
 
 
 def use_frozen_product(layer: keras.layers.Layer) -> None:
-    """Make an adapted layer, without an adapter, of a plain one whose way back is quantised; it computes the same numbers.
+    """Make an adapted layer, without an adapter, of some quantised layers; it computes the same numbers.
 
-    Keras gives that way no gradient in int8, so the adapters before it would not learn; its float table is kept in a step.
+    Keras gives the way back of an int8 embedding no gradient, so the adapters before it would not learn; its float table is
+    kept in a step. And Keras's files of calibrated layers are incomplete.
     """
-    if quantization.quantizes_way_back(layer) and maps_of(layer):
+    if quantization.needs_class(layer) and maps_of(layer):
         _become_adapted(layer)
 
 
@@ -330,6 +332,8 @@ def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
 
 def _become_adapted(layer: Any) -> None:
     if not isinstance(layer, AdaptedLayer):
+        if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:
+            del layer.call  # Keras's calibration leaves the method of the class on the layer itself
         _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
         keras_internals.forget_call_signature(layer)
 
@@ -410,9 +414,9 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
     for layer in layers.values():
         if isinstance(layer, AdaptedLayer) and description["adapters"] and not description["training"]:  # saved unbuilt
             _when_built(layer, layer._freeze_base)
-    set_containers(owner)
     if description.get("tells_stored"):
         _when_built(owner, tell_stored, owner)
+    set_containers(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
 
 
