@@ -51,14 +51,14 @@ def with_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
 
 def policy_from_float32(layer: keras.layers.Layer) -> keras.DTypePolicy:
     """Return the policy of `layer` with the same quantisation in float32 (Keras tells them apart by their names)."""
-    mode, quantized, _ = _own_policy(layer).name.partition("_from_")
+    mode, quantized, _ = own_policy(layer).name.partition("_from_")
     found: keras.DTypePolicy = keras.dtype_policies.get(f"{mode}_from_float32" if quantized else "float32")
     return found
 
 
 def float_policy(layer: keras.layers.Layer) -> keras.DTypePolicy:
     """Return the policy that a quantised `layer` had before (Keras keeps it in the name of the new one)."""
-    found: keras.DTypePolicy = keras.dtype_policies.get(_own_policy(layer).name.partition("_from_")[2])
+    found: keras.DTypePolicy = keras.dtype_policies.get(own_policy(layer).name.partition("_from_")[2])
     return found
 
 
@@ -373,17 +373,18 @@ def dequantize_groups(values: Any, scale: Any, zero: Any, group: Any, axis: int)
 
 def calibrated_bits(layer: keras.layers.Layer) -> int:
     """Return the bits a number of a GPTQ or AWQ layer takes; its policy, whose class is private, knows them."""
-    return int(_own_policy(layer).weight_bits)
+    return int(own_policy(layer).weight_bits)
 
 
 def calibrated_config(layer: keras.layers.Layer) -> Any:
     """Return a config without data that gives a layer the GPTQ or AWQ variables that this one has."""
-    policy = _own_policy(layer)
+    policy = own_policy(layer)
     made = keras.quantizers.GPTQConfig if policy.quantization_mode == "gptq" else keras.quantizers.AWQConfig
     return made(None, None, weight_bits=policy.weight_bits, group_size=policy.group_size)
 
 
-def _own_policy(layer: keras.layers.Layer) -> Any:
+def own_policy(layer: keras.layers.Layer) -> Any:
+    """Return the dtype policy of `layer` itself, where it is one of a map by path (Keras keeps this rule in its layers)."""
     policy = layer.dtype_policy
     return policy[layer.path] if isinstance(policy, keras.dtype_policies.DTypePolicyMap) else policy
 

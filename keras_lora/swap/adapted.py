@@ -151,8 +151,8 @@ class AdaptedLayer(AdaptedContainer):
     def save_own_variables(self, store: Any) -> None:
         kernels.save_into(self, maps_of(self), store)
         training_state.save_into(self, store)
-        if slots.adapters_in(self) or not quantization.waits(self):
-            store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
+        if slots.adapters_in(self) or not quantization.waits(self):  # then a plain layer refuses the file
+            store[KEY] = np.array([_VERSION])
 
     def load_own_variables(self, store: Any) -> None:
         rest = {key: each for key, each in training_state.load_from(self, store).items() if key != KEY}
@@ -249,21 +249,14 @@ def set_containers(model: keras.layers.Layer) -> None:
 
 
 def use_frozen_product(layer: keras.layers.Layer) -> None:
-    """Make an adapted layer, without an adapter, of some quantised layers; it computes the same numbers.
-
-    Keras gives the way back of an int8 embedding no gradient, so the adapters before it would not learn; its float table is
-    kept in a step. And Keras's files of calibrated layers are incomplete.
-    """
+    """Make an adapted layer, without an adapter, of some quantised layers; it computes the same numbers."""
+    # Keras gives the way back of an int8 embedding no gradient, and its files of calibrated layers are incomplete.
     if quantization.needs_class(layer) and maps_of(layer):
         _become_adapted(layer)
 
 
 def tell_stored(model: keras.layers.Layer) -> None:
-    """Let the files of a model without adapters tell how kernels are stored, where those of Keras would not.
-
-    Keras does not know NF4. It rebuilds the layers inside a MultiHeadAttention or a model of KerasHub without what was
-    quantised, or with other quantisers. Such containers become, or stay, adapted containers.
-    """
+    """Let the files of a model without adapters tell how kernels are stored: its containers stay adapted ones."""
     for layer in by_address(model).values():
         if not isinstance(layer, AdaptedLayer) and _needs_telling(layer):
             _become_container(layer)
@@ -271,6 +264,7 @@ def tell_stored(model: keras.layers.Layer) -> None:
 
 
 def _needs_telling(layer: keras.layers.Layer) -> bool:
+    # Keras rebuilds layers inside a MultiHeadAttention or a KerasHub model without their quantisers.
     return any(
         linear.stored
         or (quantization.mode_of(place.layer) and not keras_internals.rebuilds_each_layer(place.holder or layer))
@@ -332,15 +326,16 @@ def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
 
 def _become_adapted(layer: Any) -> None:
     if not isinstance(layer, AdaptedLayer):
-        if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:
-            del layer.call  # Keras's calibration leaves the method of the class on the layer itself
+        if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:  # left there by Keras's calibration
+            del layer.call
         _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
         keras_internals.forget_call_signature(layer)
 
 
 def _become_container(layer: Any) -> None:
-    if not isinstance(layer, (AdaptedContainer, adapters.Adapter)) and keras_internals.sublayers(layer):
-        _become(layer, container_class(type(layer)))
+    cls: Any = type(layer)
+    if not issubclass(cls, (AdaptedContainer, adapters.Adapter)) and keras_internals.sublayers(layer):
+        _become(layer, container_class(cls))
 
 
 def _become(layer: keras.layers.Layer, cls: Any) -> None:

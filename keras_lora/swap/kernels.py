@@ -82,8 +82,8 @@ def _load_calibrated(layer: Any, saved: dict[str, Any]) -> None:
     if wrong or (wrong := [name for name, each in saved.items() if tuple(each.shape) != tuple(own[name].shape)]):
         raise ValueError(
             f"The layer '{layer.name}' cannot load what this file has of it: it was calibrated in another mode or with "
-            f"other groups. Expected {sorted(own)} in the shapes of the layer. Received: others at {wrong}. Load the whole model "
-            "with `keras.saving.load_model`."
+            f"other groups. Expected {sorted(own)} in the shapes of the layer. Received: others at {wrong}. Load the whole "
+            "model with `keras.saving.load_model`."
         )
     for name, each in saved.items():
         own[name].assign(each)
