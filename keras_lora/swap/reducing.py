@@ -39,7 +39,7 @@ def check(kernels: Sequence[tuple[str, LinearMap]], base_dtype: str) -> None:
         )
     if base_dtype not in quantization.MODES:
         return
-    if refused := [path for path, linear in floats if getattr(linear, "layer_class", None) not in _LAYERS]:
+    if refused := [path for path, linear in floats if type(linear.plain) not in _LAYERS]:
         raise ValueError(
             f"base_dtype={base_dtype!r} needs layers that Keras can quantise: Dense, EinsumDense, Embedding or "
             f"ReversibleEmbedding. Received: others at {refused}. Leave these out with `exclude`, or use "
