@@ -36,7 +36,7 @@ def fall(make, base_dtype):
     for _ in range(LENGTH):
         tokens = np.concatenate([tokens, follows[tokens[:, -1:]]], axis=1)
     x = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((64, LENGTH), "int32")}
-    targets = [keras.layers.Dense, keras.layers.EinsumDense, "token_embedding"]
+    targets = [lambda layer: isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)), "token_embedding"]
     keras_lora.apply_lora(model, keras_lora.LoRA(8, seed=0), targets=targets, base_dtype=base_dtype)
     model.compile(keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
