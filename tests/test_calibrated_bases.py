@@ -53,7 +53,7 @@ def model_of_blocks(kind, **config):
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        pytest.param("gptq", {"group_size": 8}, marks=pytest.mark.full),
+        ("gptq", {"group_size": 8}),
         pytest.param("gptq", {"group_size": -1, "weight_bits": 8}, marks=pytest.mark.nightly),
         pytest.param("awq", {"group_size": 8}, marks=pytest.mark.full),
     ],

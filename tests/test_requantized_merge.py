@@ -126,9 +126,7 @@ def test_without_the_word_a_quantised_base_is_refused_and_named():
         keras_lora.merge_lora(model)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("int8", marks=pytest.mark.full), pytest.param("nf4", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.full), "nf4"])
 def test_what_keras_would_forget_in_a_file_comes_back(tmp_path, kind):
     """Keras rebuilds a MultiHeadAttention without what is quantised in it."""
     i = keras.Input((6, 8))
