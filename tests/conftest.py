@@ -46,6 +46,7 @@ NEEDS = {
     "test_families.py": ("keras_hub",),
     "test_hostile_files.py": ("huggingface_hub", "keras_hub"),
     "test_huggingface.py": ("huggingface_hub", "keras_hub"),
+    "test_learning_on_bases.py": ("keras_hub",),
     "test_migration.py": ("keras_hub",),
     "test_nf4.py": ("keras_hub",),
     "test_pages.py": ("yaml",),
@@ -58,6 +59,7 @@ NEEDS = {
     "test_reduced_bases.py": ("keras_hub",),
     "test_release.py": ("hatchling",),
     "test_site.py": ("yaml",),
+    "test_requantized_merge.py": ("keras_hub",),
     "test_tutorials.py": ("jupytext",),
 }
 NOT_COLLECTED = {name: packages for name, needed in NEEDS.items() if (packages := missing(*needed))}

@@ -850,8 +850,8 @@ FAULTS = [
     Fault(
         "an int8 scale multiplies",
         "compat/quantization.py",
-        "    return ops.divide(values, scale)\n\n\ndef describe",
-        "    return ops.multiply(values, scale)\n\n\ndef describe",
+        "    return ops.divide(values, scale)\n\n\ndef _calibrated",
+        "    return ops.multiply(values, scale)\n\n\ndef _calibrated",
         "test_precision",
     ),
     Fault(
