@@ -58,8 +58,8 @@ NEEDS = {
     "test_real_files.py": ("pip", "scipy"),
     "test_reduced_bases.py": ("keras_hub",),
     "test_release.py": ("hatchling",),
-    "test_site.py": ("yaml",),
     "test_requantized_merge.py": ("keras_hub",),
+    "test_site.py": ("yaml",),
     "test_tutorials.py": ("jupytext",),
 }
 NOT_COLLECTED = {name: packages for name, needed in NEEDS.items() if (packages := missing(*needed))}
