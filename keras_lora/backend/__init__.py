@@ -11,6 +11,7 @@ from keras_lora.backend.differences import (
     traces,
     widens_bfloat16,
 )
+from keras_lora.backend.per_example import per_example_sum, write_place
 from keras_lora.backend.products import (
     frozen_product,
     kronecker_sum,
@@ -40,6 +41,7 @@ __all__ = [
     "kronecker_sum",
     "look_up",
     "low_rank_sum",
+    "per_example_sum",
     "rematerialized",
     "shapes_of",
     "step_memory",
@@ -52,4 +54,5 @@ __all__ = [
     "value_and_gradient",
     "widens_bfloat16",
     "write",
+    "write_place",
 ]
