@@ -36,6 +36,7 @@ MEMBERS = {
     "keras_lora.CombinationReport": ["error"],
     "keras_lora.LowRank": ["pair", "scale", "product_rank"],
     "keras_lora.MemoryPlan": ["peak", "data", "table"],
+    "keras_lora.MergeLosses": ["table"],
     "keras_lora.MultiAdapterModel": ["load", "delete", "index_of", "generate"],
     "keras_lora.TargetList": ["of", "total", "table"],
 }
@@ -86,7 +87,8 @@ GROUPS = [
         "Preview, adapt, look, merge and undo. If a layer of yours computes with a kernel, register it.",
         of(
             "keras_lora",
-            *("apply_lora", "remove_lora", "merge_lora", "unmerge_lora", "chunk_logits"),
+            *("apply_lora", "remove_lora", "merge_lora", "unmerge_lora", "list_merge_losses", "MergeLosses", "MergedKernel"),
+            "chunk_logits",
             *("list_targets", "TargetList", "Target", "list_adapters", "AdapterList", "AdapterRow", "register_layer"),
             "reduced_base",
         ),

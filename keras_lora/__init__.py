@@ -29,7 +29,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.logits.chunked import chunk_logits
     from keras_lora.memory.planning import MemoryPlan, plan
     from keras_lora.memory.rematerializing import rematerialize
-    from keras_lora.merging import merge_lora, unmerge_lora
+    from keras_lora.merging import MergedKernel, MergeLosses, list_merge_losses, merge_lora, unmerge_lora
     from keras_lora.serving import AdapterPool, AdapterServer, MultiAdapterModel
     from keras_lora.starts.methods import EVA, LoRAGA
     from keras_lora.starts.starting import start_from
@@ -58,6 +58,8 @@ __all__ = [
     "LoRAGA",
     "LowRank",
     "MemoryPlan",
+    "MergeLosses",
+    "MergedKernel",
     "MiSS",
     "MultiAdapterModel",
     "OFT",
@@ -77,6 +79,7 @@ __all__ = [
     "interop",
     "layers",
     "list_adapters",
+    "list_merge_losses",
     "list_targets",
     "load_adapter",
     "memory",

@@ -197,6 +197,15 @@ class LinearMap(StoredKernel):
             matrix = ops.cast(matrix, "float32")
         return self.as_kernel(ops.add(matrix, ops.cast(adapter.change(matrix), matrix.dtype)))
 
+    @property
+    def precise(self) -> LinearMap:
+        """This map, but with a kernel that is stored in fewer digits read in float32, whatever the compute dtype."""
+        if quantization.mode_of(self.layer) is None and self.base_dtype != "nf4":
+            return self
+        layer = view_of(self.layer, type(self.layer), **quantization.in_float32(self.layer))
+        found: LinearMap = view_of(self, type(self), layer=layer)
+        return found
+
     # The layer's sum.
 
     def base_output(self, x: Any) -> Any:
@@ -206,7 +215,7 @@ class LinearMap(StoredKernel):
         training step keeps no float kernel. Where the layer rounds `x`, as in int8, the gradient passes as if it did not.
         """
         known = type(self).transposed is not LinearMap.transposed
-        quantized = known and quantization.mode_of(self.layer) is not None
+        quantized = known and quantization.mode_of(self.layer) is not None and not quantization.waits(self.layer)
         x = ops.convert_to_tensor(x)  # `layer.call` may be given NumPy arrays
         float32 = keras.backend.standardize_dtype(self.layer.compute_dtype) == "float32"
         in_float32 = self.base_dtype == "bfloat16" and float32 and backend.lacks_bfloat16(x)

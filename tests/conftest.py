@@ -46,6 +46,7 @@ NEEDS = {
     "test_families.py": ("keras_hub",),
     "test_hostile_files.py": ("huggingface_hub", "keras_hub"),
     "test_huggingface.py": ("huggingface_hub", "keras_hub"),
+    "test_learning_on_bases.py": ("keras_hub",),
     "test_migration.py": ("keras_hub",),
     "test_nf4.py": ("keras_hub",),
     "test_pages.py": ("yaml",),
@@ -57,6 +58,7 @@ NEEDS = {
     "test_real_files.py": ("pip", "scipy"),
     "test_reduced_bases.py": ("keras_hub",),
     "test_release.py": ("hatchling",),
+    "test_requantized_merge.py": ("keras_hub",),
     "test_site.py": ("yaml",),
     "test_tutorials.py": ("jupytext",),
 }

@@ -525,6 +525,38 @@ def test_variables_are_read_as_stored():
     assert seen[-2:] == ["float32", "bfloat16"]
 
 
+def test_the_policies_of_calibrated_layers():
+    layer = layers.Dense(4, dtype="gptq/8/2_from_mixed_bfloat16")
+    assert internals.own_policy(layer).quantization_mode == "gptq"
+    assert internals.float_policy(layer).name == "mixed_bfloat16"
+    assert internals.calibrated_bits(layer) == 8
+    config = internals.calibrated_config(layer)
+    assert (type(config), config.group_size) == (keras.quantizers.GPTQConfig, 2)
+    policies = keras.dtype_policies.DTypePolicyMap()
+    policies["own"] = keras.dtype_policies.get("awq/4/2_from_float32")
+    layer = layers.Dense(4, name="own", dtype=policies)
+    layer.build((None, 2))
+    assert internals.own_policy(layer).quantization_mode == "awq"
+
+
+def test_policy_from_float32_keeps_the_quantisation():
+    names = {"int4/8_from_mixed_bfloat16": "int4/8_from_float32", "mixed_bfloat16": "float32"}
+    for name, expected in names.items():
+        found = internals.policy_from_float32(layers.Dense(2, dtype=name))
+        assert (found.name, found.compute_dtype) == (expected, "float32")
+
+
+def test_rebuilds_each_layer_is_true_of_graphs_alone(dense):
+    class Own(keras.Model):
+        pass
+
+    model = keras.Sequential([dense])
+    x = keras.Input((2,))
+    assert all(internals.rebuilds_each_layer(each) for each in (model, keras.Model(x, dense(x))))
+    others = (dense, Own(x, dense(x)), layers.MultiHeadAttention(1, 2))
+    assert not any(internals.rebuilds_each_layer(each) for each in others)
+
+
 def test_a_layout_can_be_read_and_set(dense):
     variable = dense.kernel
     assert internals.layout_of(variable) is None

@@ -48,6 +48,16 @@ def test_codes_are_those_of_bitsandbytes(shape):
     assert np.array_equal(value(nf4.rows(packed, shape, ops.convert_to_tensor(index))), found[index])
 
 
+@pytest.mark.every_backend
+def test_rows_of_as_many_ids_as_there_are_bytes_in_a_row():
+    """Keras on TensorFlow would take the vector of places in a row for a bias of the axis of ids."""
+    rng = np.random.default_rng(0)
+    codes, absmax = (rng.integers(0, 256, size).astype("uint8") for size in (240, 8))
+    scale, mean = np.full(1, 0.5, "float32"), np.float32(0.1)
+    found = nf4.rows(nf4.Packed(*map(ops.convert_to_tensor, (codes, absmax, scale, mean))), (40, 12), TOKENS)
+    assert np.allclose(value(found), dequantized(codes, absmax, scale, mean, 480).reshape(40, 12)[TOKENS], atol=1e-6)
+
+
 def test_the_error_and_the_size_are_those_of_the_paper():
     weights = np.random.default_rng(0).normal(size=(512, 512)).astype("float32")
     packed = nf4.quantize(ops.convert_to_tensor(weights))
@@ -226,6 +236,17 @@ def test_what_keras_cannot_quantise_is_refused_and_nothing_changes():
     with pytest.raises(ValueError, match=r"quantises layers before they are adapted.*\['first'\].*remove_lora"):
         keras_lora.apply_lora(model, rank=1, head=None, targets="first", base_dtype="int8", name="b")
     assert model.get_layer("first").quantization_mode is None
+
+
+@pytest.mark.every_backend
+def test_a_layer_that_keras_refuses_is_found_before_another_is_quantised():
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(8, name="first"), layers.Dense(4, dtype="float16", name="half")]
+    )
+    with pytest.raises(ValueError, match=r"Keras could not quantise 'half' in int8.*Quantised already: \[\]"):
+        keras_lora.apply_lora(model, rank=1, head=None, base_dtype="int8")
+    assert model.get_layer("first").quantization_mode is None
+    assert type(model.get_layer("first")) is layers.Dense
 
 
 # Built in fewer digits.

@@ -49,6 +49,19 @@ def with_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
     return {"_dtype_policy": policy}
 
 
+def policy_from_float32(layer: keras.layers.Layer) -> keras.DTypePolicy:
+    """Return the policy of `layer` with the same quantisation in float32 (Keras tells them apart by their names)."""
+    mode, quantized, _ = own_policy(layer).name.partition("_from_")
+    found: keras.DTypePolicy = keras.dtype_policies.get(f"{mode}_from_float32" if quantized else "float32")
+    return found
+
+
+def float_policy(layer: keras.layers.Layer) -> keras.DTypePolicy:
+    """Return the policy that a quantised `layer` had before (Keras keeps it in the name of the new one)."""
+    found: keras.DTypePolicy = keras.dtype_policies.get(own_policy(layer).name.partition("_from_")[2])
+    return found
+
+
 def int4_block_size(layer: keras.layers.Layer) -> int | None:
     """Return the rows per group of an int4 layer; `None` or -1 if there is one scale per column (not public in Keras)."""
     return getattr(layer, "_int4_block_size", None)
@@ -328,6 +341,13 @@ def graph_of(layer: keras.layers.Layer) -> keras.Model | None:
     return getattr(layer, "_functional", None)
 
 
+def rebuilds_each_layer(layer: keras.layers.Layer) -> bool:
+    """Whether the config of `layer` has those of its layers: a `Sequential` or functional model (whose class is private)."""
+    from keras.src.models.functional import Functional
+
+    return getattr(layer, "base_class", type(layer)) in (Functional, keras.Sequential)
+
+
 def is_in_other_graphs(model: keras.layers.Layer) -> bool:
     """Whether a layer of `model` is also called in a graph that is no part of `model` (Keras has no list of graphs)."""
     from keras.src.ops.function import make_node_key
@@ -349,6 +369,24 @@ def dequantize_groups(values: Any, scale: Any, zero: Any, group: Any, axis: int)
     from keras.src.quantizers import dequantize_with_sz_map
 
     return dequantize_with_sz_map(values, scale, zero, group, group_axis=axis)
+
+
+def calibrated_bits(layer: keras.layers.Layer) -> int:
+    """Return the bits a number of a GPTQ or AWQ layer takes; its policy, whose class is private, knows them."""
+    return int(own_policy(layer).weight_bits)
+
+
+def calibrated_config(layer: keras.layers.Layer) -> Any:
+    """Return a config without data that gives a layer the GPTQ or AWQ variables that this one has."""
+    policy = own_policy(layer)
+    made = keras.quantizers.GPTQConfig if policy.quantization_mode == "gptq" else keras.quantizers.AWQConfig
+    return made(None, None, weight_bits=policy.weight_bits, group_size=policy.group_size)
+
+
+def own_policy(layer: keras.layers.Layer) -> Any:
+    """Return the dtype policy of `layer` itself, where it is one of a map by path (Keras keeps this rule in its layers)."""
+    policy = layer.dtype_policy
+    return policy[layer.path] if isinstance(policy, keras.dtype_policies.DTypePolicyMap) else policy
 
 
 def scale_in_kernel_layout(layer: keras.layers.EinsumDense, scale: Any) -> Any:

@@ -151,7 +151,8 @@ def rows(packed: Packed, shape: tuple[int, int], index: Any, dtype: str = "float
     if width % 2:
         return ops.take(dequantize(packed, shape, dtype), index, axis=0)
     index = ops.expand_dims(ops.cast(index, "int32"), -1)
-    bytes_at = ops.add(ops.multiply(index, width // 2), np.arange(width // 2, dtype="int32"))
+    # The vector first: Keras on TensorFlow takes a second one for a bias of axis 1 if it is as long as that axis.
+    bytes_at = ops.add(np.arange(width // 2, dtype="int32"), ops.multiply(index, width // 2))
     values = backend.look_up(PAIRS, ops.take(packed.codes, bytes_at, axis=0))
     block = ops.floor_divide(bytes_at, BLOCK // 2)
     steps = backend.look_up(ABSMAX_TABLE, ops.take(packed.absmax, block, axis=0))

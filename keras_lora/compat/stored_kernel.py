@@ -33,6 +33,11 @@ class Stored(NamedTuple):
     found: bool = False
 
 
+def is_stored(layer: Any) -> bool:
+    """Whether a kernel of `layer` is stored in another dtype than its own."""
+    return bool(vars(layer).get(_STORED))
+
+
 def float_shapes(layer: Any) -> list[tuple[int, ...]]:
     """The shapes of the own variables of `layer`, with those of the float kernels where these are stored in NF4."""
     stored = {name: each for name, each in vars(layer).get(_STORED, {}).items() if each.base_dtype == "nf4"}
@@ -90,10 +95,12 @@ class StoredKernel:
         The variable of the kernel stays the same object in the same place; in NF4 it has the codes, and the layer gets three
         more variables, which do not train.
         """
+        if quantization.mode_of(self.layer) is not None:
+            return
         was, variable = self.stored, self.kernel_variable
         own = self.float_dtype
         dtype = None if dtype == own else dtype
-        if quantization.mode_of(self.layer) is not None or dtype == self.base_dtype:
+        if dtype == self.base_dtype:
             return
         shape, trainable = (self.kernel_shape, variable.trainable) if was is None else (was.shape, was.trainable)
         packed = was is not None and was.base_dtype == "nf4"
@@ -112,9 +119,25 @@ class StoredKernel:
             variable.trainable = trainable if packed else variable.trainable
         keras_internals.track_torch_parameters(self.layer)  # else torch keeps the old array too
 
+    def store_value(self, kernel: Any) -> None:
+        """Store another float kernel in the same variables, quantised again or rounded as this one is."""
+        if quantization.mode_of(self.layer) is not None:
+            quantization.store(self.plain, self.kernel_name, kernel)
+            return
+        values = self._quantized(kernel) if self.base_dtype == "nf4" else [kernel]
+        for variable, value in zip(self.stored_variables, values, strict=True):
+            variable.assign(ops.cast(value, variable.dtype))
+
+    def keep_stored(self) -> None:
+        """Keep the kernel as it is stored when the layer loses its adapters."""
+        if self.stored is not None:
+            vars(self.layer)[_STORED] = {**self.not_stored[_STORED], self.kernel_name: Stored(*self.stored[:-1], found=True)}
+
     @property
     def stored_variables(self) -> list[keras.Variable]:
-        """The variables that store the kernel: one, or the four of NF4."""
+        """The variables that store the kernel: one, the four of NF4, or those of Keras's quantisation."""
+        if quantization.mode_of(self.layer) is not None:
+            return quantization.variables_of(self.plain, self.kernel_name)
         return [self.kernel_variable, *(vars(self.layer)[name] for name in self.parts)]
 
     @property
@@ -127,8 +150,7 @@ class StoredKernel:
         if kernel is None:
             packed = nf4.Packed(*map(keras.KerasTensor, nf4.shapes(math.prod(self.kernel_shape)), nf4.DTYPES))
         else:
-            matrix = ops.stop_gradient(self.as_matrix(kernel))
-            packed = nf4.quantize(matrix if self.packs_rows else ops.swapaxes(matrix, -1, -2))
+            packed = self._quantized(ops.stop_gradient(kernel))
         variable, codes = self.kernel_variable, None if kernel is None else packed.codes
         variable.trainable = False
         keras_internals.store_variable(variable, "uint8", autocast=False, value=codes, shape=packed.codes.shape)
@@ -148,6 +170,10 @@ class StoredKernel:
                 if kernel is not None:
                     added.assign(value)
                 setattr(self.layer, name, added)
+
+    def _quantized(self, kernel: Any) -> nf4.Packed:
+        matrix = self.as_matrix(kernel)
+        return nf4.quantize(matrix if self.packs_rows else ops.swapaxes(matrix, -1, -2))
 
     @property
     def packed(self) -> nf4.Packed:

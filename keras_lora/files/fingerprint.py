@@ -34,7 +34,11 @@ def _shapes(layer: keras.layers.Layer) -> list[list[int]]:
     if quantization.mode_of(layer) is None:
         return sorted(list(shape) for shape in float_shapes(layer))
     kernels = {linear.kernel_name: list(linear.kernel_shape) for linear in maps_of(layer)}
-    floats = [v for v in variables if v.name not in kernels and not v.name.endswith(("_scale", "_zero", "g_idx"))]
+    floats = [
+        v
+        for v in variables
+        if v.name not in kernels and not v.name.endswith(("_scale", "_zero", "g_idx", "zero_point", "awq_scales"))
+    ]
     return sorted([*kernels.values(), *(list(v.shape) for v in floats)])
 
 

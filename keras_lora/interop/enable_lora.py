@@ -206,7 +206,7 @@ def _enabled(model: keras.layers.Layer) -> tuple[list[LastAxisLoRA], list[str]]:
         linear, mode = kernel_of(layer), quantization.mode_of(layer)
         if linear is None or not hasattr(layer, f"lora_{linear.kernel_name}_a"):
             problems.append(f"'{place.path}', of {type(layer).__module__}.{type(layer).__name__}, a class that is not known")
-        elif mode not in quantization.SUPPORTED_MODES:
+        elif mode not in (None, *quantization.MODES):
             problems.append(f"'{place.path}', quantised in the mode '{mode}'")
         elif mode is not None and getattr(layer, "tie_weights", False):
             problems.append(f"'{place.path}', quantised ('{mode}') and tied: Keras does not change its output projection")

@@ -88,7 +88,7 @@ def from_lora_h5(
             problems.append(f"the file has an entry 'lora/{key}'; the backbone has {len(layers)} layers with weights")
             continue
         place, linear = paths[id(layer)], kernel_of(layer)
-        quantized = quantization.mode_of(layer) not in quantization.SUPPORTED_MODES
+        quantized = quantization.problem_with(layer) is not None
         if linear is None or linear.kernel_name != "kernel" or quantized:
             problems.append(f"the layer 'lora/{key}', '{place}', is a {type(layer).__name__} that cannot take its factors")
             continue

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import AdaptedLayer
 
@@ -135,9 +136,7 @@ class EinsumDenseMap(EinsumMap):
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        if getattr(self.layer, "original_kernel_shape", None):  # int4 keeps a flat kernel
-            return tuple(self.layer.original_kernel_shape)
-        return super().kernel_shape
+        return quantization.shape_of(self.layer) or super().kernel_shape  # int4 keeps a flat kernel
 
 
 class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):

@@ -31,6 +31,8 @@ KEY = "keras_lora"
 _VERSION = 2
 #: Set on a container once it is known to rebuild from its config.
 _REBUILDS = "_keras_lora_rebuilds"
+#: Set on a container that stays one without adapters, because only its config tells how kernels in it are stored.
+_TELLS_STORED = "_keras_lora_tells_stored"
 
 
 class AdaptedContainer:
@@ -53,7 +55,7 @@ class AdaptedContainer:
 
     def as_base(self) -> Any:
         """A view of this layer as its original class: Keras compares classes and methods while it writes a config."""
-        return view_of(self, self.base_class)
+        return view_of(self, self.base_class, **quantization.as_float(self))
 
     def get_config(self) -> dict[str, Any]:
         config, description = self.as_base().get_config(), describe(self)
@@ -149,7 +151,8 @@ class AdaptedLayer(AdaptedContainer):
     def save_own_variables(self, store: Any) -> None:
         kernels.save_into(self, maps_of(self), store)
         training_state.save_into(self, store)
-        store[KEY] = np.array([_VERSION])  # with this entry a plain layer refuses the file instead of losing the adapter
+        if slots.adapters_in(self) or not quantization.waits(self):  # then a plain layer refuses the file
+            store[KEY] = np.array([_VERSION])
 
     def load_own_variables(self, store: Any) -> None:
         rest = {key: each for key, each in training_state.load_from(self, store).items() if key != KEY}
@@ -240,20 +243,34 @@ def set_adapter(
 def set_containers(model: keras.layers.Layer) -> None:
     """Make an adapted container of every layer with a mark and sublayers, and change layers with a quantised way back."""
     for layer in by_address(model).values():
-        plain = not isinstance(layer, (AdaptedContainer, adapters.Adapter))
-        if plain and flags.MARK in vars(layer) and keras_internals.sublayers(layer):
-            cls: Any = type(layer)
-            _become(layer, container_class(cls))
+        if flags.MARK in vars(layer):
+            _become_container(layer)
         use_frozen_product(layer)
 
 
 def use_frozen_product(layer: keras.layers.Layer) -> None:
-    """Make an adapted layer, without an adapter, of a plain one whose way back is quantised; it computes the same numbers.
-
-    Keras gives that way no gradient in int8, so the adapters before it would not learn; its float table is kept in a step.
-    """
-    if quantization.quantizes_way_back(layer) and maps_of(layer):
+    """Make an adapted layer, without an adapter, of some quantised layers; it computes the same numbers."""
+    # Keras gives the way back of an int8 embedding no gradient, and its files of calibrated layers are incomplete.
+    if quantization.needs_class(layer) and maps_of(layer):
         _become_adapted(layer)
+
+
+def tell_stored(model: keras.layers.Layer) -> None:
+    """Let the files of a model without adapters tell how kernels are stored: its containers stay adapted ones."""
+    for layer in by_address(model).values():
+        if not isinstance(layer, AdaptedLayer) and _needs_telling(layer):
+            _become_container(layer)
+            vars(layer)[_TELLS_STORED] = True
+
+
+def _needs_telling(layer: keras.layers.Layer) -> bool:
+    # Keras rebuilds layers inside a MultiHeadAttention or a KerasHub model without their quantisers.
+    return any(
+        linear.stored
+        or (quantization.mode_of(place.layer) and not keras_internals.rebuilds_each_layer(place.holder or layer))
+        for place in walk(layer)
+        for linear in maps_of(place.layer)
+    )
 
 
 def store_reduced(linear: LinearMap, word: str) -> None:
@@ -270,8 +287,9 @@ def set_plain(layer: Any) -> None:
                 slots.take(linear, adapter)
     if isinstance(layer, AdaptedContainer):
         vars(layer).pop(_REBUILDS, None)
-        if isinstance(layer, AdaptedLayer) and any(linear.stored for linear in maps_of(layer)):
-            return  # it was built so, and needs the class
+        if any(linear.stored for linear in maps_of(layer)) or (vars(layer).get(_TELLS_STORED) and _needs_telling(layer)):
+            return  # it needs the class to read its kernels, or to save how those in it are stored
+        vars(layer).pop(_TELLS_STORED, None)
         _become(layer, layer.base_class)
         keras_internals.forget_call_signature(layer)
 
@@ -308,8 +326,16 @@ def maps_by_address(model: keras.layers.Layer) -> dict[str, LinearMap]:
 
 def _become_adapted(layer: Any) -> None:
     if not isinstance(layer, AdaptedLayer):
+        if getattr(vars(layer).get("call"), "__func__", None) is type(layer).call:  # left there by Keras's calibration
+            del layer.call
         _become(layer, adapted_class(getattr(layer, "base_class", type(layer))))
         keras_internals.forget_call_signature(layer)
+
+
+def _become_container(layer: Any) -> None:
+    cls: Any = type(layer)
+    if not issubclass(cls, (AdaptedContainer, adapters.Adapter)) and keras_internals.sublayers(layer):
+        _become(layer, container_class(cls))
 
 
 def _become(layer: keras.layers.Layer, cls: Any) -> None:
@@ -330,6 +356,7 @@ def describe(owner: Any) -> dict[str, Any]:
         "base_dtypes": {},
         "quantized": {},
         "training": flags.marks_of(owner),
+        "tells_stored": bool(vars(owner).get(_TELLS_STORED)),
         "beside": beside.describe(owner),
         "fixed_statistics": beside.describe_fixed(owner),
     }
@@ -380,8 +407,10 @@ def restore(owner: keras.layers.Layer, description: dict[str, Any]) -> None:
             statistics = name not in description.get("fixed_statistics", {}).get(address, [])
             _when_built(layers[address], beside.start, layers[address], name, trains, statistics)
     for layer in layers.values():
-        if isinstance(layer, AdaptedLayer) and not description["training"]:  # the layer was saved before it was built
+        if isinstance(layer, AdaptedLayer) and description["adapters"] and not description["training"]:  # saved unbuilt
             _when_built(layer, layer._freeze_base)
+    if description.get("tells_stored"):
+        _when_built(owner, tell_stored, owner)
     set_containers(owner)
     _when_built(owner, keras_internals.track_torch_parameters, owner)
 

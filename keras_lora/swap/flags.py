@@ -39,10 +39,10 @@ def flags_of(layer: keras.layers.Layer) -> Flags:
 
 
 def set_flags(layer: keras.layers.Layer, flags: Flags) -> None:
-    """Set the flags of one layer, but not of its sublayers."""
+    """Set the flags of one layer, but not of its sublayers. The codes of a kernel never train."""
     keras_internals.set_own_trainable(layer, flags.layer)
     for variable, trainable in zip(keras_internals.own_trainable_variables(layer), flags.variables, strict=True):
-        variable.trainable = trainable
+        variable.trainable = trainable and keras.backend.is_float_dtype(variable.dtype)
 
 
 def freeze(

@@ -39,7 +39,7 @@ def check(kernels: Sequence[tuple[str, LinearMap]], base_dtype: str) -> None:
         )
     if base_dtype not in quantization.MODES:
         return
-    if refused := [path for path, linear in floats if getattr(linear, "layer_class", None) not in _LAYERS]:
+    if refused := [path for path, linear in floats if type(linear.plain) not in _LAYERS]:
         raise ValueError(
             f"base_dtype={base_dtype!r} needs layers that Keras can quantise: Dense, EinsumDense, Embedding or "
             f"ReversibleEmbedding. Received: others at {refused}. Leave these out with `exclude`, or use "
@@ -53,18 +53,32 @@ def check(kernels: Sequence[tuple[str, LinearMap]], base_dtype: str) -> None:
 
 
 def quantize(kernels: Iterable[tuple[str, LinearMap]], mode: str) -> None:
-    """Quantise layers with Keras, each once. If Keras refuses one, those before it stay quantised, and the error says so."""
+    """Quantise layers with Keras, each once.
+
+    What Keras refuses is found on copies, one of each kind, before any layer is changed. An error that depends on the
+    numbers of a layer leaves those before it quantised, and says so.
+    """
+    floats = {id(linear.layer): (path, linear) for path, linear in kernels if quantization.mode_of(linear.layer) is None}
+    kinds = {_kind(linear): (path, linear) for path, linear in floats.values()}
     done: list[str] = []
-    for path, linear in kernels:
-        if quantization.mode_of(linear.layer) is None:
-            try:
-                quantization.quantize(linear.layer, mode)
-            except Exception as error:
-                raise ValueError(
-                    f"Keras could not quantise '{path}' in {mode}: {error} Received: base_dtype={mode!r}; quantised "
-                    f"already: {done}. Leave the layer out with `exclude`, or use base_dtype='bfloat16' or 'nf4'."
-                ) from error
+    try:
+        for path, linear in kinds.values():  # noqa: B007  # the error names it
+            quantization.try_to_quantize(linear.plain, mode)
+        for path, linear in floats.values():
+            quantization.quantize(linear.layer, mode)
             done.append(path)
+    except Exception as error:
+        raise ValueError(
+            f"Keras could not quantise '{path}' in {mode}: {error} Expected layers that it can quantise. Received: "
+            f"base_dtype={mode!r}. Quantised already: {done}. Leave the layer out with `exclude`, or use "
+            "base_dtype='bfloat16' or 'nf4'."
+        ) from error
+
+
+def _kind(linear: LinearMap) -> str:
+    """The same for layers that differ only in their name and numbers."""
+    config = {key: each for key, each in linear.plain.get_config().items() if key != "name"}
+    return repr((type(linear.layer), linear.kernel_shape, linear.layer.compute_dtype, config))
 
 
 def store(linear: LinearMap, base_dtype: str) -> None:

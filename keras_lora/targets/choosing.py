@@ -280,15 +280,15 @@ def _with_insides(found: dict[Key, Any], places: list[Place]) -> dict[Key, Any]:
 
 def _is_readable(linear: LinearMap) -> bool:
     """Whether the layer is not quantised, or quantised in a supported mode."""
-    return quantization.mode_of(linear.layer) in quantization.SUPPORTED_MODES
+    return quantization.problem_with(linear.layer) is None
 
 
 def _problems_of(site: Site, adapter: adapters.Adapter) -> list[str]:
     """The reasons why this kernel cannot be adapted."""
     if getattr(site.layer, "lora_enabled", False):
         return [f"'{site.path}' has Keras's own `enable_lora` on; convert it with `interop.from_enable_lora`"]
-    if not _is_readable(site.linear):
-        return [f"'{site.path}' is quantised as {quantization.mode_of(site.layer)}; int8 and int4 are supported"]
+    if (unreadable := quantization.problem_with(site.layer)) is not None:
+        return [f"'{site.path}' {unreadable}"]
     if len(site.linear.kernel_axes) != len(site.linear.kernel_shape):
         stated, shape = site.linear.kernel_axes, site.linear.kernel_shape
         return [f"'{site.path}' was registered with the axes '{stated}', and its kernel has the shape {shape}"]
