@@ -11,6 +11,7 @@ from keras_lora.backend.differences import (
     traces,
     widens_bfloat16,
 )
+from keras_lora.backend.dropping import Drop, draws_bytes, dropped
 from keras_lora.backend.products import (
     frozen_product,
     kronecker_sum,
@@ -30,6 +31,9 @@ from keras_lora.backend.steps import (
 )
 
 __all__ = [
+    "Drop",
+    "draws_bytes",
+    "dropped",
     "each_example",
     "frozen_product",
     "fuses_base",
