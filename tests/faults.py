@@ -109,6 +109,27 @@ FAULTS = [
         "test_starts",
     ),
     Fault(
+        "dropped entries are not made up for",
+        "backend/products.py",
+        "scale = scale / (1 - drop.rate)",
+        "scale = scale * 1",
+        "test_dropout",
+    ),
+    Fault(
+        "the mask for the gradient on PyTorch is another than the one before",
+        "backend/products.py",
+        "mask = dropping.torch_mask((ctx.rows, a.shape[0]), ctx.draw)",
+        "mask = dropping.torch_mask((ctx.rows, a.shape[0]), (ctx.draw[0], ctx.draw[1] + 1))",
+        "test_dropout",
+    ),
+    Fault(
+        "the limit of dropout's bytes is always rounded down",
+        "backend/dropping.py",
+        "limit = math.floor(256 * drop.rate + ((mixed + 2**31) % 2**32) / 2**32)",
+        "limit = math.floor(256 * drop.rate)",
+        "test_dropout",
+    ),
+    Fault(
         "dropout acts in inference too",
         "adapters/low_rank.py",
         "if self.seed_generator is None or not training:",
