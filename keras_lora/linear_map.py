@@ -297,6 +297,10 @@ class LinearMap(StoredKernel):
         frozen factors `c` and `d`, is given, `strength · apply(x, c d)` is added, and they get no gradient. With `drop`,
         entries of `x` are left out on their way to `a`, and the others scaled; what is left is not kept for the gradient.
         """
+        whole = y is None and kept is None and drop is None and getattr(a, "trainable", True)
+        if whole and self.forms_kernel(x):  # with a frozen `a`, the input is not kept, so this way is not taken
+            b = ops.multiply(ops.multiply(scale, strength), b)
+            return self.formed_sum(x, ops.convert_to_tensor(a), b)
         in_one = y is None and self._can_run_in_one
         if y is None and not in_one:
             y = self.base_output(x)
@@ -312,6 +316,14 @@ class LinearMap(StoredKernel):
         rows = self.as_rows(x)
         rows = backend.low_rank_sum(rows, a, b, scale, strength, y=rows_of_y, kernel=kernel, kept=kept, drop=drop)
         return self.from_rows(rows, x)
+
+    def forms_kernel(self, x: Any) -> bool:
+        """Whether `low_rank_sum` forms the changed kernel, which then takes one product instead of three."""
+        return False
+
+    def formed_sum(self, x: Any, a: Any, b: Any) -> Any:
+        """`low_rank_sum` of a map that `forms_kernel`, with the scale in `b`."""
+        raise NotImplementedError
 
     def _factored_sum(self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, drop: Any) -> Any:
         """`low_rank_sum` for a map that is no product of rows and a matrix."""

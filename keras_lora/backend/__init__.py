@@ -12,6 +12,7 @@ from keras_lora.backend.differences import (
     widens_bfloat16,
 )
 from keras_lora.backend.dropping import Drop, draws_bytes, dropped
+from keras_lora.backend.formed import Parts, Shifts, formed_sum
 from keras_lora.backend.products import (
     frozen_product,
     kronecker_sum,
@@ -32,9 +33,12 @@ from keras_lora.backend.steps import (
 
 __all__ = [
     "Drop",
+    "Parts",
+    "Shifts",
     "draws_bytes",
     "dropped",
     "each_example",
+    "formed_sum",
     "frozen_product",
     "fuses_base",
     "has_symbolic_sizes",

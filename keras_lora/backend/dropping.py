@@ -1,8 +1,8 @@
 """Dropout with one random byte for each entry instead of Keras's four or eight.
 
-On a CPU, drawing random numbers is most of what dropout takes. An entry is dropped if its byte is below a limit. The limit is
-`256 · rate`, rounded up or down so that every entry is dropped with probability `rate` exactly: it is `256 · rate + u`
-rounded down, and `u` goes through `[0, 1)` evenly from call to call. So the share that one call drops is a multiple of 1/256.
+On a CPU, drawing random numbers is most of what dropout takes. An entry is dropped if its byte is below a limit. The limit
+is `256 · rate`, rounded up or down so that every entry is dropped with probability `rate` exactly: it is `256 · rate + u`
+rounded down, and `u` goes through `[0, 1)` evenly from call to call. The share that one call drops is a multiple of 1/256.
 
 The numbers depend on the state that a `SeedGenerator` gives, and on nothing else, so they can be drawn again.
 """
@@ -54,10 +54,7 @@ def draws_bytes(x: Any) -> bool:
 def _stay(x: Any, drop: Drop) -> Any:
     """Which entries of `x` stay, on JAX and TensorFlow."""
     rate, drawn = drop
-    if keras.backend.backend() == "jax":
-        bytes_ = _jax_bytes(x.shape, drawn)
-    else:
-        bytes_ = _tensorflow_bytes(x, drawn)
+    bytes_ = _jax_bytes(x.shape, drawn) if keras.backend.backend() == "jax" else _tensorflow_bytes(x, drawn)
     first, count = ops.unstack(ops.cast(drawn, "int32"))
     mixed = ops.cast(ops.add(ops.multiply(count, _GOLDEN - 2**32), first), "float32")
     limit = ops.floor(256 * rate + 0.5 + mixed * 2.0**-32)
@@ -105,7 +102,6 @@ def _tensorflow_product(x: Any, a: Any, drop: Drop) -> Any:
     """It keeps a boolean for each entry: TensorFlow takes longer to draw them than for all the rest."""
     import tensorflow as tf
 
-    @tf.custom_gradient
     def product(x: Any, a: Any) -> Any:
         stay, zero = _stay(x, drop), tf.zeros((), x.dtype)
 
@@ -115,7 +111,7 @@ def _tensorflow_product(x: Any, a: Any, drop: Drop) -> Any:
 
         return tf.matmul(tf.where(stay, x, zero), a), grad
 
-    return product(x, a)
+    return tf.custom_gradient(product)(x, a)
 
 
 def torch_draw(drop: Drop) -> tuple[int, int]:

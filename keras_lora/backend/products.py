@@ -30,7 +30,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
             return product(x, *stored)
         if gradient is None:
             shape, dtype = x.shape, x.dtype
-            gradient = lambda dy, *stored: _transposed(product, shape, dtype, dy, stored)  # noqa: E731
+            gradient = lambda dy, *stored: transposed(product, shape, dtype, dy, stored)  # noqa: E731
         return _torch_frozen_product().apply(product, gradient, x, *stored)
 
     if keras.backend.backend() == "tensorflow":
@@ -44,7 +44,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
         def grad(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             dy = args[-1] if upstream is None else upstream
             late = _not_before(dy, stored)
-            dx = _transposed(product, shape, dtype, dy, late) if gradient is None else gradient(dy, *late)
+            dx = transposed(product, shape, dtype, dy, late) if gradient is None else gradient(dy, *late)
             return dx, *(None for _ in stored)
 
         return product(x, *_not_before(x, stored)), grad
@@ -52,7 +52,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
     return ops.custom_gradient(with_gradient)(x, *stored)
 
 
-def _transposed(product: Callable[..., Any], shape: Any, dtype: Any, dy: Any, stored: Sequence[Any]) -> Any:
+def transposed(product: Callable[..., Any], shape: Any, dtype: Any, dy: Any, stored: Sequence[Any]) -> Any:
     """The gradient of an input of this shape. The product is linear in it, so the gradient is the same everywhere."""
     if keras.backend.backend() == "torch":
         import torch
