@@ -1,8 +1,8 @@
 """Convolutions and transposed convolutions: the sum over a window and its channels.
 
 The matrix is `(window · channels in, filters)`. A change of rank r is the same convolution to r channels, then a 1×1
-convolution to the filters. A grouped convolution is one matrix per group. A transposed convolution is the
-same, except that it places the window differently.
+convolution to the filters. Where that is cheaper, the changed kernel is formed for a call instead. A grouped convolution
+is one matrix per group. A transposed convolution is the same, except that it places the window differently.
 """
 
 from __future__ import annotations
