@@ -740,6 +740,13 @@ FAULTS = [
         "test_peft",
     ),
     Fault(
+        "a PEFT folder keeps its name while it is deleted",
+        "interop/peft_folder.py",
+        "    os.rename(old, gone)\n    shutil.rmtree(gone)",
+        "    shutil.rmtree(old)",
+        "test_peft_refusals",
+    ),
+    Fault(
         "PEFT's alpha pattern is ignored",
         "interop/peft_folder.py",
         "return _by_pattern(self.alpha_pattern, module, self.alpha)",

@@ -4,9 +4,11 @@ import ast
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import NEEDS
 
 import keras_lora
 
@@ -49,9 +51,11 @@ def imported(path):
     tree = ast.parse(path.read_text())
     for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
     left_out = {id(inside) for node in for_types for inside in ast.walk(node)}
-    for node in ast.walk(tree):
-        if id(node) in left_out:
-            continue
+    yield from imports_of(node for node in ast.walk(tree) if id(node) not in left_out)
+
+
+def imports_of(nodes):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -199,3 +203,17 @@ def test_the_parts_import_on_their_own():
     for path in FILES:
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         importlib.import_module(".".join(part for part in parts if part != "__init__"))
+
+
+#: What is there beside a backend where only `keras_lora` and what its tests need was installed (`make test-one-backend`).
+INSTALLED = {"keras", "h5py", "numpy", "rich", "safetensors", "pytest", "hypothesis"}
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
+def test_a_file_of_tests_is_left_out_without_the_packages_it_imports(path):
+    root = Path(__file__).parents[1]
+    folders = ("", "tests", "docs", "docs/figures", "examples", "benchmarks")
+    own = {"families"} | {file.stem for folder in folders for file in (root / folder).glob("*.py")}
+    known = own | INSTALLED | set(sys.stdlib_module_names) | {"keras_lora"}
+    wanted = {name.partition(".")[0] for name in imports_of(ast.parse(path.read_text()).body)} - known
+    assert wanted <= set(NEEDS.get(path.name, ()))

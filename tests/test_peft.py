@@ -361,6 +361,54 @@ def test_the_recorded_names_are_those_of_transformers(kind):
     assert not [key for key, other in new.items() if other != key and other in new]
 
 
+BLIP2_TARGETS = ["q_proj", "out_proj", "fc2", "query", "value", "intermediate_query.dense", "qkv", "projection"]
+
+
+@pytest.mark.full
+def test_blip2_of_an_image_and_text_has_the_logits_of_peft_both_ways(tmp_path):
+    """In its language model, its Q-Former and its vision encoder, where one matrix is query, key and value."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**sizes, "hidden_size": 16, "intermediate_size": 24, "image_size": 16, "patch_size": 8},
+        qformer_config={**sizes, "hidden_size": 12, "intermediate_size": 20, "encoder_hidden_size": 16},
+        text_config=transformers.OPTConfig(
+            **sizes, vocab_size=40, hidden_size=8, word_embed_proj_dim=8, ffn_dim=20, max_position_embeddings=32
+        ).to_dict(),
+        num_query_tokens=3,
+        image_token_index=39,
+    )
+    torch.manual_seed(0)
+    base = transformers.Blip2ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for each in base.parameters():
+            each.add_(0.2 * torch.randn_like(each))
+    base.save_pretrained(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    images, ids = rng.normal(size=(2, 16, 16, 3)).astype("float32"), rng.integers(4, 38, size=(2, 5))
+
+    def logits(model):
+        tokens = torch.tensor(np.concatenate([np.full((2, 3), config.image_token_index), ids], axis=1))
+        with torch.no_grad():
+            given = {"pixel_values": torch.tensor(images.transpose(0, 3, 1, 2)), "input_ids": tokens}
+            return model.eval()(**given, attention_mask=torch.ones_like(tokens)).logits.numpy()[:, 3:]
+
+    backbone = keras_hub.models.BLIP2Backbone.from_preset(str(tmp_path / "base"))
+    ours = keras_hub.models.BLIP2CausalLM(backbone=backbone, preprocessor=None)
+    x = {"images": images, "token_ids": ids, "padding_mask": np.ones_like(ids)}
+    plain = logits(base)
+    assert apart(ours.predict(x, verbose=0), plain) < RELATIVE
+    lora = peft.LoraConfig(r=3, lora_alpha=5, target_modules=BLIP2_TARGETS)
+    model = randomized(peft.get_peft_model(base, lora))
+    model.save_pretrained(tmp_path / "theirs")
+    wanted = logits(model)
+    from_peft(ours, tmp_path / "theirs")
+    assert apart(wanted, plain) > 1e-2
+    assert apart(ours.predict(x, verbose=0), wanted) < RELATIVE
+    to_peft(ours, tmp_path / "ours")
+    again = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert apart(logits(peft.PeftModel.from_pretrained(again, tmp_path / "ours")), wanted) < 1e-6
+
+
 # For other readers.
 
 

@@ -359,6 +359,22 @@ def test_kills_leave_the_old_folder_or_the_new_one(tmp_path):
     assert process.returncode == 0
 
 
+def test_a_folder_called_old_is_whole_however_its_removal_ends(tmp_path, monkeypatch):
+    def cut(path, **_):
+        (path / TENSORS).unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "french"
+    peft_folder.write(path, {"number": 0}, {"a": np.zeros(3, "float32")})
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_folder.shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            peft_folder.write(path, {"number": 1}, {"a": np.ones(3, "float32")})
+    assert json.loads((path / CONFIG).read_text())["number"] == 1
+    assert [each for each in tmp_path.iterdir() if each.suffix == ".unfinished"]
+    assert not list(tmp_path.glob(".french.*.old"))
+
+
 # What the converters are asked.
 
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import covering, perturb, value, values
+from helpers import covering, outputs, perturb, value, values
 from keras import layers
 from zoo import BATCH, ZOO
 
@@ -155,3 +155,29 @@ def test_a_regularizer_of_the_frozen_kernel_adds_nothing_to_the_loss():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4, kernel_regularizer="l2"), layers.Dense(2)])
     keras_lora.apply_lora(model, rank=1)
     assert not model.losses
+
+
+@pytest.mark.torch_first
+@pytest.mark.nightly
+def test_the_first_step_lowers_the_loss_alike_for_every_rank():
+    """So one learning rate serves every rank: the scale `alpha / rank` is there for that (docs/rates.md)."""
+    rng, falls = np.random.default_rng(0), {}
+    model = keras.Sequential([keras.Input((128,)), layers.Dense(96, activation="tanh"), layers.Dense(64)])
+    x, y = rng.normal(size=(64, 128)).astype("float32"), rng.normal(size=(64, 64)).astype("float32")
+
+    def loss():
+        return float(np.mean((outputs(model, x)[0] - y) ** 2))
+
+    before = loss()
+    for rank, seeds in {1: 64, 8: 32, 64: 8}.items():  # the fewer terms, the more a start differs from others
+        found = []
+        for seed in range(seeds):
+            keras.utils.set_random_seed(seed)
+            keras_lora.apply_lora(model, rank=rank, head=None)
+            model.compile(keras.optimizers.Adam(3e-5), "mse")
+            model.train_on_batch(x, y)
+            found.append(before - loss())
+            keras_lora.remove_lora(model)
+        falls[rank] = np.mean(found)
+    assert min(falls.values()) > 0
+    assert max(falls.values()) / min(falls.values()) < 1.05

@@ -27,9 +27,9 @@ def read(task: str) -> dict[str, Any]:
 
 
 def arms_of(results: dict[str, Any]) -> list[str]:
-    """The arms with results on the test part at their best rates, in the order of their fits."""
-    names = dict.fromkeys(each["arm"] for each in results["fits"] if each["part"] == "test")
-    return [arm for arm in names if tested(results, arm)]
+    """The arms with results on the test part at their best rates, fewest trained numbers first."""
+    trained = {each["arm"]: each["trained"] for each in results["fits"] if each["part"] == "test"}
+    return [arm for arm in sorted(trained, key=trained.__getitem__) if tested(results, arm)]
 
 
 def swept(results: dict[str, Any], arm: str) -> dict[float, float]:
@@ -63,7 +63,8 @@ def row(results: dict[str, Any], arm: str) -> list[str]:
     """A row of the table of a task."""
     fits = list(tested(results, arm).values())
     found, scores = difference(results, arm), [each["score"] for each in fits]
-    cells = [arm, f"{fits[0]['rate']:g}", f"{np.mean(scores):.2f}"]
+    ratio = fits[0]["rate"] / next(iter(tested(results, FULL).values()))["rate"]
+    cells = [arm, f"{fits[0]['rate']:g}", f"{ratio:.2g}", f"{np.mean(scores):.2f}"]
     cells.append(f"{found[0]:+.2f} ± {found[1]:.2f}" if found else "-")
     cells += [
         f"{fits[0]['trained']:,}",
@@ -81,7 +82,7 @@ def table(task: str) -> str:
     arms = arms_of(results)
     if FULL not in arms:
         return "**Not measured yet.**"
-    header = ["", "rate", "score", "minus full, 95 %", "trained numbers", "file, MB", "CPU s/step"]
+    header = ["", "rate", "of full's", "score", "minus full, 95 %", "trained numbers", "file, MB", "CPU s/step"]
     header += ["score in winter"] if "before" in tested(results, FULL)[min(tested(results, FULL))] else []
     settings, versions = results["settings"], results["versions"]
     seeds = {len(tested(results, arm)) for arm in arms}

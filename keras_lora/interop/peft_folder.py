@@ -388,4 +388,6 @@ def _put(aside: Path, folder: Path) -> None:
     except BaseException:
         os.rename(old, folder)
         raise
-    shutil.rmtree(old)
+    gone = old.with_suffix(".unfinished")  # what is called `.old` is whole, however this process ends
+    os.rename(old, gone)
+    shutil.rmtree(gone)
