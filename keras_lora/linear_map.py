@@ -71,7 +71,7 @@ class LinearMap(StoredKernel):
     scales_outputs = True
     #: Whether `apply` is `x @ matrix` once the last axes of `x` are flattened into one, with `y` laid out the same way.
     is_matmul = False
-    #: Whether the layer itself computes it as one product with the kernel, which has the matrix's order of axes.
+    #: Whether the layer itself computes it with `ops.matmul(x, kernel)`.
     calls_matmul = False
 
     @property
@@ -310,8 +310,6 @@ class LinearMap(StoredKernel):
             return self._factored_sum(x, a, b, scale, strength, y, drop)
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
-        if in_one and len(kernel.shape) > 2:
-            kernel = ops.reshape(kernel, self.matrix_shape)
         if len(x.shape) == 2 and self.kernel_axes == "io":
             return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel, kept=kept, drop=drop)
         rows_of_y = None if in_one else ops.reshape(y, (-1, self.matrix_shape[-1]))

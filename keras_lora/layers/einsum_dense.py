@@ -134,13 +134,6 @@ class EinsumDenseMap(EinsumMap):
         return axes_of(self.layer.equation)
 
     @property
-    def calls_matmul(self) -> bool:  # type: ignore[override]
-        # `ops.einsum` is then one product of rows and a matrix. Over several axes, torch sums in another order.
-        axes = self.axes
-        in_order = len(axes.contracted) == 1 and axes.kernel == axes.contracted + axes.free
-        return axes.is_matmul and in_order and self.layer_class is keras.layers.EinsumDense
-
-    @property
     def kernel_shape(self) -> tuple[int, ...]:
         if getattr(self.layer, "original_kernel_shape", None):  # int4 keeps a flat kernel
             return tuple(self.layer.original_kernel_shape)
