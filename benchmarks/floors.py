@@ -30,7 +30,7 @@ ROWS = {
     "block, dropout 0.1 / without": ("block", "keras_lora dropout", "keras_lora"),
     "embedding, DoRA / LoRA": ("embedding", "keras_lora DoRA", "keras_lora"),
 }
-SECONDS = 10.0
+SECONDS = 15.0
 
 
 def flops(model: Any, case: Any) -> float:
