@@ -109,7 +109,9 @@ def main() -> None:
     if what == "run":
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         for backend in backends or BACKENDS:
-            one = subprocess.run([sys.executable, __file__, "one", backend], capture_output=True, text=True, check=True)
+            command = [sys.executable, __file__, "one", backend]
+            environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # the code beside this file, not an installed one
+            one = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             results[backend] = json.loads(one.stdout.splitlines()[-1])
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     elif what == "one":
