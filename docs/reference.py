@@ -27,6 +27,11 @@ MEMBERS = {
         *("adapted_output", "output", "base_changed", "misfit_with", "values_from", "add_factor", "saved_weights"),
         *("derived", "adds"),
     ],
+    "keras_lora.AdapterPool": [
+        *("capacity", "registered", "resident", "pinned", "register", "remove", "pin", "unpin"),
+        *("predict_on_batch", "generate"),
+    ],
+    "keras_lora.AdapterServer": ["predict", "submit", "warm_up", "close", "waiting"],
     "keras_lora.AdapterList": ["total", "adapters", "data", "table"],
     "keras_lora.CombinationReport": ["error"],
     "keras_lora.LowRank": ["pair", "scale", "product_rank"],
@@ -108,13 +113,19 @@ GROUPS = [
     ),
     Group(
         "Many adapters",
-        "Several named adapters on one base: switch, train, combine, compress, delete and serve them.",
+        "Several named adapters on one base: switch, train, combine, compress and delete them.",
         of(
             "keras_lora",
             *("activate_adapters", "active_adapters", "disable_adapters", "train_adapters", "delete_adapter"),
-            *("combine_adapters", "compress_adapter", "CombinationReport", "CombinedKernel", "MultiAdapterModel"),
+            *("combine_adapters", "compress_adapter", "CombinationReport", "CombinedKernel"),
         ),
         {"many_adapters.md": "Many adapters"},
+    ),
+    Group(
+        "Serving",
+        "Several adapters in one batch, a pool of files that take places in the model, and a queue of requests.",
+        of("keras_lora", "MultiAdapterModel", "AdapterPool", "AdapterServer"),
+        {"serving.md": "Serving"},
     ),
     Group(
         "Memory",

@@ -30,7 +30,7 @@ if "keras_lora_command" not in sys.modules:  # see there: it imports only what a
     from keras_lora.memory.planning import MemoryPlan, plan
     from keras_lora.memory.rematerializing import rematerialize
     from keras_lora.merging import merge_lora, unmerge_lora
-    from keras_lora.serving import MultiAdapterModel
+    from keras_lora.serving import AdapterPool, AdapterServer, MultiAdapterModel
     from keras_lora.starts.methods import EVA, LoRAGA
     from keras_lora.starts.starting import start_from
     from keras_lora.switching import activate_adapters, active_adapters, delete_adapter, disable_adapters, train_adapters
@@ -43,7 +43,9 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "AdapterList",
+    "AdapterPool",
     "AdapterRow",
+    "AdapterServer",
     "CombinationReport",
     "CombinedKernel",
     "DoRA",

@@ -262,23 +262,21 @@ class LinearMap(StoredKernel):
         """`apply(x, a b)` with `a (*groups, in_dim, k)` and `b (*groups, k, out_dim)`, without forming `a b`."""
         return self.expand(self.contract(x, a), b)
 
-    def products(self, x: Any, a: Any, b: Any, index: Any) -> Any:
-        """`apply_product` with different factors for each example: the output of example i is `apply(x[i], a[j] b[j])`.
+    def per_example_sum(self, x: Any, a: Any, b: Any, index: Any, strength: Any, y: Any) -> Any:
+        """`y + strength · apply(x, a b)` with different factors for each example: example i uses `a[j]` and `b[j]`.
 
         Args:
             x: `(batch, ...)`.
-            a, b: Factors stacked, `(places, *groups, in_dim, k)` and `(places, *groups, k, out_dim)`.
+            a, b: Factors stacked, `(places, *groups, k, in_dim)` and `(places, *groups, k, out_dim)`.
             index: `(batch,)`, the place `j` of the factors for each example.
-
-        Returns:
-            The changes, in the order of the layer's output. The caller reshapes them.
+            strength: A scalar tensor.
+            y: The base output.
         """
-        dtype = self.layer.compute_dtype
-        a, b = (ops.cast(ops.take(stacked, index, axis=0), dtype) for stacked in (a, b))
         if self.is_matmul:
-            h = ops.reshape(ops.cast(x, dtype), (ops.shape(index)[0], -1, a.shape[-2]))
-            return ops.matmul(ops.matmul(h, a), b)
-        return backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
+            return backend.per_example_sum(x, a, b, index, strength, y)
+        a, b = (ops.cast(ops.take(stacked, index, axis=0), y.dtype) for stacked in (ops.swapaxes(a, -1, -2), b))
+        change = backend.each_example(lambda x, a, b: self.apply_product(x[None], a, b)[0], x, a, b)
+        return ops.add(y, ops.multiply(ops.cast(strength, y.dtype), ops.reshape(change, ops.shape(y))))
 
     def low_rank_sum(
         self,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_lora import checks
+from keras_lora import backend, checks
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.adapters.low_rank import LowRank
 
@@ -63,7 +62,8 @@ class PerExample(Adapter):
     def build_for(self, linear: LinearMap) -> None:
         *groups, in_dim, out_dim = linear.matrix_shape
         places = self.capacity + 1
-        self.lora_a = self.add_factor("lora_a", (places, *groups, in_dim, self.rank), "zeros", False, axes="gir")
+        # A is stored transposed: a product with one row reads it in order.
+        self.lora_a = self.add_factor("lora_a", (places, *groups, self.rank, in_dim), "zeros", False, axes="gri")
         self.lora_b = self.add_factor("lora_b", (places, *groups, self.rank, out_dim), "zeros", False, axes="gro")
 
     def parameter_count(self, matrix_shape: tuple[int, ...]) -> int:
@@ -89,8 +89,7 @@ class PerExample(Adapter):
                 f"Layer '{linear.layer.name}' is called on {rows} rows for {examples} examples, so it is not known which "
                 "adapter a row is for. Expected an input whose first axis is the examples. Leave the layer out of `targets`."
             )
-        change = ops.reshape(linear.products(x, self.lora_a, self.lora_b, index), ops.shape(y))
-        return ops.add(y, ops.multiply(ops.cast(self.strength, y.dtype), change))
+        return linear.per_example_sum(x, self.lora_a, self.lora_b, index, self.strength, y)
 
     def misfit_with(self, other: Adapter) -> str | None:
         if not isinstance(other, LowRank):
@@ -107,16 +106,32 @@ class PerExample(Adapter):
         a, b = factors
         more = self.rank - a.shape[-1]
         if a.ndim > 1 and b.ndim > 1 and more > 0:  # columns of zeros do nothing
-            a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
-            b = np.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, more), (0, 0)])
+            a = np.concatenate([a, np.zeros((*a.shape[:-1], more), a.dtype)], -1)
+            b = np.concatenate([b, np.zeros((*b.shape[:-2], more, b.shape[-1]), b.dtype)], -2)
         return {"lora_a": a, "lora_b": b}
+
+    def misshapen(self, values: dict[str, np.ndarray]) -> list[str]:
+        """Problems with the shapes of a result of `values_from`."""
+        *groups, in_dim, out_dim = self.matrix_shape
+        wanted = {"lora_a": (*groups, in_dim, self.rank), "lora_b": (*groups, self.rank, out_dim)}
+        found = {key: values[key].shape if key in values else None for key in wanted}
+        return [f"{key}' has shape {found[key]}; expected is {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+
+    def rows_for(self, values: dict[str, np.ndarray] | None) -> list[tuple[keras.Variable, np.ndarray]]:
+        """What `backend.write_place` writes for the result of `values_from`; zeros for `None`."""
+        if values is None:
+            return [(each, np.zeros(each.shape[1:], "float32")) for each in (self.lora_a, self.lora_b)]
+        return [(self.lora_a, np.swapaxes(values["lora_a"], -1, -2)), (self.lora_b, values["lora_b"])]
 
     def put(self, place: int, values: dict[str, np.ndarray] | None) -> None:
         """Fill a slot with the result of `values_from`, or with zeros."""
-        for variable, key in ((self.lora_a, "lora_a"), (self.lora_b, "lora_b")):
-            row = np.zeros(variable.shape[1:]) if values is None else values[key]
-            row = ops.convert_to_tensor(row[None].astype("float32"))
-            variable.assign(ops.slice_update(ops.convert_to_tensor(variable), [place, *(0,) * (row.ndim - 1)], row))
+        put_all(place, [(self, values)])
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rank": self.rank, "capacity": self.capacity}
+
+
+def put_all(place: int, pairs: Iterable[tuple[PerExample, dict[str, np.ndarray] | None]]) -> None:
+    """Fill a slot of several layers at once."""
+    written = [row for adapter, values in pairs for row in adapter.rows_for(values)]
+    backend.write_place([variable for variable, _ in written], place, [row for _, row in written])

@@ -13,6 +13,7 @@ from keras_lora.backend.differences import (
 )
 from keras_lora.backend.dropping import Drop, draws_bytes, dropped
 from keras_lora.backend.formed import Parts, Shifts, formed_sum
+from keras_lora.backend.per_example import per_example_sum, write_place
 from keras_lora.backend.products import (
     frozen_product,
     kronecker_sum,
@@ -48,6 +49,7 @@ __all__ = [
     "kronecker_sum",
     "look_up",
     "low_rank_sum",
+    "per_example_sum",
     "rematerialized",
     "shapes_of",
     "step_memory",
@@ -60,4 +62,5 @@ __all__ = [
     "value_and_gradient",
     "widens_bfloat16",
     "write",
+    "write_place",
 ]

@@ -279,13 +279,13 @@ class AdapterState:
 
     # Problems.
 
-    def misfits(self, model: Any, own: dict[str, Adapter], partly: bool = False) -> list[str]:
+    def misfits(self, model: Any, own: dict[str, Adapter], partly: bool = False, view: ModelView | None = None) -> list[str]:
         """The problems with loading into the adapters `own`, or, if there are none, into a model without that adapter.
 
-        With `partly` the file need not have everything that the model has.
+        With `partly` the file need not have everything that the model has. A `view` saves the time to make one.
         """
-        layers = {at: layer for at, layer in by_address(model).items() if not isinstance(layer, adapters.Adapter)}
-        maps, problems = maps_by_address(model), []
+        view, problems = view or ModelView(model), []
+        layers, maps = view.layers, view.maps
         for address, entry in self.adapters.items():
             layer = maps[address].layer if address in maps else layers.get(address)
             misfit = misfits.of_layer(address, layer, entry.layer_class)
@@ -293,7 +293,7 @@ class AdapterState:
                 misfit = [f"the layer at '{address}', a {type(layer).__name__}, cannot be adapted"]
             if not misfit and own and address not in own:
                 misfit = [f"the file has an adapter at '{address}'; the model has none"]
-            problems += misfit or misfits.of_adapter(address, maps[address], own.get(address), entry)
+            problems += misfit or misfits.of_adapter(address, maps[address], own.get(address), entry, view.made)
         for address, trained in self.trained.items():
             misfit = misfits.of_layer(address, layers.get(address), trained.layer_class)
             problems += misfit or misfits.of_variables(address, layers[address], trained)
@@ -304,6 +304,24 @@ class AdapterState:
             for address in self.trained.keys() - in_model.keys():
                 problems.append(f"the file has trained variables of '{address}'; the model does not train them")
         return problems
+
+
+class ModelView:
+    """What checking files needs of a model, found once: its layers and kernels, and the adapters that files describe."""
+
+    def __init__(self, model: Any):
+        self.layers = {at: layer for at, layer in by_address(model).items() if not isinstance(layer, adapters.Adapter)}
+        self.maps = maps_by_address(model)
+        self._made: dict[str, Adapter] = {}
+
+    def made(self, entry: AdapterEntry) -> Adapter:
+        """`entry.made()`, one for all entries with the same description. Making one takes longer than any check."""
+        key = _as_json([entry.method, entry.config, entry.scale])
+        if key not in self._made:
+            if len(self._made) >= 256:
+                self._made.clear()
+            self._made[key] = entry.made()
+        return self._made[key]
 
 
 def scale_of(adapter: Adapter) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -36,7 +37,9 @@ def of_variables(address: str, layer: Any, entry: TrainedEntry) -> list[str]:
     return []
 
 
-def of_adapter(address: str, linear: LinearMap, own: Adapter | None, entry: AdapterEntry) -> list[str]:
+def of_adapter(
+    address: str, linear: LinearMap, own: Adapter | None, entry: AdapterEntry, made: Callable[[AdapterEntry], Adapter]
+) -> list[str]:
     """Problems if a kernel cannot have the file's adapter, or if the adapter `own` cannot take its values."""
     if not linear.layer.built:
         return [f"the layer at '{address}' is not built"]
@@ -45,7 +48,7 @@ def of_adapter(address: str, linear: LinearMap, own: Adapter | None, entry: Adap
     if entry.method not in adapters.TABLE:
         return [f"the adapter at '{address}' has the method '{entry.method}'; known are {sorted(adapters.TABLE)}"]
     try:
-        in_file = entry.made()  # with arguments that are newer than the file
+        in_file = made(entry)  # with arguments that are newer than the file
     except (TypeError, ValueError, ArithmeticError) as error:
         return [f"the adapter at '{address}' cannot be made: {error}"]
     if own is None:

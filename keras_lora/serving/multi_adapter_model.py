@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -11,12 +12,20 @@ import numpy as np
 
 from keras_lora import adapters
 from keras_lora.adapters import per_example
-from keras_lora.adapters.per_example import INDEX
+from keras_lora.adapters.per_example import INDEX, put_all
 from keras_lora.applying import apply_lora
-from keras_lora.files.adapter_state import AdapterState
+from keras_lora.files.adapter_state import AdapterState, ModelView
 from keras_lora.files.misfits import raise_problems
 from keras_lora.swap.adapted import named_adapters
 from keras_lora.targets.patterns import Patterns
+
+
+@dataclass
+class _Served:
+    """What a served model consists of, found once. Keras would track a dict of layers, but does not look into this."""
+
+    places: dict[str, adapters.PerExample]
+    view: ModelView
 
 
 @keras.saving.register_keras_serializable("keras_lora")
@@ -81,6 +90,7 @@ class MultiAdapterModel(keras.Model):
         else:
             apply_lora(model, adapters.PerExample(rank, capacity), targets=targets, exclude=exclude, head=head)
         self.model = model
+        self._served = _Served(_places_of(model), ModelView(model))
         self.capacity = capacity
         self.names: dict[str, int] = dict(names or {})
         self.built = True
@@ -110,23 +120,28 @@ class MultiAdapterModel(keras.Model):
             ValueError: There is no free place, or the file does not fit. Nothing is changed then.
             FileNotFoundError: There is no such file.
         """
-        state, places = AdapterState.read(path), _places_of(self.model)
-        problems = state.misfits(self.model, places, partly=True)
+        values = self.read(path)
+        index = self.names.get(name) or self._free_place()
+        self.put(index, values)
+        self.names = {**self.names, name: index}
+        return index
+
+    def read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read and check an adapter file without loading it: the values for the places, by address."""
+        state, places = AdapterState.read(path), self._served.places
+        problems = state.misfits(self.model, dict(places), partly=True, view=self._served.view)
         problems += [f"the file has trained variables of '{address}' with its adapter" for address in state.trained]
         raise_problems(f"The adapter file {path}", self.model, problems)
         values = {}
         for address, entry in state.adapters.items():
-            values[address] = found = places[address].values_from(entry.made(), entry.tensors)
-            for key, variable in (("lora_a", places[address].lora_a), ("lora_b", places[address].lora_b)):
-                shape = found[key].shape if key in found else None
-                if shape != tuple(variable.shape[1:]):
-                    problems.append(f"'{address}:{key}' has shape {shape}; expected is {tuple(variable.shape[1:])}")
+            values[address] = found = places[address].values_from(self._served.view.made(entry), entry.tensors)
+            problems += [f"'{address}:{problem}" for problem in places[address].misshapen(found)]
         raise_problems(f"The adapter file {path}", self.model, problems)
-        index = self.names.get(name) or self._free_place()
-        for address, adapter in places.items():
-            adapter.put(index, values.get(address))
-        self.names = {**self.names, name: index}
-        return index
+        return values
+
+    def put(self, index: int, values: dict[str, Any]) -> None:
+        """Write the result of `read` into a place; layers that it leaves out, and all of `{}`, get zeros."""
+        put_all(index, [(adapter, values.get(address)) for address, adapter in self._served.places.items()])
 
     def delete(self, name: str) -> None:
         """Delete an adapter and free its place. Examples that still use its index get the base.
@@ -134,9 +149,7 @@ class MultiAdapterModel(keras.Model):
         Raises:
             ValueError: There is no adapter of that name.
         """
-        index = int(self.index_of([name])[0])
-        for adapter in _places_of(self.model).values():
-            adapter.put(index, None)
+        self.put(int(self.index_of([name])[0]), {})
         self.names = {each: place for each, place in self.names.items() if each != name}
 
     def index_of(self, names: Iterable[str | None]) -> np.ndarray:
