@@ -30,6 +30,11 @@ def problems_of(folder: Path) -> list[str]:
         problems.append(said.partition("Traceback")[0].strip())
     config = yaml.safe_load((folder / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = {path for _, _, path in entries(config["nav"])}
+    problems += [
+        f"docs/{path}: the navigation lists it, and it does not exist"
+        for path in sorted(listed)
+        if not (folder / "docs" / path).exists()
+    ]
     for page in sorted((folder / "docs").rglob("*.md")):
         path = page.relative_to(folder / "docs").as_posix()
         if path not in listed:

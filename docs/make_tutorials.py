@@ -35,8 +35,16 @@ RESULTS = PAGES / "results"
 REPOSITORY = "https://github.com/keras-lora/keras_lora/blob/main"
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 #: In the order of the navigation.
-NAMES = ["text_classification", "image_classification", "language_model", "text_generation", "tabular", "callbacks"]
-NAMES += ["custom_training_loop", "hyperparameter_search", "rank_and_plots", "preferences", "many_adapters", "export"]
+NAMES = ["text_classification", "image_classification", "language_model", "text_generation", "tabular", "dna"]
+NAMES += [
+    "callbacks",
+    "custom_training_loop",
+    "hyperparameter_search",
+    "rank_and_plots",
+    "preferences",
+    "many_adapters",
+    "export",
+]
 NAMES += ["peft_adapter"]
 
 

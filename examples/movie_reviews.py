@@ -99,7 +99,8 @@ def fine_tune(train, test, folder, seed, method, rank, learning_rate, epochs) ->
     ends: list[float] = []  # when each step ended; the first step, which compiles, ends before the first difference
     timer = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     start = time.perf_counter()
-    model.fit(*train, batch_size=BATCH, epochs=epochs, callbacks=[timer])
+    verbose = 1 if sys.stdout.isatty() else 2  # no progress bar in a pipe or a file
+    model.fit(*train, batch_size=BATCH, epochs=epochs, verbose=verbose, callbacks=[timer])
     seconds = time.perf_counter() - start
 
     _, accuracy = model.evaluate(*test, batch_size=200, verbose=0)

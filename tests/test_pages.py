@@ -5,17 +5,22 @@ import re
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 import yaml
 from conftest import missing
 
 import keras_lora
+from keras_lora import adapters
 from keras_lora.checks import WORDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import build
 import look
 import reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import to_vllm
 
 pytestmark = [pytest.mark.once, pytest.mark.full]
 
@@ -60,6 +65,19 @@ def test_the_glossary_has_every_word_that_the_errors_translate():
     assert [word for word in WORDS if not re.search(rf"`{word}\b", page)] == []
 
 
+@pytest.mark.parametrize("method", adapters.TABLE)
+def test_the_page_of_the_file_format_has_the_weights_of_every_method(method):
+    page = (DOCS / "adapter_file.md").read_text()
+    [row] = re.findall(rf"^ *\| `{method}` \|.*$", page, re.MULTILINE)
+    tokens = method == "trainable_tokens"
+    layer = keras.layers.Embedding(8, 8) if tokens else keras.layers.Dense(8)
+    layer.build((None,) if tokens else (None, 8))
+    adapter = keras_lora.TrainableTokens([1]) if tokens else method
+    weights = keras_lora.apply_lora(layer, adapter).adapter.saved_weights
+    keys = {"lora_a", "lora_b", *weights} if "the same" in row else set(weights)
+    assert [key for key in keys if f"`{key}" not in row and key not in ("lora_a", "lora_b")] == []
+
+
 def test_the_navigation_lists_every_page_once():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     listed = [path for _, _, path in build.entries(nav)]
@@ -82,6 +100,21 @@ def test_what_the_browser_measured_is_judged():
     assert "scrolls sideways at 400" in scrolls
     [cut] = look.problems_of([{**wide, "cut": ["import keras"]}])
     assert "cuts a block of code at 1280" in cut
+
+
+def test_the_table_of_vllm_is_printed_from_its_results():
+    page = (DOCS / "peft.md").read_text()
+    assert f"<!-- vllm -->\n{to_vllm.table()}\n<!-- /vllm -->" in page, "run `python examples/to_vllm.py page .`"
+
+
+def test_code_fits_its_column():
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    blocks = {page.name: re.findall(r"^```py.*?$(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in pages}
+    assert sum(map(len, blocks.values())) > 60
+    wide = [
+        (name, line) for name, found in blocks.items() for block in found for line in block.splitlines() if len(line) > 85
+    ]
+    assert wide == [], "the site shows 85 columns of code at 1280 pixels"
 
 
 @pytest.mark.nightly

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_lora
-from keras_lora.interop import from_peft, peft_folder, to_peft
+from keras_lora.interop import from_peft, peft_folder, serving_rules, to_peft
 from keras_lora.interop.checkpoints import CheckpointMap
 from keras_lora.interop.ports import Port, as_it_is_now
 from keras_lora.interop.problems import grouped
@@ -445,3 +445,15 @@ def test_the_folders_of_named_adapters_are_named(folder, tmp_path):
     shutil.copytree(folder.good, tmp_path / "french")
     with pytest.raises(FileNotFoundError, match=r"Its folders \['french'\] have one each"):
         from_peft(base(), tmp_path)
+
+
+def test_many_tensors_with_one_problem_are_one_line(tmp_path):
+    keys = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight" for i in range(30)]
+    keys += [key.replace("lora_A", "lora_B") for key in keys]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {key: np.zeros((8, 8), "float32") for key in keys}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    [problem] = serving_rules.serving_problems(tmp_path)["vllm"]
+    start = f"the tensor '{keys[0]}' has not the rank 4 of the config, which gives the scale before version 0.32"
+    assert problem.startswith(f"{start} (and so 59 more: ")

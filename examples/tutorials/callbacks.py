@@ -2,18 +2,21 @@
 # # Callbacks, and going on after an interruption
 #
 # `fit` takes Keras's callbacks on an adapted model as on any other. You stop early, keep the best model, save the adapter
-# after each epoch, and resume a `fit` that was interrupted. The resumed `fit` ends where an uninterrupted one does.
+# after each epoch, log to TensorBoard, and resume a `fit` that was interrupted. The resumed `fit` ends where an
+# uninterrupted one does.
 #
 # The model and the sentences are those of [Classify text](text_classification.md), with fewer blocks of the encoder.
 # `build_classifier` makes that model.
 
 # %%
 import os
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 
 import keras
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tutorial_data import build_classifier, load_sentences
 
 import keras_lora
@@ -49,22 +52,15 @@ def build_adapted():
 
 
 # %% [markdown]
-# ## Save the adapter after each epoch
-#
-# `ModelCheckpoint` writes the whole model. A callback of your own writes the adapter alone.
-
-
-# %%
-class SaveAdapter(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        path = f"epoch_{epoch + 1}.safetensors"
-        keras_lora.save_adapter(self.model, path)
-
-
-# %% [markdown]
 # ## Fit with callbacks
 #
-# `restore_best_weights=True` puts the weights of the best epoch back at the end.
+# - `ModelCheckpoint` writes the whole model, and `keras_lora.callbacks.SaveAdapter` the adapter alone. They have the same
+#   arguments.
+# - `EarlyStopping` with `restore_best_weights=True` puts the weights of the best epoch back at the end.
+# - `keras_lora.plots.LogAdapters` adds two numbers about the adapter to the logs of each epoch: how much of its rank it
+#   uses, and how large its change is. Callbacks after it in the list get them too.
+# - `CSVLogger` and `TensorBoard` write the logs. On every backend, Keras's `TensorBoard` needs TensorFlow and
+#   `pip install tensorboard`. Without them, leave it out: the CSV file has the same numbers for each epoch.
 
 # %%
 model = build_adapted()
@@ -72,10 +68,16 @@ _, before = model.evaluate(*test, batch_size=100, verbose=0)
 stop = keras.callbacks.EarlyStopping(
     "val_loss", patience=1, restore_best_weights=True
 )
-keep = keras.callbacks.ModelCheckpoint(
-    "best.keras", monitor="val_loss", save_best_only=True
-)
-log = keras.callbacks.CSVLogger("log.csv")
+callbacks = [
+    stop,
+    keras.callbacks.ModelCheckpoint(
+        "best.keras", monitor="val_loss", save_best_only=True
+    ),
+    keras_lora.callbacks.SaveAdapter("epoch_{epoch}.safetensors"),
+    keras_lora.plots.LogAdapters(),
+    keras.callbacks.CSVLogger("log.csv"),
+    keras.callbacks.TensorBoard("logs"),
+]
 epochs = 5  # quick: 1
 model.fit(
     *train,
@@ -83,10 +85,18 @@ model.fit(
     batch_size=32,
     epochs=epochs,
     verbose=2,
-    callbacks=[stop, keep, log, SaveAdapter()],
+    callbacks=callbacks,
 )
 _, after = model.evaluate(*test, batch_size=100, verbose=0)
 print(f"test accuracy: {before:.3f} before, {after:.3f} after")
+
+# %% [markdown]
+# `tensorboard --logdir logs` shows the curves in a browser. Here you read what both files have.
+
+# %%
+print(Path("log.csv").read_text().splitlines()[0])
+events = EventAccumulator("logs/train").Reload()
+print(sorted(events.Tags()["tensors"]))
 
 # %% [markdown]
 # The checkpoint loads as it is. An adapter loads into a fresh base. Both give the best epoch's outputs.
@@ -114,8 +124,8 @@ print(f"largest difference of an output: {difference:.1e}")
 # `BackupAndRestore` keeps the weights, the optimizer and the epoch. Here a callback interrupts the third epoch, as a
 # machine that stops would. A new model with the same `fit` starts at that epoch.
 #
-# `shuffle=False` gives both runs the sentences in the same order. The encoder has no dropout here: Keras does not save the
-# state of dropout's random numbers, so with dropout a resumed `fit` draws others.
+# `shuffle=False` gives both runs the sentences in the same order. The encoder has no dropout here. With dropout, give each
+# layer a seed: [Long runs](../long_runs.md) explains why.
 
 
 # %%

@@ -1,7 +1,8 @@
 """Rules for what vLLM, llama.cpp and Ollama read from a PEFT adapter. They silently ignore parts they do not support.
 
 The rules come from the source code of vLLM (`vllm/lora/peft_helper.py`, `lora_model.py`, `utils.py`), llama.cpp
-(`convert_lora_to_gguf.py`) and Ollama (`convert/convert_adapter.go`); none of these programs is run here.
+(`convert_lora_to_gguf.py`) and Ollama (`convert/convert_adapter.go`). vLLM reads `rank_pattern` and `alpha_pattern` from
+version 0.32 on, which `examples/to_vllm.py` runs. The tests run none of these programs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from keras_lora.interop import peft_folder
+from keras_lora.interop.problems import grouped
 
 #: The modules that the decoders in all three programs have, and vLLM's and llama.cpp's embeddings.
 DECODER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,7 +33,8 @@ def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
 
     Returns:
         A dict with the keys `"vllm"`, `"llama.cpp"` and `"ollama"`, each with a list of what the program refuses or would
-        read wrongly. The list is empty if it reads the adapter correctly, as far as its rules are known here.
+        read wrongly. The list is empty if it reads the adapter correctly, as far as its rules are known here. Problems that
+        differ only in the name of a tensor are one line.
 
     Raises:
         FileNotFoundError, ValueError: As `keras_lora.interop.from_peft`.
@@ -52,7 +55,7 @@ def serving_problems(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
     peft_folder.read(folder)
     config = json.loads((folder / peft_folder.CONFIG).read_text(encoding="utf-8"))
     tensors = peft_folder.tensors_of(folder / peft_folder.TENSORS)
-    return {reader: _problems(reader, config, tensors) for reader in READERS}
+    return {reader: grouped(_problems(reader, config, tensors)) for reader in READERS}
 
 
 def unread(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> list[str]:
@@ -80,10 +83,11 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
         problems.append("it has adapted parameters (banks of experts, routers), which are refused or left out")
     if config.get("ensure_weight_tying"):
         problems.append("it has an output projection that is the embedding, which is refused or left out")
+    until = " before version 0.32" if reader == "vllm" else ""
     if config.get("alpha_pattern"):
-        problems.append("its `alpha_pattern` is ignored: there is one scale for all modules")
+        problems.append(f"its `alpha_pattern` is ignored{until}: there is one scale for all modules")
     if config.get("rank_pattern") and reader != "llama.cpp":
-        problems.append("its `rank_pattern` is ignored: there is one scale for all modules")
+        problems.append(f"its `rank_pattern` is ignored{until}: there is one scale for all modules")
     if config.get("use_rslora") and reader != "vllm":
         problems.append("its `use_rslora` is ignored: the scale is alpha / rank")
     if reader == "ollama" and type(config.get("lora_alpha")) is not int:
@@ -92,7 +96,7 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
     if reader == "vllm" and type(rank) is int and rank > _MOST_RANK:
         problems.append(f"its rank {rank} is over {_MOST_RANK}, the largest that is served")
     known = DECODER_MODULES if reader == "ollama" else (*DECODER_MODULES, *_EMBEDDINGS)
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         match = re.fullmatch(
             r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)", key
         )
@@ -103,7 +107,7 @@ def _problems(reader: str, config: dict[str, Any], tensors: dict[str, np.ndarray
         if tensor.ndim != 2:
             problems.append(f"the tensor '{key}' is of a convolution, which is refused")
         if reader != "llama.cpp" and tensor.shape[0 if "_A" in match[2] else -1] != rank:
-            problems.append(f"the tensor '{key}' has not the rank {rank} of the config, which gives the scale")
+            problems.append(f"the tensor '{key}' has not the rank {rank} of the config, which gives the scale{until}")
         if reader == "ollama" and "embedding" in match[2] and not any_model:
             problems.append(f"the tensor '{key}' is of an embedding, which is left out")
         elif not any_model and match[1].rpartition(".")[2] not in known:
