@@ -288,28 +288,61 @@ class LinearMap(StoredKernel):
         return ops.add(y, ops.multiply(ops.cast(strength, y.dtype), ops.reshape(change, ops.shape(y))))
 
     def low_rank_sum(
-        self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any = None, kept: tuple[Any, Any] | None = None
+        self,
+        x: Any,
+        a: Any,
+        b: Any,
+        scale: float,
+        strength: Any,
+        y: Any = None,
+        kept: tuple[Any, Any] | None = None,
+        drop: backend.Drop | None = None,
     ) -> Any:
         """`y + strength · scale · apply(x, a b)`, which is how a low-rank change runs. The factors keep their dtype.
 
         If `y`, the base output, is not given, it is computed here, together with the change if that is faster. If `kept`,
-        frozen factors `c` and `d`, is given, `strength · apply(x, c d)` is added, and they get no gradient.
+        frozen factors `c` and `d`, is given, `strength · apply(x, c d)` is added, and they get no gradient. With `drop`,
+        entries of `x` are left out on their way to `a`, and the others scaled; what is left is not kept for the gradient.
         """
+        whole = y is None and kept is None and drop is None and getattr(a, "trainable", True)
+        if whole and self.forms_kernel(x):  # with a frozen `a`, the input is not kept, so this way is not taken
+            b = ops.multiply(ops.multiply(scale, strength), b)
+            return self.formed_sum(x, ops.convert_to_tensor(a), b)
         in_one = y is None and self._can_run_in_one
         if y is None and not in_one:
             y = self.base_output(x)
         if not self.is_matmul or backend.has_symbolic_sizes(x):
             if kept is not None:
                 y = self.low_rank_sum(x, *kept, 1.0, strength, y)
-            b = ops.multiply(ops.multiply(scale, strength), b)
-            return ops.add(y, self.apply_product(x, ops.cast(a, y.dtype), ops.cast(b, y.dtype)))
+            return self._factored_sum(x, a, b, scale, strength, y, drop)
         x = ops.cast(x, self.layer.compute_dtype if in_one else y.dtype)
         kernel = ops.cast(self.kernel_variable, x.dtype) if in_one else None
         if len(x.shape) == 2 and self.kernel_axes == "io":
-            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel, kept=kept)
+            return backend.low_rank_sum(x, a, b, scale, strength, y=y, kernel=kernel, kept=kept, drop=drop)
         rows_of_y = None if in_one else ops.reshape(y, (-1, self.matrix_shape[-1]))
-        rows = backend.low_rank_sum(self.as_rows(x), a, b, scale, strength, y=rows_of_y, kernel=kernel, kept=kept)
+        rows = self.as_rows(x)
+        rows = backend.low_rank_sum(rows, a, b, scale, strength, y=rows_of_y, kernel=kernel, kept=kept, drop=drop)
         return self.from_rows(rows, x)
+
+    def forms_kernel(self, x: Any) -> bool:
+        """Whether `low_rank_sum` forms the changed kernel, which then takes one product instead of three."""
+        return False
+
+    def formed_sum(self, x: Any, a: Any, b: Any) -> Any:
+        """`low_rank_sum` of a map that `forms_kernel`, with the scale in `b`."""
+        raise NotImplementedError
+
+    def _factored_sum(self, x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, drop: Any) -> Any:
+        """`low_rank_sum` for a map that is no product of rows and a matrix."""
+        b = ops.multiply(ops.multiply(scale if drop is None else scale / (1 - drop.rate), strength), b)
+        a, b = ops.cast(a, y.dtype), ops.cast(b, y.dtype)
+        if drop is None:
+            return ops.add(y, self.apply_product(x, a, b))
+
+        def of_dropped(x: Any, a: Any, drawn: Any) -> Any:
+            return self.contract(backend.dropped(x, backend.Drop(drop.rate, drawn)), a)
+
+        return ops.add(y, self.expand(keras.remat(of_dropped)(x, a, drop.drawn), b))
 
     # For methods that act on the input, such as block rotations and gains of input units.
 

@@ -597,7 +597,7 @@ def test_deleting_frees_the_memory(beside):
         keras_lora.apply_lora(model, rank=1, name="a")
 
     def cycle():
-        # TensorFlow keeps what `keras.remat` computes again, which dropout uses, in a registry of gradients for good.
+        # TensorFlow keeps gradients that are written by hand, as that of dropout is, in a registry for good.
         method = keras_lora.DoRA(2, dropout=0.0 if BACKEND == "tensorflow" else 0.1)
         keras_lora.apply_lora(model, method, targets=["query", "value", "head"], name="b")
         model.compile("adam", "mse")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class LoRA(LowRank):
     """Low-rank adaptation: `W' = W + scale · A B`.
 
-    `A` is `(in_dim, rank)`, `B` is `(rank, out_dim)`; a kernel with groups has one pair per group. `ΔW` is never
-    formed in training or inference; the output is `y + (x A)(scale · B)`.
+    `A` is `(in_dim, rank)`, `B` is `(rank, out_dim)`; a kernel with groups has one pair per group. `ΔW` is not
+    formed in training or inference, except in convolutions where that is cheaper; the output is `y + (x A)(scale · B)`.
 
     With `kept`, a frozen pair is saved beside the trained one: `W' = W + scale · A B + K_a K_b`. So training can start from
     factors whose product is not zero (`K_a K_b = -scale · A B`), or add to an earlier change, and the base does not move.

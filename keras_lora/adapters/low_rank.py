@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora import checks, factors
+from keras_lora import backend, checks, factors
 from keras_lora.adapters.adapter import Adapter
 from keras_lora.compat import call_internals
 
@@ -114,20 +114,24 @@ class LowRank(Adapter):
         """
         if self.seed_generator is None or not training:
             return linear.low_rank_sum(x, a, b, self.scale, strength, y, kept)
-        y = linear.base_output(x) if y is None else y
-        y = y if kept is None else linear.low_rank_sum(x, kept[0], kept[1], 1.0, strength, y)
         if keras.backend.backend() == "torch" and call_internals.is_rematerialized(linear.layer):
             checks.warn(
                 f"Dropout inside a `RematScope` gives wrong gradients on PyTorch, with Keras's own layers too: layer "
                 f"'{linear.layer.name}' draws other numbers when it runs the second time. Use dropout=0, or no RematScope."
             )
+        drawn = self.seed_generator.next()
+        if backend.draws_bytes(x):
+            drop = backend.Drop(self.dropout, drawn)
+            return linear.low_rank_sum(x, a, b, self.scale, strength, y, kept, drop)
+        y = linear.base_output(x) if y is None else y
+        y = y if kept is None else linear.low_rank_sum(x, kept[0], kept[1], 1.0, strength, y)
 
         # The dropped input is not kept for the backward pass; it is recomputed there from the same seed.
         def dropped(x: Any, a: Any, drawn: Any) -> Any:
             seed = call_internals.drawn_seed(self.seed_generator, drawn)
             return linear.contract(keras.random.dropout(x, self.dropout, seed=seed), a)
 
-        h = keras.remat(dropped)(x, ops.cast(a, y.dtype), self.seed_generator.next())
+        h = keras.remat(dropped)(x, ops.cast(a, y.dtype), drawn)
         return ops.add(y, linear.expand(h, ops.cast(ops.multiply(ops.multiply(self.scale, strength), b), y.dtype)))
 
     def get_config(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from keras_lora.backend.differences import (
     traces,
     widens_bfloat16,
 )
+from keras_lora.backend.dropping import Drop, draws_bytes, dropped
+from keras_lora.backend.formed import Parts, Shifts, formed_sum
 from keras_lora.backend.per_example import per_example_sum, write_place
 from keras_lora.backend.products import (
     frozen_product,
@@ -31,7 +33,13 @@ from keras_lora.backend.steps import (
 )
 
 __all__ = [
+    "Drop",
+    "Parts",
+    "Shifts",
+    "draws_bytes",
+    "dropped",
     "each_example",
+    "formed_sum",
     "frozen_product",
     "fuses_base",
     "has_symbolic_sizes",

@@ -10,6 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora.backend import dropping
+from keras_lora.backend.dropping import Drop
+
 
 def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | None, x: Any, stored: Sequence[Any]) -> Any:
     """Return `product(x, *stored)`, linear in `x`, of a kernel that is formed from what is stored of it.
@@ -27,7 +30,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
             return product(x, *stored)
         if gradient is None:
             shape, dtype = x.shape, x.dtype
-            gradient = lambda dy, *stored: _transposed(product, shape, dtype, dy, stored)  # noqa: E731
+            gradient = lambda dy, *stored: transposed(product, shape, dtype, dy, stored)  # noqa: E731
         return _torch_frozen_product().apply(product, gradient, x, *stored)
 
     if keras.backend.backend() == "tensorflow":
@@ -41,7 +44,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
         def grad(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
             dy = args[-1] if upstream is None else upstream
             late = _not_before(dy, stored)
-            dx = _transposed(product, shape, dtype, dy, late) if gradient is None else gradient(dy, *late)
+            dx = transposed(product, shape, dtype, dy, late) if gradient is None else gradient(dy, *late)
             return dx, *(None for _ in stored)
 
         return product(x, *_not_before(x, stored)), grad
@@ -49,7 +52,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
     return ops.custom_gradient(with_gradient)(x, *stored)
 
 
-def _transposed(product: Callable[..., Any], shape: Any, dtype: Any, dy: Any, stored: Sequence[Any]) -> Any:
+def transposed(product: Callable[..., Any], shape: Any, dtype: Any, dy: Any, stored: Sequence[Any]) -> Any:
     """The gradient of an input of this shape. The product is linear in it, so the gradient is the same everywhere."""
     if keras.backend.backend() == "torch":
         import torch
@@ -112,7 +115,16 @@ def _torch_frozen_product() -> Any:
 
 
 def low_rank_sum(
-    x: Any, a: Any, b: Any, scale: float, strength: Any, *, y: Any = None, kernel: Any = None, kept: Any = None
+    x: Any,
+    a: Any,
+    b: Any,
+    scale: float,
+    strength: Any,
+    *,
+    y: Any = None,
+    kernel: Any = None,
+    kept: Any = None,
+    drop: Drop | None = None,
 ) -> Any:
     """Return `strength · scale · (x a) b`, added to `y` or to `x kernel`, whichever is given.
 
@@ -124,23 +136,27 @@ def low_rank_sum(
         y: `(n, out)`.
         kernel: `(in, out)`.
         kept: Frozen factors `c`, `d` like `a` and `b`, for `strength · (x c) d` beside it. They get no gradient.
+        drop: Which entries of `x` are left out on their way to `a`, and the others scaled.
 
     Its speed depends on how it is written. The gradient of `a` is `xᵀ dh`, a product with few columns, and that shape is
     slow: on one CPU core, it takes several times as long as its transpose `dhᵀ x` (`benchmarks/products.py`). So both
     branches compute the transpose.
     """
+    if drop is not None:
+        scale = scale / (1 - drop.rate)
     if keras.backend.backend() == "torch":
         dtype = x.dtype
         a, b = ops.cast(a, dtype), ops.cast(b, dtype)
         c, d = (None, None) if kept is None else (ops.cast(each, dtype) for each in kept)
-        return _torch_low_rank_sum(x, a, b, scale, ops.convert_to_tensor(strength), y, kernel, c, d)
+        return _torch_low_rank_sum(x, a, b, scale, ops.convert_to_tensor(strength), y, kernel, c, d, drop)
     # Without a multiplication between them, XLA would swap the factors of `dhᵀ x` back to save the transposition.
     a = ops.cast(ops.transpose(ops.multiply(ops.multiply(scale, strength), ops.transpose(a))), x.dtype)
     base = ops.matmul(x, kernel) if y is None else y
     if kept is not None:
         c, d = ops.multiply(strength, kept[0]), ops.convert_to_tensor(kept[1])
         base = ops.add(base, ops.matmul(ops.matmul(x, ops.cast(c, x.dtype)), ops.cast(d, x.dtype)))
-    return ops.add(base, ops.matmul(ops.matmul(x, a), ops.cast(b, x.dtype)))
+    h = ops.matmul(x, a) if drop is None else dropping.dropped_product(x, a, drop)
+    return ops.add(base, ops.matmul(h, ops.cast(b, x.dtype)))
 
 
 def kronecker_sum(x: Any, c: Any, a: Any, b: Any, scale: float, strength: Any, y: Any) -> Any:
@@ -171,16 +187,29 @@ def kronecker_sum(x: Any, c: Any, a: Any, b: Any, scale: float, strength: Any, y
 
 
 def _torch_low_rank_sum(
-    x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any, c: Any = None, d: Any = None
+    x: Any,
+    a: Any,
+    b: Any,
+    scale: float,
+    strength: Any,
+    y: Any,
+    kernel: Any,
+    c: Any = None,
+    d: Any = None,
+    drop: Drop | None = None,
 ) -> Any:
     """`low_rank_sum` for torch, which can add a product to an array in place. Allocating arrays is the main cost there."""
     import torch
 
+    if drop is not None and c is not None:  # it acts on one of the pairs alone
+        y, kernel, c, d = _torch_low_rank_sum(x, c, d, 1.0, strength, y, kernel), None, None, None
     if torch.is_grad_enabled() and not _torch_transforms(x):
-        return _torch_function().apply(x, a, b, scale, strength, y, kernel, c, d)[0]
+        draw = None if drop is None else dropping.torch_draw(drop)
+        return _torch_function().apply(x, a, b, scale, strength, y, kernel, c, d, draw)[0]
     base = torch.mm(x, kernel) if y is None else y
     if c is not None:
         base = torch.addmm(base, torch.mm(x, c) * strength.to(x.dtype), d)
+    x = x if drop is None else dropping.dropped(x, drop)
     return torch.addmm(base, torch.mm(x, a) * (scale * strength).to(x.dtype), b)
 
 
@@ -207,17 +236,19 @@ def _torch_function() -> Any:
     class LowRankSum(torch.autograd.Function):
         @staticmethod
         def forward(
-            x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any, c: Any, d: Any
+            x: Any, a: Any, b: Any, scale: float, strength: Any, y: Any, kernel: Any, c: Any, d: Any, draw: Any
         ) -> tuple[Any, Any]:
             all_a, all_b = _with_kept(a, _scaled(b, scale, strength), strength, c, d)
-            ht = torch.mm(all_a.t(), x.t())
+            given = x if draw is None else x * dropping.torch_mask(x.shape, draw)
+            ht = torch.mm(all_a.t(), given.t())
             total = torch.addmm(y, ht.t(), all_b) if kernel is None else torch.mm(x, kernel).addmm_(ht.t(), all_b)
             return total, ht if c is None else ht[: a.shape[1]].clone()
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            x, a, b, ctx.scale, strength, _, kernel, c, d = inputs
-            _, of_a, of_b, _, _, _, of_kernel, _, _ = ctx.needs_input_grad
+            x, a, b, ctx.scale, strength, _, kernel, c, d, ctx.draw = inputs
+            ctx.rows = x.shape[0]
+            _, of_a, of_b, _, _, _, of_kernel, *_ = ctx.needs_input_grad
             ctx.save_for_backward(
                 x if of_a or of_kernel else None, a, b, strength, kernel, c, d, output[1] if of_b else None
             )
@@ -226,12 +257,17 @@ def _torch_function() -> Any:
         @staticmethod
         def backward(ctx: Any, dy: Any, dht: Any) -> tuple[Any, ...]:
             x, a, b, strength, kernel, c, d, ht = ctx.saved_tensors
-            of_x, of_a, of_b, _, _, _, of_kernel, _, _ = ctx.needs_input_grad
+            of_x, of_a, of_b, _, _, _, of_kernel, *_ = ctx.needs_input_grad
             if dy is None and dht is None:
-                return (None,) * 9
+                return (None,) * 10
+            mask, given = None, x
+            if ctx.draw is not None and (of_x or of_a):
+                mask = dropping.torch_mask((ctx.rows, a.shape[0]), ctx.draw)
+                given = x * mask if of_a else None
             if dy is None:  # only `(x a)ᵀ` was used, by a second differentiation
                 dx = torch.mm(dht.t(), a.t()) if of_x else None
-                return dx, torch.mm(dht, x).t() if of_a else None, *(None,) * 7
+                dx = dx if mask is None or dx is None else dx * mask
+                return dx, torch.mm(dht, given).t() if of_a else None, *(None,) * 8
             all_a, all_b = _with_kept(a, _scaled(b, ctx.scale, strength), strength, c, d)
             through_b = torch.mm(all_b if of_x else all_b[: a.shape[1]], dy.t())
             own, kept = through_b[: a.shape[1]], through_b[a.shape[1] :]
@@ -240,11 +276,16 @@ def _torch_function() -> Any:
             dx = None
             if of_x:
                 through = all_dht.t(), all_a.t()
-                dx = torch.mm(*through) if kernel is None else torch.mm(dy, kernel.t()).addmm_(*through)
-            da = torch.mm(dht, x).t() if of_a else None
+                if kernel is None:
+                    dx = torch.mm(*through) if mask is None else torch.mm(*through) * mask
+                elif mask is None:
+                    dx = torch.mm(dy, kernel.t()).addmm_(*through)
+                else:
+                    dx = torch.mm(dy, kernel.t()).addcmul_(torch.mm(*through), mask)
+            da = torch.mm(dht, given).t() if of_a else None
             db = _scaled(torch.mm(ht, dy), ctx.scale, strength) if of_b else None
             dkernel = torch.mm(x.t(), dy) if of_kernel else None
-            return dx, da, db, None, None, dy if kernel is None else None, dkernel, None, None
+            return dx, da, db, None, None, dy if kernel is None else None, dkernel, None, None, None
 
     def _with_kept(a: Any, scaled: Any, strength: Any, c: Any, d: Any) -> tuple[Any, Any]:
         if c is None:

@@ -1,8 +1,8 @@
 """Convolutions and transposed convolutions: the sum over a window and its channels.
 
 The matrix is `(window · channels in, filters)`. A change of rank r is the same convolution to r channels, then a 1×1
-convolution to the filters. A grouped convolution is one matrix per group. A transposed convolution is the
-same, except that it places the window differently.
+convolution to the filters. Where that is cheaper, the changed kernel is formed for a call instead. A grouped convolution
+is one matrix per group. A transposed convolution is the same, except that it places the window differently.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_lora import backend
+from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import AdaptedLayer
 
@@ -57,13 +59,43 @@ class ConvMap(LinearMap):
     def expand(self, h: Any, m: Any) -> Any:
         if self._channels_last:
             if not self.groups:
-                return ops.matmul(h, m)
+                return super().expand(h, m)
             y = ops.einsum("...gk,gko->...go", h, m)
             return ops.reshape(y, (*ops.shape(y)[:-2], self.layer.filters))
         if not self.groups:
             return ops.einsum("bk...,ko->bo...", h, m)
         y = ops.einsum("bgk...,gko->bgo...", h, m)
         return ops.reshape(y, (ops.shape(y)[0], self.layer.filters, *ops.shape(y)[3:]))
+
+    # The changed kernel, formed for a call.
+
+    def forms_kernel(self, x: Any) -> bool:
+        """If it is float32 and has no more numbers than `x`: then it costs little to form, and a step keeps little more.
+
+        In fewer digits, `W + ΔW` would round the change.
+        """
+        float32 = keras.backend.standardize_dtype(self.layer.compute_dtype) == "float32"
+        as_stored = self.base_dtype is None and quantization.mode_of(self.layer) is None
+        known = [size for size in x.shape if isinstance(size, int)]
+        plain = not self.groups and not backend.has_symbolic_sizes(x)
+        return float32 and as_stored and plain and math.prod(self.matrix_shape) <= math.prod(known)
+
+    def formed_sum(self, x: Any, a: Any, b: Any) -> Any:
+        parts = backend.Parts(self.apply, self.contract, self.expand, self._channels_last, self._shifts)
+        return backend.formed_sum(parts, ops.cast(x, "float32"), self.matrix, a, b)
+
+    @property
+    def _shifts(self) -> backend.Shifts | None:
+        """The window, if the layer moves it by one step at a time."""
+        layer = self.layer
+        if not self._channels_last or self.groups or any(step != 1 for step in layer.strides):
+            return None
+        reach = [(size - 1) * step for size, step in zip(layer.kernel_size, layer.dilation_rate, strict=True)]
+        if layer.padding == "valid":
+            outside = [(0, 0) for _ in reach]
+        else:
+            outside = [(r, 0) if layer.padding == "causal" else (r // 2, r - r // 2) for r in reach]
+        return backend.Shifts(layer.kernel_size, layer.dilation_rate, outside)
 
     def along_outputs(self, v: Any, y: Any) -> Any:
         v = ops.reshape(v, (-1,))
@@ -104,6 +136,7 @@ class ConvTransposeMap(ConvMap):
     """Kernel `(*window, filters, in)`."""
 
     groups = ()
+    _shifts = None
 
     @property
     def kernel_axes(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_lora import checks
+from keras_lora import backend, checks
 from keras_lora.compat import keras_internals, training_internals
 from keras_lora.swap import beside, whole_files
 from keras_lora.swap.addresses import walk
@@ -130,7 +130,11 @@ def warn_of_losses(model: Any) -> None:
 def _dropout_seeds(layer: Any) -> list[int | None]:
     rates = [getattr(layer, name, None) for name in ("rate", "dropout", "recurrent_dropout")]
     drops = any(rate for rate in rates if checks.is_number(rate))
-    return [each.get_config()["seed"] for each in keras_internals.seed_generators(layer)] if drops else []
+    generators = keras_internals.seed_generators(layer) if drops else []
+    seeds = [each.get_config()["seed"] for each in generators]
+    if hasattr(layer, "adapter_name") and all(backend.draws_bytes(each.state.value) for each in generators):
+        return [seed for seed in seeds if seed is not None]  # without one, its numbers follow from the state all the same
+    return seeds
 
 
 def check_state_tree(model: Any, tree: Mapping[str, Any]) -> None:
