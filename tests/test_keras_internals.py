@@ -458,6 +458,18 @@ def test_the_states_of_seed_generators():
     assert call_internals.seed_states(layers.Dense(2)) == []
 
 
+def test_whether_a_layer_runs_for_inference():
+    class Asks(layers.Layer):
+        def call(self, x, training=None):
+            seen.append(call_internals.runs_inference())
+            return x
+
+    seen = [call_internals.runs_inference()]
+    for training in (None, False, True):
+        Asks()(np.ones((1, 1)), training=training)
+    assert seen == [False, True, True, False]
+
+
 def test_what_a_model_was_compiled_with():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(3, kernel_regularizer="l2")])
     model.compile("sgd", "mse", loss_weights=[0.5], metrics=["mae"])

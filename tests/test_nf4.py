@@ -45,7 +45,8 @@ def test_codes_are_those_of_bitsandbytes(shape):
     found = value(nf4.dequantize(packed, shape))
     assert np.allclose(found, dequantized(*given, weights.size).reshape(shape), rtol=1e-6, atol=1e-7)
     index = np.array([[0, shape[0] - 1]])
-    assert np.array_equal(value(nf4.rows(packed, shape, ops.convert_to_tensor(index))), found[index])
+    rows = value(nf4.rows(packed, shape, ops.convert_to_tensor(index)))
+    assert np.allclose(rows, found[index], rtol=1e-6, atol=1e-7)  # XLA rounds a product and a sum once
 
 
 @pytest.mark.every_backend

@@ -15,6 +15,7 @@ from keras_lora.backend.dropping import Drop, draws_bytes, dropped
 from keras_lora.backend.formed import Parts, Shifts, formed_sum
 from keras_lora.backend.per_example import per_example_sum, write_place
 from keras_lora.backend.products import (
+    as_one_kernel,
     frozen_product,
     kronecker_sum,
     look_up,
@@ -33,6 +34,7 @@ from keras_lora.backend.steps import (
 )
 
 __all__ = [
+    "as_one_kernel",
     "Drop",
     "Parts",
     "Shifts",

@@ -105,6 +105,14 @@ def call_context() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return lambda: with_global_state(values)
 
 
+def runs_inference() -> bool:
+    """Whether a layer runs, and not for training: then it may be for another runtime, as in an export."""
+    from keras.src.backend.common import global_state
+
+    found = global_state.get_global_attribute("current_call_ctx")
+    return found is not None and not found.training
+
+
 def as_stored() -> contextlib.AbstractContextManager[None]:
     """Context manager in which variables have the dtype in which they are stored (Keras's own scope always casts)."""
     return with_global_state({"autocast_scope": None})

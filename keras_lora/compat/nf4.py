@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora import backend
+from keras_lora.compat import call_internals
 
 BLOCK = 64
 #: Blocks whose absmax share a scale.
@@ -133,8 +134,14 @@ def block_sizes(packed: Packed) -> Any:
     return ops.add(ops.multiply(steps, scale), packed.mean)
 
 
-def dequantize(packed: Packed, shape: tuple[int, ...], dtype: str = "float32") -> Any:
-    """The float array of this shape."""
+def dequantize(packed: Packed, shape: tuple[int, ...], dtype: str = "float32", swapped: bool = False) -> Any:
+    """The float array of this shape; with its last two axes `swapped` after that, if asked for."""
+    if call_internals.runs_inference():  # an exported model may run where there is no XLA
+        return _dequantize(packed, shape, dtype, swapped)
+    return backend.as_one_kernel(_dequantize, packed, shape, dtype, swapped)
+
+
+def _dequantize(packed: Packed, shape: tuple[int, ...], dtype: str, swapped: bool) -> Any:
     size = math.prod(shape)
     short = -packed.codes.shape[0] % (BLOCK // 2)
     codes = ops.pad(packed.codes, (0, short)) if short else packed.codes
@@ -142,7 +149,8 @@ def dequantize(packed: Packed, shape: tuple[int, ...], dtype: str = "float32") -
     values = ops.multiply(values, ops.expand_dims(block_sizes(packed), 1))
     flat = ops.reshape(values, (-1,))
     flat = flat if flat.shape[0] == size else flat[:size]
-    return ops.cast(ops.reshape(flat, shape), dtype)
+    found = ops.cast(ops.reshape(flat, shape), dtype)
+    return ops.swapaxes(found, -1, -2) if swapped else found
 
 
 def rows(packed: Packed, shape: tuple[int, int], index: Any, dtype: str = "float32") -> Any:

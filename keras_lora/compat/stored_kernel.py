@@ -187,4 +187,4 @@ class StoredKernel:
         *groups, in_dim, out_dim = self.matrix_shape
         if self.packs_rows:
             return self.as_kernel(nf4.dequantize(self.packed, self.matrix_shape, dtype))
-        return self.as_kernel(ops.swapaxes(nf4.dequantize(self.packed, (*groups, out_dim, in_dim), dtype), -1, -2))
+        return self.as_kernel(nf4.dequantize(self.packed, (*groups, out_dim, in_dim), dtype, swapped=True))
