@@ -168,3 +168,12 @@ def test_what_is_convolved(batch, forward, both):
 
 def _convolutions(jaxpr):
     return [line for line in str(jaxpr).splitlines() if "= conv_general_dilated[" in line]
+
+
+@EVERYWHERE
+def test_a_bias_belongs_to_the_channels_where_the_width_is_as_long():
+    """Keras on TensorFlow adds a second vector to the last axis if that is as long."""
+    layer, _ = adapted(lambda: layers.Conv2D(4, 1, data_format="channels_first"), (3, 4, 4))
+    layer.bias.assign(np.arange(4.0))
+    y = value(layer.linear_map.finish(ops.zeros((1, 4, 2, 4))))
+    assert np.array_equal(y, np.broadcast_to(np.arange(4.0).reshape(1, 4, 1, 1), y.shape))

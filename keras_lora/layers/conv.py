@@ -103,7 +103,9 @@ class ConvMap(LinearMap):
 
     def finish(self, y: Any) -> Any:
         if self.layer.use_bias:
-            y = ops.add(y, self.along_outputs(self.layer.bias, y))
+            bias = self.along_outputs(self.layer.bias, y)
+            # Keras on TensorFlow adds a second vector to the last axis if that is as long, so there it comes first.
+            y = ops.add(y, bias) if self._channels_last else ops.add(bias, y)
         if self.layer.activation is not None:
             y = self.layer.activation(y)
         return y
