@@ -103,6 +103,8 @@ class LinearMap(StoredKernel):
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """Shape of the float kernel."""
+        if (shape := quantization.shape_of(self.layer)) is not None:  # of one that Keras stores flat
+            return shape
         stored = self.stored
         return tuple(getattr(self.plain, self.kernel_name).shape) if stored is None else stored.shape
 

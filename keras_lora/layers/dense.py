@@ -7,7 +7,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import AdaptedLayer
 
@@ -17,10 +16,6 @@ class DenseMap(LinearMap):
 
     layer_class = keras.layers.Dense
     is_matmul = packs = True
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        return quantization.shape_of(self.layer) or super().kernel_shape
 
     @property
     def calls_matmul(self) -> bool:  # type: ignore[override]

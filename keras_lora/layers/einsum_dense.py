@@ -14,7 +14,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_lora.compat import quantization
 from keras_lora.linear_map import LinearMap
 from keras_lora.swap.adapted import AdaptedLayer
 
@@ -133,10 +132,6 @@ class EinsumDenseMap(EinsumMap):
     @property
     def axes(self) -> Axes:
         return axes_of(self.layer.equation)
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        return quantization.shape_of(self.layer) or super().kernel_shape  # int4 keeps a flat kernel
 
 
 class LoRAEinsumDense(AdaptedLayer, keras.layers.EinsumDense):
