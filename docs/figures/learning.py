@@ -64,7 +64,7 @@ def row(results: dict[str, Any], arm: str) -> list[str]:
     fits = list(tested(results, arm).values())
     found, scores = difference(results, arm), [each["score"] for each in fits]
     ratio = fits[0]["rate"] / next(iter(tested(results, FULL).values()))["rate"]
-    cells = [arm, f"{fits[0]['rate']:g}", f"{ratio:.2g}", f"{np.mean(scores):.2f}"]
+    cells = [arm, f"{fits[0]['rate']:g}", f"{ratio:.3g}", f"{np.mean(scores):.2f}"]
     cells.append(f"{found[0]:+.2f} ± {found[1]:.2f}" if found else "-")
     cells += [
         f"{fits[0]['trained']:,}",

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_lora.backend.products import _torch_transforms, transposed
+from keras_lora.backend.products import torch_transforms, transposed
 
 
 class Shifts(NamedTuple):
     """A window that moves by one step at a time over an input with its channels last.
 
-    The gradient of a thin convolution with respect to its kernel is slow: on one CPU core, up to half of the time of the
-    whole layer. As one matrix product of the input and all shifts of the output's gradient it takes a tenth.
+    The gradient of a thin convolution with respect to its kernel is slow on a CPU. As one matrix product of the input and
+    all shifts of the output's gradient it takes a small part of that time.
     """
 
     window: Sequence[int]
@@ -57,7 +57,7 @@ def formed_sum(parts: Parts, x: Any, matrix: Any, a: Any, b: Any) -> Any:
     if keras.backend.backend() == "torch":
         import torch
 
-        if not torch.is_grad_enabled() or _torch_transforms(x) or matrix.requires_grad:
+        if not torch.is_grad_enabled() or torch_transforms(x) or matrix.requires_grad:
             return parts.apply(x, torch.addmm(matrix, a, b))
         return _torch_function().apply(parts, x, matrix, a, b)
     with_gradient = _jax_sum if keras.backend.backend() == "jax" else _tensorflow_sum

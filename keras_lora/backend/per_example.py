@@ -58,8 +58,7 @@ def _torch_sum(x: Any, a: Any, b: Any, strength: Any, index: Any, y: Any) -> Any
     dtype, index = y.dtype, torch.as_tensor(index, device=a.device)
     rows, total = x.to(dtype).reshape(len(index), -1, a.shape[-1]), y.reshape(len(index), -1, b.shape[-1])
     h = torch.bmm(rows, a.index_select(0, index).to(dtype).transpose(1, 2)) * strength
-    add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
-    return add(total, h, b.index_select(0, index).to(dtype)).reshape(y.shape)
+    return torch.baddbmm(total, h, b.index_select(0, index).to(dtype)).reshape(y.shape)
 
 
 def _taken(stacked: Any, index: Any, dtype: Any) -> Any:

@@ -26,7 +26,7 @@ def frozen_product(product: Callable[..., Any], gradient: Callable[..., Any] | N
     if keras.backend.backend() == "torch":
         import torch
 
-        if not torch.is_grad_enabled() or not x.requires_grad or _torch_transforms(x):
+        if not torch.is_grad_enabled() or not x.requires_grad or torch_transforms(x):
             return product(x, *stored)
         if gradient is None:
             shape, dtype = x.shape, x.dtype
@@ -88,7 +88,7 @@ def look_up(table: np.ndarray, index: Any) -> Any:
 
 
 def as_one_kernel(function: Callable[..., Any], arrays: Any, *fixed: Any) -> Any:
-    """Return `function(arrays, *fixed)`. On TensorFlow, XLA compiles it: its own gather takes five times as long.
+    """Return `function(arrays, *fixed)`. On TensorFlow, XLA compiles it, which looks numbers up faster.
 
     Args:
         function: Of arrays in a tuple, and of values that can be hashed. Nothing differentiates it.
@@ -224,7 +224,7 @@ def _torch_low_rank_sum(
 
     if drop is not None and c is not None:  # it acts on one of the pairs alone
         y, kernel, c, d = _torch_low_rank_sum(x, c, d, 1.0, strength, y, kernel), None, None, None
-    if torch.is_grad_enabled() and not _torch_transforms(x):
+    if torch.is_grad_enabled() and not torch_transforms(x):
         draw = None if drop is None else dropping.torch_draw(drop)
         return _torch_function().apply(x, a, b, scale, strength, y, kernel, c, d, draw)[0]
     base = torch.mm(x, kernel) if y is None else y
@@ -234,7 +234,7 @@ def _torch_low_rank_sum(
     return torch.addmm(base, torch.mm(x, a) * (scale * strength).to(x.dtype), b)
 
 
-def _torch_transforms(x: Any) -> bool:
+def torch_transforms(x: Any) -> bool:
     """Whether torch compiles, traces, autocasts, vectorises or differentiates forward; these need torch's operations."""
     import torch
 
